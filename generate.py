@@ -1,0 +1,81 @@
+"""Continues a prompt with a trained model, as it is drawn.
+
+python generate.py --run-dir runs/shakespeare-char-cpu --prompt "ROMEO:"
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxgpt import runtime
+from jaxgpt.config import SamplingConfig
+from jaxgpt.generation.stream import empty_prompt, stream_text
+from jaxgpt.run import Run, load_run
+from jaxgpt.training.monitor import log_line
+
+SEPARATOR = "-" * 40
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Samples from a run: prompt and continuation on stdout, all else on stderr."""
+
+    run_dir: Path  # as train.py --out-dir made it
+    checkpoint: str = "best"  # best (lowest val loss), latest, or a step
+    prompt: str = ""  # text to continue, or FILE:name of a file; empty: a newline
+    max_new_tokens: int = 500  # tokens to draw for each sample
+    num_samples: int = 1  # continuations; the first is shown live, the others after it
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(
+        default_factory=SamplingConfig
+    )
+    seed: int = 1337  # the same seed gives the same text
+    stop: str = ""  # a sample ends before this text
+
+
+def main() -> None:
+    """Parses the command line, loads the run, prints the samples."""
+    arguments = tyro.cli(Arguments, prog="generate.py")
+    runtime.start()
+    run = load_run(arguments.run_dir, arguments.checkpoint)
+    prompt = read_prompt(arguments.prompt, run)
+    texts = [""] * arguments.num_samples
+    for pieces in stream_text(
+        run,
+        prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        num_samples=arguments.num_samples,
+        sampling=arguments.sampling,
+        seed=arguments.seed,
+        stop=arguments.stop,
+    ):
+        if not texts[0]:
+            print(prompt, end="")
+        print(pieces[0], end="", flush=True)
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    for text in texts[1:]:
+        print(f"\n{SEPARATOR}\n{prompt}{text}", end="")
+    print()
+
+
+def read_prompt(prompt: str, run: Run) -> str:
+    """The prompt's text; says so if the model will not see all of it."""
+    if prompt.startswith("FILE:"):
+        path = Path(prompt.removeprefix("FILE:"))
+        try:
+            prompt = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if run.tokenizer is None:
+        return prompt  # stream_text says what is missing
+    prompt = prompt or empty_prompt(run.tokenizer)
+    count, window = len(run.tokenizer.encode(prompt)), run.config.model.block_size
+    if count > window:
+        log_line(f"the prompt has {count} tokens; the model sees the last {window}")
+    return prompt
+
+
+if __name__ == "__main__":
+    with runtime.plain_errors():
+        main()

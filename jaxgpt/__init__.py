@@ -1,0 +1,31 @@
+"""jaxgpt: the GPT of the lecture "Let's build GPT" and of nanoGPT, in JAX and Flax."""
+
+from jaxgpt.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from jaxgpt.generation.stream import generate
+from jaxgpt.models import GPT, Bigram
+from jaxgpt.run import Run, load_run
+from jaxgpt.text.tokenizer import CharTokenizer
+
+__all__ = [
+    "GPT",
+    "Bigram",
+    "CharTokenizer",
+    "Config",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Run",
+    "SamplingConfig",
+    "TrainConfig",
+    "generate",
+    "load_run",
+]

@@ -1,0 +1,101 @@
+"""What the command line of train.py asks for: a preset, a run directory, overrides."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from jaxgpt.config import Config
+from jaxgpt.presets import PRESETS, default_preset
+from jaxgpt.run import has_run, load_config
+from jaxgpt.training.monitor import log_line
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where the run goes, and whether it is new."""
+
+    out_dir: Path | None = None  # run directory; runs/PRESET if left out
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False  # go on from the last checkpoint
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False  # replace the run in out-dir
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False  # tell what it costs, and stop
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    options: Annotated[RunOptions, tyro.conf.arg(name="")]
+    config: Annotated[Config, tyro.conf.arg(name="")]
+
+
+def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
+    """Settles what to run: a preset, or a resumed run's own config, with overrides.
+
+    Args:
+      argv: the command line after the program's name; the preset, if any, comes first.
+
+    Returns the config, the run directory and the options. Raises ValueError or OSError
+    where they contradict each other; exits with a message on what cannot be parsed.
+    """
+    preset, flags = "", argv
+    if argv and not argv[0].startswith("-"):
+        preset, flags = argv[0], argv[1:]
+        _check_preset(preset)
+    if "-h" in flags or "--help" in flags:
+        _parse(flags, PRESETS[preset]() if preset else Config())  # prints and exits
+
+    options, _ = tyro.cli(RunOptions, args=flags, return_unknown_args=True)
+    if options.resume and options.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other; choose one")
+    name = preset or default_preset(jax.default_backend())
+    run_dir = options.out_dir or Path("runs") / name
+    if options.resume and has_run(run_dir):
+        saved = load_config(run_dir)
+        config = _parse(flags, saved)
+        _check_same_model(saved, config)
+        return config, run_dir, options
+    if options.resume and not preset:
+        raise FileNotFoundError(
+            f"there is no run in {run_dir} to resume; give the --out-dir of one, or a "
+            "preset to start"
+        )
+    if not preset:
+        log_line(f"no preset given: {name} is the one for {jax.default_backend()}")
+    return _parse(flags, PRESETS[name]()), run_dir, options
+
+
+def _parse(flags: list[str], default: Config) -> Config:
+    presets = [f"{name}: {_summary(name)}" for name in PRESETS]
+    return tyro.cli(
+        _Arguments,
+        args=flags,
+        default=_Arguments(RunOptions(), default),
+        prog="train.py [PRESET]",
+        description="Trains a model. PRESET is one of\n\n" + "\n\n".join(presets),
+    ).config
+
+
+def _summary(preset: str) -> str:
+    return (PRESETS[preset].__doc__ or "").splitlines()[0]
+
+
+def _check_preset(name: str) -> None:
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"there is no preset {name!r}; did you mean {nearest}? "
+            f"There are {', '.join(PRESETS)}"
+        )
+
+
+def _check_same_model(saved: Config, config: Config) -> None:
+    for name, before in dataclasses.asdict(saved.model).items():
+        after = getattr(config.model, name)
+        if after != before:
+            raise ValueError(
+                f"--model.{name.replace('_', '-')} {after} contradicts the run, which "
+                f"has {before}; leave it out, or train a new run"
+            )

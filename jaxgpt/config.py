@@ -1,0 +1,260 @@
+"""Every setting of a run: frozen dataclasses that check themselves.
+
+`Config` is a training run's, with the sections `model`, `data`, `optimizer`, `train`
+and `mesh`; `SamplingConfig` is for generation. The comment beside a field is its help
+text on the command line.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+
+def _check_types(section: Any) -> None:
+    """Raises TypeError where a field's value is not of its annotated type."""
+    for name, annotation in typing.get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if not _is_instance(value, annotation):
+            expected = getattr(annotation, "__name__", str(annotation))
+            if typing.get_origin(annotation) is Literal:
+                expected = "one of " + ", ".join(typing.get_args(annotation))
+            raise TypeError(f"{name}={value!r} must be {expected}")
+
+
+def _is_instance(value: Any, annotation: Any) -> bool:
+    origin, choices = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return value in choices
+    if origin is types.UnionType:
+        return any(_is_instance(value, choice) for choice in choices)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(
+            _is_instance(item, choices[0]) for item in value
+        )
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _check(holds: bool, message: str) -> None:
+    """Raises ValueError with `message` unless `holds`."""
+    if not holds:
+        raise ValueError(message)
+
+
+def _check_at_least(section: Any, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _check(value >= minimum, f"{name}={value} must be at least {minimum}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model's shape. Names are nanoGPT's."""
+
+    architecture: Literal["gpt", "bigram"] = "gpt"  # which model to build
+    block_size: int = 64  # tokens the model can look back over
+    vocab_size: int | None = None  # tokens it knows; a character corpus fills it in
+    n_layer: int = 4  # Transformer blocks
+    n_head: int = 4  # attention heads per block
+    n_embd: int = 128  # width of the residual stream
+    dropout: float = 0.0  # fraction of activations dropped in training
+    bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
+    gelu: Literal["exact", "tanh"] = "exact"  # nanoGPT's (erf) or GPT-2's approximation
+    compute_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of activations; parameters, softmax, logits and loss stay float32
+    )
+    remat: bool = False  # recompute each block in the backward pass, to save memory
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_at_least(self, 1, "block_size", "n_layer", "n_head", "n_embd")
+        if self.vocab_size is not None:
+            _check_at_least(self, 1, "vocab_size")
+        if self.n_embd % self.n_head:
+            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            options = ", ".join(map(str, divisors[:12]))
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
+                f"n_head could be {options}"
+            )
+        _check(
+            0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0, under 1"
+        )
+
+    def known_vocab_size(self) -> int:
+        """vocab_size; raises ValueError where nothing has settled it yet."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not known; give --model.vocab-size")
+        return self.vocab_size
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.n_embd // self.n_head
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from, and how much of it one update sees."""
+
+    corpus: Literal["tinyshakespeare"] = "tinyshakespeare"  # a corpus known by name
+    path: tuple[str, ...] = ()  # your own UTF-8 files, or one nanoGPT .bin directory
+    batch_size: int = 12  # sequences per update, over all devices
+    gradient_accumulation_steps: int = 1  # pieces a batch is cut into, to save memory
+    sha256: str = ""  # of the corpus, filled in by the first run; a resume must match
+
+    @property
+    def rows_at_once(self) -> int:
+        """Sequences that run at the same time, over all devices."""
+        return self.batch_size // self.gradient_accumulation_steps
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_at_least(self, 1, "batch_size", "gradient_accumulation_steps")
+        _check(
+            self.batch_size % self.gradient_accumulation_steps == 0,
+            f"batch_size={self.batch_size} is not divisible by "
+            f"gradient_accumulation_steps={self.gradient_accumulation_steps}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and its clipping."""
+
+    learning_rate: float = 1e-3  # highest, reached after warmup_steps
+    min_lr: float = 1e-4  # lowest, reached at max_steps by a cosine
+    warmup_steps: int = 100  # updates of linear warmup
+    weight_decay: float = 0.1  # of matrices and embeddings only
+    beta1: float = 0.9  # decay of AdamW's first moment
+    beta2: float = 0.99  # decay of AdamW's second moment
+    grad_clip: float = 1.0  # largest global gradient norm; 0 does not clip
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_at_least(self, 0, "min_lr", "warmup_steps", "weight_decay", "grad_clip")
+        _check(
+            0 < self.learning_rate < float("inf"),
+            f"learning_rate={self.learning_rate} must be positive and finite",
+        )
+        _check(
+            self.min_lr <= self.learning_rate,
+            f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; "
+            "lower it, or make them equal for a constant learning rate",
+        )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"{name}={value} must be at least 0, under 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and how often to look, log and save."""
+
+    max_steps: int = 2000  # updates in all
+    eval_interval: int = 250  # updates between evaluations
+    eval_iters: int = 20  # batches of each split that an evaluation averages
+    log_interval: int = 10  # updates between rows of metrics.jsonl
+    checkpoint_interval: int = 250  # updates between checkpoints
+    steps_per_call: int = 1  # updates per dispatch; aim at about a second
+    seed: int = 1337  # of initialisation, batches and dropout
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_at_least(
+            self,
+            1,
+            "max_steps",
+            "eval_interval",
+            "eval_iters",
+            "log_interval",
+            "checkpoint_interval",
+            "steps_per_call",
+        )
+        _check(0 <= self.seed < 2**32, f"seed={self.seed} must be from 0 to 4294967295")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged."""
+
+    data: int = -1  # devices that share each batch; -1: as many as divide it
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check(
+            self.data == -1 or self.data >= 1,
+            f"mesh.data={self.data} must be -1 (all devices) or at least 1",
+        )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is drawn from the logits."""
+
+    temperature: float = 0.8  # 0 takes the likeliest, 1 samples the model's own odds
+    top_k: int | None = None  # draw from the k likeliest tokens only
+    top_p: float | None = None  # draw from the likeliest that together have odds p
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check(
+            0 <= self.temperature < float("inf"),
+            f"temperature={self.temperature} must be at least 0 (greedy) and finite",
+        )
+        if self.top_k is not None:
+            _check_at_least(self, 1, "top_k")
+        if self.top_p is not None:
+            _check(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0, up to 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dict of plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """The inverse of `to_dict`; fields left out keep their defaults.
+
+        Raises ValueError or TypeError that names the field when one is unknown or holds
+        a value it cannot hold.
+        """
+        sections = typing.get_type_hints(cls)
+        _check_names("section", values, sections)
+        built = {}
+        for name, section in values.items():
+            hints = typing.get_type_hints(sections[name])
+            _check_names(f"field of {name}", section, hints)
+            built[name] = sections[name](
+                **{
+                    key: tuple(value) if isinstance(value, list) else value
+                    for key, value in section.items()
+                }
+            )
+        return cls(**built)
+
+
+def _check_names(kind: str, values: Any, known: dict[str, Any]) -> None:
+    if not isinstance(values, dict):
+        raise TypeError(f"expected a JSON object, found {values!r:.80}")
+    for name in values:
+        near = difflib.get_close_matches(name, known, n=1) or sorted(known)
+        _check(
+            name in known, f"unknown {kind} {name!r}; did you mean {', '.join(near)}?"
+        )

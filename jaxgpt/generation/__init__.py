@@ -1,0 +1,1 @@
+"""Parameters become text: the KV cache's decoding loop, sampling, streaming."""

@@ -1,0 +1,137 @@
+"""The run directory: what is where in it, and how to read a run back.
+
+config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   loss.png
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.config import Config
+from jaxgpt.models import build_model
+from jaxgpt.text.tokenizer import CharTokenizer
+from jaxgpt.training.checkpoint import find_step, open_checkpoints, restore_params
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+CURVE = "loss.png"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model: `model.apply({"params": params}, tokens_BT)` gives logits.
+
+    Attributes:
+      tokenizer: None if the run was trained on tokens without a vocabulary.
+      step: completed updates of these parameters.
+    """
+
+    config: Config
+    tokenizer: CharTokenizer | None
+    model: nn.Module
+    params: Any
+    step: int
+
+
+def load_run(run_dir: str | Path, checkpoint: str | int = "best") -> Run:
+    """Reads a run back from its directory.
+
+    Args:
+      run_dir: as `train.py --out-dir` wrote it.
+      checkpoint: "best" (lowest validation loss), "latest" or a step.
+
+    Raises OSError or ValueError that says what is missing or does not fit.
+    """
+    run_dir = Path(run_dir)
+    config = load_config(run_dir)
+    tokenizer_path = run_dir / TOKENIZER
+    tokenizer = CharTokenizer.load(tokenizer_path) if tokenizer_path.exists() else None
+    if tokenizer and tokenizer.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"{tokenizer_path} has {tokenizer.vocab_size} tokens, the model "
+            f"{config.model.vocab_size}; is it another run's?"
+        )
+    model = build_model(config.model)
+    abstract = jax.eval_shape(
+        partial(model.init, jax.random.key(0)), jnp.zeros((1, 1), jnp.int32)
+    )["params"]
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda a: a.update(sharding=device), abstract)
+    if not (run_dir / CHECKPOINTS).is_dir():
+        raise FileNotFoundError(
+            f"{run_dir} has no {CHECKPOINTS} folder yet; finish the run with "
+            f"`python train.py --out-dir {run_dir} --resume`"
+        )
+    with open_checkpoints(run_dir / CHECKPOINTS) as checkpoints:
+        step = find_step(checkpoints, checkpoint)
+        params = restore_params(checkpoints, step, abstract)
+    return Run(config, tokenizer, model, params, step)
+
+
+def has_run(run_dir: Path) -> bool:
+    """Whether the directory holds a run, finished or not."""
+    return (run_dir / CONFIG).exists()
+
+
+def prepare_run(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    """Makes the directory, empty of a run unless that is to be resumed.
+
+    Raises FileExistsError if it holds a run that is neither to be resumed nor to be
+    overwritten, or files that are not a run's: those are never deleted.
+    """
+    if has_run(run_dir):
+        if resume:
+            return
+        if not overwrite:
+            raise FileExistsError(
+                f"{run_dir} already holds a run; go on with --resume, replace it with "
+                "--overwrite, or choose another --out-dir"
+            )
+        for name in (CONFIG, TOKENIZER, METRICS, CURVE):
+            (run_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise FileExistsError(
+            f"{run_dir} exists and is not a run; choose another --out-dir"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def save_config(run_dir: Path, config: Config, tokenizer: CharTokenizer | None) -> None:
+    """Writes config.json and tokenizer.json, the config last: it makes the run one."""
+    if tokenizer:
+        _replace(run_dir / TOKENIZER, tokenizer.save)
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    _replace(run_dir / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load_config(run_dir: Path) -> Config:
+    """Reads config.json; raises OSError or ValueError that names the file."""
+    path = run_dir / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{run_dir} is not a run: it has no {CONFIG}; runs are made by "
+            "`python train.py --out-dir DIR`"
+        )
+    try:
+        return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a config of jaxgpt: {error}") from error
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes aside, then renames: the file is whole or not there."""
+    aside = path.with_suffix(".tmp")
+    write(aside)
+    os.replace(aside, path)

@@ -1,0 +1,94 @@
+"""What must be settled before JAX starts, and how a script ends.
+
+The scripts call `start` first; `import jaxgpt` never does.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def cache_dir() -> Path:
+    """Folder for corpora and compiled programs: $JAXGPT_CACHE or ~/.cache/jaxgpt."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("JAXGPT_CACHE") or Path(base) / "jaxgpt")
+
+
+def start() -> None:
+    """Gives JAX one virtual device per CPU core and a persistent compilation cache.
+
+    XLA runs elementwise code on one thread per CPU device, so two devices that share
+    each batch train faster than one on two cores (benchmark: see README). At most 8:
+    each holds a copy of the parameters. What the user has set wins.
+    """
+    import jax
+
+    if not (
+        "JAX_NUM_CPU_DEVICES" in os.environ
+        or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    ):
+        jax.config.update("jax_num_cpu_devices", min(8, _cpu_cores()))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _cpu_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Ends the script with one line for what a user can mend, not with a traceback.
+
+    JAXGPT_TRACEBACK=1 shows the traceback all the same. Ctrl-C exits with 130.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of a pipe has gone, as in `generate.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, TypeError, ArithmeticError, OSError, RuntimeError) as error:
+        if os.environ.get("JAXGPT_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+class Interrupt:
+    """What `deferred_interrupts` has caught: a signal's number, or 0."""
+
+    signal: int = 0
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Interrupt]:
+    """Turns the first Ctrl-C or SIGTERM into a flag; a second one acts as usual.
+
+    A loop that looks at the flag between steps can save before it ends.
+    """
+    interrupt = Interrupt()
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        interrupt.signal = number
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        previous[each] = signal.signal(each, note)
+    try:
+        yield interrupt
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

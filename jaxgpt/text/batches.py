@@ -1,0 +1,62 @@
+"""Tokens become batches: a pure function of a seed and a step.
+
+B batch   T time (block_size)
+"""
+
+import numpy as np
+
+from jaxgpt.config import Config
+
+EVAL_SEED = 2**32  # of the batches that every evaluation sees; no run's seed is as high
+
+
+def batch(
+    tokens: np.ndarray,
+    seed: int,
+    step: int,
+    *,
+    batch_size: int,
+    block_size: int,
+    vocab_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of the corpus, drawn uniformly, and what follows each of their tokens.
+
+    Args:
+      tokens: token ids of one split [tokens].
+      seed, step: the only source of randomness.
+      batch_size: B.
+      block_size: T.
+      vocab_size: bound that every id is checked against.
+
+    Returns inputs and targets, i32 [B, T]; targets_BT[:, t] == inputs_BT[:, t + 1].
+    Raises ValueError if an id is outside the vocabulary.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, step]))
+    starts = rng.integers(len(tokens) - block_size, size=batch_size)
+    windows = tokens[starts[:, None] + np.arange(block_size + 1)]
+    if windows.max() >= vocab_size:
+        raise ValueError(
+            f"the corpus has token {windows.max()}, outside the vocabulary of "
+            f"{vocab_size}; give the right --model.vocab-size"
+        )
+    windows = windows.astype(np.int32)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def stack_batches(
+    tokens: np.ndarray, steps: range, config: Config
+) -> tuple[np.ndarray, np.ndarray]:
+    """The training batches of several steps, inputs and targets, i32 [steps, B, T]."""
+    batches = [
+        batch(
+            tokens,
+            config.train.seed,
+            step,
+            batch_size=config.data.batch_size,
+            block_size=config.model.block_size,
+            vocab_size=config.model.known_vocab_size(),
+        )
+        for step in steps
+    ]
+    inputs, targets = zip(*batches, strict=True)
+    return np.stack(inputs), np.stack(targets)

@@ -1,0 +1,239 @@
+"""What a run tells while it trains: metrics.jsonl, progress and the loss curve."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxgpt.config import Config
+from jaxgpt.run import CURVE, METRICS
+
+_STEP_METRICS = ("loss", "learning_rate", "grad_norm")
+
+
+def log_line(line: str) -> None:
+    """Prints a line on stderr, where all goes but a command's product."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Monitor(AbstractContextManager):
+    """Writes the rows of metrics.jsonl and shows them, as a context.
+
+    Progress is a bar on a terminal, plain lines elsewhere. Rows are on disk once
+    `flush` returns, so that a checkpoint saved after it never outlives its rows.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: Config, resumed_step: int | None, started: float
+    ):
+        """Goes on with the run's rows up to `resumed_step`; None begins anew.
+
+        Args:
+          started: when this session began, by `time.monotonic`.
+        """
+        self._curve = run_dir / CURVE
+        self._path = run_dir / METRICS
+        rows = rewind(self._path, -1 if resumed_step is None else resumed_step)
+        self._started = started - (rows[-1]["elapsed_seconds"] if rows else 0.0)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._config = config.train
+        self._tokens_per_step = config.data.batch_size * config.model.block_size
+        self._pending: tuple[int, Mapping[str, jax.Array], float] | None = None
+        self._last_end = 0.0
+        self._bar = _progress_bar(config.train.max_steps, resumed_step or 0)
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._file.close()
+
+    def train(
+        self, first: int, metrics: Mapping[str, jax.Array], started: float
+    ) -> None:
+        """Takes the metrics of a call's steps, and logs those of the call before.
+
+        So the device works on one call while the other's metrics are read.
+
+        Args:
+          first: updates completed before the call.
+          metrics: of N steps, each [N].
+          started: when the call was made, by `time.monotonic`.
+        """
+        self._log_pending()
+        self._pending = (first, metrics, started)
+
+    def flush(self) -> None:
+        """Logs all metrics taken so far; returns once their rows are on disk.
+
+        Raises FloatingPointError that names the step of a value that is not finite.
+        """
+        self._log_pending()
+        os.fsync(self._file.fileno())
+
+    def eval(self, step: int, train_loss: float, val_loss: float) -> None:
+        """Logs an evaluation after `step` updates, and draws the curve."""
+        self.flush()
+        self._write("eval", step, train_loss=train_loss, val_loss=val_loss)
+        self._say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        plot_losses(read_rows(self._path), self._curve)
+
+    def done(self, step: int, val_loss: float) -> None:
+        """Logs the end of training with the exact loss on the validation split."""
+        evals = [row for row in read_rows(self._path) if row["event"] == "eval"]
+        best = min(row["val_loss"] for row in evals)
+        self._write("done", step, val_loss=val_loss, best_val_loss=best)
+        seconds = time.monotonic() - self._started
+        self._say(
+            f"done in {seconds:.1f} s: val loss {val_loss:.4f} on the whole split"
+        )
+
+    def _log_pending(self) -> None:
+        if not self._pending:
+            return
+        first, metrics, started = self._pending
+        self._pending = None
+        metrics = jax.device_get(metrics)  # waits for the call
+        end = time.monotonic()
+        losses = metrics["loss"].tolist()
+        seconds = end - max(started, self._last_end)
+        rate = self._tokens_per_step * len(losses) / seconds
+        self._last_end = end
+        for i in range(len(losses)):
+            values = {name: float(metrics[name][i]) for name in _STEP_METRICS}
+            _check_finite(first + i + 1, values)
+            if (first + i + 1) % self._config.log_interval == 0:
+                self._write("train", first + i + 1, **values, tokens_per_second=rate)
+        self._show(first + len(losses), losses[-1], rate)
+
+    def _write(self, event: str, step: int, **values: float) -> None:
+        _check_finite(step, values)
+        elapsed = time.monotonic() - self._started
+        row = {"event": event, "step": step, **values, "elapsed_seconds": elapsed}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def _show(self, step: int, loss: float, rate: float) -> None:
+        figures = f"loss {loss:.4f}  {rate:,.0f} tok/s"
+        if self._bar:
+            task = self._bar.task_ids[0]
+            self._bar.update(task, completed=step, figures=figures)
+        else:
+            log_line(f"step {step}/{self._config.max_steps}  {figures}")
+
+    def _say(self, line: str) -> None:
+        if self._bar:
+            self._bar.console.print(line, markup=False)
+        else:
+            log_line(line)
+
+
+def _progress_bar(max_steps: int, step: int) -> Progress | None:
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        return None
+    bar = Progress(
+        BarColumn(),
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    bar.add_task("", total=max_steps, completed=step, figures="compiling")
+    return bar
+
+
+def _check_finite(step: int, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value} at step {step}; the checkpoints from before are "
+                "kept. Resume with a lower --optimizer.learning-rate, or start over"
+            )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl up to the first torn one; none without the file."""
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return rows
+        if not isinstance(row, dict) or not {"event", "step"} <= row.keys():
+            return rows
+        rows.append(row)
+    return rows
+
+
+def rewind(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops a torn line, rows past `step` and the end of an earlier session.
+
+    Returns the rows kept.
+    """
+    rows = [
+        row for row in read_rows(path) if row["step"] <= step and row["event"] != "done"
+    ]
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(aside, path)
+    return rows
+
+
+def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the losses of the steps and of the evaluations as a PNG.
+
+    Args:
+      rows: of metrics.jsonl.
+      path: of the picture.
+    """
+    from matplotlib.figure import Figure  # half a second, and only needed here
+
+    train = [row for row in rows if row["event"] == "train"]
+    evals = [row for row in rows if row["event"] == "eval"]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(
+        [row["step"] for row in train],
+        [row["loss"] for row in train],
+        color="C0",
+        alpha=0.35,
+        linewidth=0.8,
+        label="train, each batch",
+    )
+    for name, color in (("train", "C0"), ("val", "C1")):
+        axes.plot(
+            [row["step"] for row in evals],
+            [row[f"{name}_loss"] for row in evals],
+            color=color,
+            marker=".",
+            label=f"{name}, evaluated",
+        )
+    best = min(evals, key=lambda row: row["val_loss"])
+    axes.annotate(
+        f"{best['val_loss']:.3f}",
+        (best["step"], best["val_loss"]),
+        xytext=(0, 8),
+        textcoords="offset points",
+        ha="center",
+        color="C1",
+    )
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)

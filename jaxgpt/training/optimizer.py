@@ -1,0 +1,51 @@
+"""AdamW with warmup, cosine decay and clipping: nanoGPT's optimizer in optax."""
+
+from typing import Any
+
+import jax
+import optax
+
+from jaxgpt.config import OptimizerConfig
+
+_NOT_DECAYED = ("bias", "scale")
+
+
+def learning_rate_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
+    """Linear warmup, then a cosine from learning_rate to min_lr at max_steps.
+
+    Maps completed updates to the next update's rate. Source: nanoGPT train.py, get_lr.
+    """
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / (config.warmup_steps + 1),
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(max_steps, config.warmup_steps + 1),
+        end_value=config.min_lr,
+    )
+
+
+def decay_mask(params: Any) -> Any:
+    """True for matrices and embeddings, False for biases and LayerNorm scales.
+
+    By name: stacked layers give every parameter one axis more than it has.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key not in _NOT_DECAYED, params
+    )
+
+
+def make_optimizer(
+    config: OptimizerConfig, max_steps: int
+) -> optax.GradientTransformation:
+    """The transformation of gradients into updates. Source: torch.optim.AdamW."""
+    adamw = optax.adamw(
+        learning_rate_schedule(config, max_steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=1e-8,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    if config.grad_clip == 0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)

@@ -1,0 +1,180 @@
+"""The train step: a pure function of the state and a batch.
+
+B batch   T time   N steps in one call
+
+A batch is inputs and targets, i32 [B, T].
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxgpt.config import Config, TrainConfig
+from jaxgpt.training.objective import token_losses
+from jaxgpt.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxgpt.training.sharding import over_rows, replicated
+
+Batch = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]  # inputs and targets
+Metrics = dict[str, jax.Array]
+EvalStep = Callable[[Any, Batch], jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes.
+
+    Attributes:
+      step: completed updates, i32 scalar.
+      params: the model's parameters, f32.
+      opt_state: AdamW's moments and counts.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+
+
+def init_state(model: nn.Module, config: Config) -> TrainState:
+    """The state before the first update, a function of `train.seed`."""
+    init_key, _ = jax.random.split(jax.random.key(config.train.seed))
+    tokens_BT = jnp.zeros((1, config.model.block_size), jnp.int32)
+    params = model.init(init_key, tokens_BT)["params"]
+    optimizer = make_optimizer(config.optimizer, config.train.max_steps)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def create_state(model: nn.Module, config: Config, mesh: Mesh) -> TrainState:
+    """`init_state`, placed on the mesh."""
+    init = partial(init_state, model, config)
+    return jax.jit(init, out_shardings=replicated(mesh))()
+
+
+def abstract_state(model: nn.Module, config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without its memory."""
+    shapes = jax.eval_shape(partial(init_state, model, config))
+    return jax.tree.map(lambda leaf: leaf.update(sharding=replicated(mesh)), shapes)
+
+
+def make_train_step(
+    model: nn.Module, config: Config, axis_name: str | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Makes `train_step(state, batch) -> state, metrics`: one update of AdamW.
+
+    It is pure, and runs under `jit`, with or without shardings, as it is. Inside `pmap`
+    or `shard_map` give the mapped axis's name: every device then sees its share of the
+    rows, in order, and gradients are averaged over the axis.
+
+    The batch is cut into `data.gradient_accumulation_steps` pieces, which run one after
+    the other and whose gradients are averaged. Dropout depends on (seed, step, layer,
+    row) only, so neither the cut nor the devices change it.
+
+    The metrics are scalars of the whole batch: `loss` (nats per token, before the
+    update), `grad_norm` (before clipping) and `learning_rate`.
+    """
+    optimizer = make_optimizer(config.optimizer, config.train.max_steps)
+    schedule = learning_rate_schedule(config.optimizer, config.train.max_steps)
+    pieces = config.data.gradient_accumulation_steps
+    _, dropout_key = jax.random.split(jax.random.key(config.train.seed))
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(dropout_key, state.step)
+
+        def loss_fn(
+            params: Any, inputs_BT: jax.Array, targets_BT: jax.Array, rows_B: jax.Array
+        ) -> jax.Array:
+            logits_BTV = model.apply(
+                {"params": params},
+                inputs_BT,
+                deterministic=False,
+                rows_B=rows_B,
+                rngs={"dropout": key},
+            )
+            return token_losses(logits_BTV, targets_BT).mean()
+
+        rows_B = jnp.arange(len(batch[0]))
+        if axis_name:
+            rows_B += jax.lax.axis_index(axis_name) * len(rows_B)
+        loss, grads = _accumulate(
+            jax.value_and_grad(loss_fn), state.params, (*batch, rows_B), pieces
+        )
+        if axis_name:
+            loss, grads = jax.lax.pmean((loss, grads), axis_name)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(state.step),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def _accumulate(
+    loss_and_grads: Callable[..., Any], params: Any, rows: Any, pieces: int
+) -> Any:
+    """Averages `loss_and_grads(params, *rows)` over `pieces` equal parts of the rows.
+
+    Each part takes rows from all over the batch, so that a batch sharded over devices
+    stays where it is.
+    """
+    if pieces == 1:
+        return loss_and_grads(params, *rows)
+    parts = jax.tree.map(
+        lambda a: a.reshape(-1, pieces, *a.shape[1:]).swapaxes(0, 1), rows
+    )
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, loss_and_grads(params, *part)), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda a: a / pieces, total)
+
+
+def next_stop(step: int, config: TrainConfig) -> int:
+    """The step at which the next call ends: none runs past something that is due."""
+    intervals = (config.eval_interval, config.checkpoint_interval)
+    due = min(step - step % interval + interval for interval in intervals)
+    return min(step + config.steps_per_call, due, config.max_steps)
+
+
+def compile_train_steps(
+    model: nn.Module, config: Config, mesh: Mesh, count: int
+) -> jax.stages.Compiled:
+    """Compiles `train_step` for `count` batches (N) in one dispatch.
+
+    Returns `train_steps(state, batches) -> state, metrics`, with batches i32 [N, B, T]
+    and metrics [N]. It takes over the memory of the state it is given.
+    """
+    train_step = make_train_step(model, config)
+    rows = over_rows(mesh, axis=1)
+    train_steps = jax.jit(
+        lambda state, batches: jax.lax.scan(train_step, state, batches),
+        donate_argnums=0,
+        in_shardings=(replicated(mesh), rows),
+        out_shardings=replicated(mesh),
+    )
+    shape = (count, config.data.batch_size, config.model.block_size)
+    tokens_NBT = jax.ShapeDtypeStruct(shape, jnp.int32)
+    state = abstract_state(model, config, mesh)
+    return train_steps.lower(state, (tokens_NBT, tokens_NBT)).compile()
+
+
+def compile_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
+    """Makes `eval_step(params, batch) -> losses_BT` in nats, f32, without dropout."""
+
+    def eval_step(params: Any, batch: Batch) -> jax.Array:
+        inputs_BT, targets_BT = batch
+        return token_losses(model.apply({"params": params}, inputs_BT), targets_BT)
+
+    return jax.jit(eval_step, in_shardings=(replicated(mesh), over_rows(mesh)))
