@@ -8,16 +8,14 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jaxgpt.config import Config
-from jaxgpt.models import build_model
+from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.text.tokenizer import CharTokenizer
 from jaxgpt.training.checkpoint import find_step, open_checkpoints, restore_params
 
@@ -63,11 +61,10 @@ def load_run(run_dir: str | Path, checkpoint: str | int = "best") -> Run:
             f"{config.model.vocab_size}; is it another run's?"
         )
     model = build_model(config.model)
-    abstract = jax.eval_shape(
-        partial(model.init, jax.random.key(0)), jnp.zeros((1, 1), jnp.int32)
-    )["params"]
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda a: a.update(sharding=device), abstract)
+    shapes = jax.tree.map(
+        lambda leaf: leaf.update(sharding=device), parameter_shapes(config.model)
+    )
     if not (run_dir / CHECKPOINTS).is_dir():
         raise FileNotFoundError(
             f"{run_dir} has no {CHECKPOINTS} folder yet; finish the run with "
@@ -75,7 +72,7 @@ def load_run(run_dir: str | Path, checkpoint: str | int = "best") -> Run:
         )
     with open_checkpoints(run_dir / CHECKPOINTS) as checkpoints:
         step = find_step(checkpoints, checkpoint)
-        params = restore_params(checkpoints, step, abstract)
+        params = restore_params(checkpoints, step, shapes)
     return Run(config, tokenizer, model, params, step)
 
 

@@ -1,6 +1,10 @@
 """The models: token ids to logits."""
 
+from typing import Any
+
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.models.gpt import GPT
@@ -10,3 +14,10 @@ from jaxgpt.models.lecture import Bigram
 def build_model(config: ModelConfig) -> nn.Module:
     """The model that `config` describes, without parameters."""
     return {"gpt": GPT, "bigram": Bigram}[config.architecture](config)
+
+
+def parameter_shapes(config: ModelConfig) -> Any:
+    """Shapes and dtypes of the model's parameters, without their memory."""
+    tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    init = build_model(config).init
+    return jax.eval_shape(init, jax.random.key(0), tokens_BT)["params"]

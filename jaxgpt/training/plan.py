@@ -5,14 +5,14 @@ import dataclasses
 import jax
 
 from jaxgpt.config import Config
-from jaxgpt.models import build_model
+from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.text.corpus import load_corpus, named_vocab_size
 from jaxgpt.training.monitor import log_line
 from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import TrainState, abstract_state, compile_train_steps
 
 
-def step_flops(config: Config, params: int, position_params: int) -> int:
+def step_flops(config: Config) -> int:
     """Floating-point operations of one update, forward and backward.
 
     Per token: 6 for each parameter that multiplies, and 12 n_layer n_embd block_size
@@ -21,12 +21,13 @@ def step_flops(config: Config, params: int, position_params: int) -> int:
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
-    model = config.model
-    tokens = config.data.batch_size * model.block_size
-    if model.architecture == "bigram":  # a look-up multiplies nothing
+    if config.model.architecture == "bigram":  # a look-up multiplies nothing
         return 0
+    model = config.model
+    params = parameter_shapes(model)
+    multiplying = _size(params) - _size(params["wpe"])
     attention = 12 * model.n_layer * model.n_embd * model.block_size
-    return tokens * (6 * (params - position_params) + attention)
+    return config.data.batch_size * model.block_size * (6 * multiplying + attention)
 
 
 def describe(config: Config) -> list[str]:
@@ -44,22 +45,20 @@ def describe(config: Config) -> list[str]:
     model = build_model(config.model)
     state = abstract_state(model, config, mesh)
     params = _size(state.params)
-    positions = _size(state.params.get("wpe", {}))
     tokens = config.data.batch_size * config.model.block_size
     all_tokens = tokens * config.train.max_steps
-    memory = compile_train_steps(model, config, mesh, 1).memory_analysis()
     lines = [
-        f"parameters          {params:,} ({params - positions:,} without positions)",
-        f"tokens per step     {tokens:,}",
-        f"FLOPs per step      {step_flops(config, params, positions):.3g}",
-        f"tokens in all       {all_tokens:,} ({all_tokens / params:.1f} per parameter)",
-        f"devices             {mesh.size} x {jax.devices()[0].device_kind}",
+        f"parameters         {params:,}",
+        f"tokens per step    {tokens:,}",
+        f"FLOPs per step     {step_flops(config):.3g}",
+        f"tokens in all      {all_tokens:,} ({all_tokens / params:.1f} per parameter)",
+        f"devices            {mesh.size} x {mesh.devices.flat[0].device_kind}",
+        f"state per device   {_mebibytes(_bytes(state))}",
     ]
+    memory = compile_train_steps(model, config, mesh, 1).memory_analysis()
     if memory is not None:  # not every backend tells
-        lines += [
-            f"state per device    {_mebibytes(_state_bytes(state))}",
-            f"temporary memory    {_mebibytes(memory.temp_size_in_bytes)} per device",
-        ]
+        temporary = _mebibytes(memory.temp_size_in_bytes)
+        lines.append(f"temporary memory   {temporary} per device")
     return lines
 
 
@@ -67,7 +66,7 @@ def _size(tree: object) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _state_bytes(state: TrainState) -> int:
+def _bytes(state: TrainState) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

@@ -99,11 +99,13 @@ def make_train_step(
             )
             return token_losses(logits_BTV, targets_BT).mean()
 
-        rows_B = jnp.arange(len(batch[0]))
+        params, rows_B = state.params, jnp.arange(len(batch[0]))
         if axis_name:
             rows_B += jax.lax.axis_index(axis_name) * len(rows_B)
+            # Else shard_map sums the gradients of replicated parameters by itself.
+            params = jax.lax.pcast(params, axis_name, to="varying")
         loss, grads = _accumulate(
-            jax.value_and_grad(loss_fn), state.params, (*batch, rows_B), pieces
+            jax.value_and_grad(loss_fn), params, (*batch, rows_B), pieces
         )
         if axis_name:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
@@ -111,7 +113,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -136,8 +138,9 @@ def _accumulate(
     def add(total: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, loss_and_grads(params, *part)), None
 
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, zeros, parts)
+    no_grads = jax.tree.map(jnp.zeros_like, params)
+    no_loss = jnp.zeros_like(jax.tree.leaves(params)[0], shape=())  # mapped as they are
+    total, _ = jax.lax.scan(add, (no_loss, no_grads), parts)
     return jax.tree.map(lambda a: a / pieces, total)
 
 

@@ -1,0 +1,66 @@
+"""What all tests share: a cache, 8 CPU devices, a small corpus and a tiny model."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxgpt import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jaxgpt.models import build_model
+
+ROOT = Path(__file__).parent.parent
+os.environ["JAXGPT_CACHE"] = str(ROOT / ".pytest_cache" / "jaxgpt")
+jax.config.update("jax_num_cpu_devices", 8)
+
+TEXT = "".join(
+    f"{word} tells a tale of {n} winters.\n"
+    for n, word in enumerate(["Juliet", "Romeo", "Hamlet", "Lear", "Puck"] * 60)
+)
+
+TINY = Config(
+    model=ModelConfig(
+        n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11, dropout=0.3
+    ),
+    data=DataConfig(batch_size=8),
+    optimizer=OptimizerConfig(warmup_steps=2),
+    train=TrainConfig(max_steps=8, eval_interval=4, eval_iters=2, seed=3),
+)
+
+
+def changed(config: Config, **sections: dict[str, object]) -> Config:
+    """The config with fields of its sections replaced."""
+    return dataclasses.replace(
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **fields)
+            for name, fields in sections.items()
+        },
+    )
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """A small corpus of the user's own."""
+    path = tmp_path / "tales.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    """An empty cache folder for this test alone."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("JAXGPT_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A GPT of two layers with parameters that are not small, and those parameters."""
+    model = build_model(TINY.model)
+    tokens_BT = jax.numpy.zeros((1, 1), jax.numpy.int32)
+    params = model.init(jax.random.key(0), tokens_BT)["params"]
+    # GPT-2's small initialisation makes every logit nearly 0, and a test blind.
+    return model, jax.tree.map(lambda a: 8 * a if a.ndim > 2 else a, params)

@@ -1,0 +1,253 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import TINY, changed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy_gpt import logits as numpy_logits
+
+from jaxgpt import GPT
+from jaxgpt.models import build_model
+from jaxgpt.models.cache import empty_cache
+from jaxgpt.presets import PRESETS
+from jaxgpt.training.objective import token_losses
+
+T = TINY.model.block_size
+V = TINY.model.vocab_size
+ONE_ROW = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+def init(**model):
+    """A model like TINY's with some fields changed, and its initial parameters."""
+    model = build_model(changed(TINY, model=model).model)
+    return model, model.init(jax.random.key(0), ONE_ROW[:, :1])["params"]
+
+
+def randomised(params):
+    """Parameters of the same shapes, with nothing at zero, or at one."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda a: rng.normal(0.2, 0.4, a.shape).astype(np.float32), params
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gelu", ["exact", "tanh"])
+def test_logits_are_those_of_nanogpts_definition_in_numpy(bias, gelu):
+    model, params = init(bias=bias, gelu=gelu)
+    params = randomised(params)
+    expected = numpy_logits(
+        jax.tree.map(lambda a: np.asarray(a, np.float64), params), ONE_ROW[0], gelu
+    )
+    logits = model.apply({"params": params}, ONE_ROW)[0]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_future_tokens_do_not_change_past_logits(tiny_model):
+    model, params = tiny_model
+    before = model.apply({"params": params}, ONE_ROW)
+    for t in range(T):
+        after = model.apply({"params": params}, ONE_ROW.at[0, t].set(7))
+        np.testing.assert_array_equal(before[0, :t], after[0, :t])
+        assert not np.allclose(before[0, t], after[0, t])
+
+
+def test_each_logit_has_a_gradient_from_every_past_position_and_no_future_one(
+    tiny_model,
+):
+    model, params = tiny_model
+
+    def logit(positions, t):  # positions' embeddings stand for their inputs
+        changed = params | {"wpe": {"embedding": positions}}
+        return model.apply({"params": changed}, ONE_ROW)[0, t].sum()
+
+    for t in range(T):
+        grads_TC = jax.grad(logit)(params["wpe"]["embedding"], t)
+        reached = np.abs(grads_TC).max(axis=1) > 0
+        assert reached.tolist() == [s <= t for s in range(T)]
+
+
+@pytest.mark.parametrize(
+    ("preset", "excess"), [("shakespeare-char-cpu", 0.1), ("shakespeare-char", 0.3)]
+)
+def test_loss_at_init_is_near_that_of_uniform_odds(preset, excess):
+    config = changed(PRESETS[preset](), model={"vocab_size": 65}).model
+    model = build_model(config)
+    tokens = jax.random.randint(jax.random.key(0), (4, config.block_size + 1), 0, 65)
+    params = model.init(jax.random.key(0), tokens[:, :-1])
+    loss = token_losses(model.apply(params, tokens[:, :-1]), tokens[:, 1:]).mean()
+    assert -0.05 < loss - math.log(65) < excess
+
+
+def test_parameters_are_as_many_as_nanogpt_says():
+    config = changed(PRESETS["shakespeare-char"](), model={"vocab_size": 65}).model
+    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), ONE_ROW)
+    sizes = {
+        jax.tree_util.keystr(path): leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+    positions = next(size for name, size in sizes.items() if "wpe" in name)
+    # Counted by hand: embedding, 6 blocks of 12 n_embd^2 and two norms, final norm.
+    assert sum(sizes.values()) - positions == 65 * 384 + 6 * (12 * 384**2 + 768) + 384
+
+
+def test_initial_scales_are_gpt2s():
+    _, params = init(n_embd=256, n_layer=8, n_head=4, bias=True)
+    block = params["h"]
+    for kernel in (
+        params["wte"]["embedding"],
+        block["attn"]["c_attn"]["kernel"],
+        block["mlp"]["c_fc"]["kernel"],
+    ):
+        assert kernel.std() == pytest.approx(0.02, rel=0.05)
+    for kernel in (block["attn"]["c_proj"]["kernel"], block["mlp"]["c_proj"]["kernel"]):
+        assert kernel.std() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+    assert not any(
+        layer["bias"].any() for layer in (block["mlp"]["c_fc"], block["ln_1"])
+    )
+    assert not np.allclose(*block["mlp"]["c_fc"]["kernel"][:2])  # layers differ
+
+
+def test_one_batch_can_be_overfit():
+    model, params = init(n_embd=32)
+    inputs, targets = ONE_ROW[:, :-1], ONE_ROW[:, 1:]
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(carry, _):
+        params, state = carry
+
+        def loss_fn(params):
+            return token_losses(model.apply({"params": params}, inputs), targets).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, state = optimizer.update(grads, state)
+        return (optax.apply_updates(params, updates), state), loss
+
+    _, losses = jax.lax.scan(step, (params, optimizer.init(params)), length=100)
+    assert losses[0] > 2
+    assert losses[-1] < 0.01
+
+
+def test_more_tokens_than_positions_are_an_error(tiny_model):
+    model, params = tiny_model
+    with pytest.raises(ValueError, match="9 tokens do not fit block_size=8"):
+        model.apply({"params": params}, jnp.zeros((1, T + 1), jnp.int32))
+
+
+def test_the_program_is_as_long_for_a_deep_model_as_for_a_shallow_one():
+    def program_lines(n_layer):
+        model = build_model(changed(TINY, model={"n_layer": n_layer}).model)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), ONE_ROW)
+        return len(jax.jit(model.apply).lower(shapes, ONE_ROW).as_text().splitlines())
+
+    assert program_lines(2) == program_lines(24)
+
+
+def test_rematerialisation_saves_memory_and_changes_no_gradient():
+    def gradient(remat):
+        shape = {"n_layer": 8, "n_embd": 32, "block_size": 64, "dropout": 0.3}
+        model = build_model(changed(TINY, model=shape | {"remat": remat}).model)
+        tokens = jnp.zeros((4, 64), jnp.int32)
+
+        def loss(params):
+            logits = model.apply(
+                params, tokens, deterministic=False, rngs={"dropout": jax.random.key(2)}
+            )
+            return (logits**2).mean()
+
+        params = model.init(jax.random.key(0), tokens)
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
+
+    (kept, kept_bytes), (remade, remade_bytes) = gradient(False), gradient(True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), kept, remade)
+    assert remade_bytes < 0.5 * kept_bytes
+
+
+def test_bfloat16_computes_near_float32_and_keeps_parameters_and_logits_float32():
+    model, params = init(compute_dtype="bfloat16")
+    exact, _ = init()
+    assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    logits = model.apply({"params": params}, ONE_ROW)
+    assert logits.dtype == jnp.float32
+    expected = exact.apply({"params": params}, ONE_ROW)
+    assert not np.array_equal(logits, expected)
+    np.testing.assert_allclose(logits, expected, atol=2e-2 * np.abs(expected).max())
+
+
+def dropped_logits(model, params, tokens, rows):
+    return model.apply(
+        {"params": params},
+        tokens,
+        deterministic=False,
+        rows_B=rows,
+        rngs={"dropout": jax.random.key(5)},
+    )
+
+
+def test_dropout_follows_the_row_wherever_it_stands(tiny_model):
+    model, params = tiny_model
+    tokens = jnp.tile(ONE_ROW, (4, 1))
+    whole = dropped_logits(model, params, tokens, jnp.arange(4))
+    part = dropped_logits(model, params, tokens[:2], jnp.array([3, 1]))
+    np.testing.assert_allclose(part, whole[jnp.array([3, 1])], atol=1e-5)
+    assert not np.allclose(whole[0], whole[1])  # the same tokens, other masks
+    np.testing.assert_array_equal(whole, dropped_logits(model, params, tokens, None))
+
+
+def test_dropout_is_off_unless_asked_for(tiny_model):
+    model, params = tiny_model
+    off = model.apply({"params": params}, ONE_ROW)
+    np.testing.assert_array_equal(off, model.apply({"params": params}, ONE_ROW))
+    assert not np.allclose(off, dropped_logits(model, params, ONE_ROW, None))
+
+
+def test_each_layer_draws_its_own_dropout_mask():
+    model, params = init(n_embd=64, vocab_size=64, dropout=0.5, bias=True)
+    params = jax.tree.map(jnp.zeros_like, params)
+    # Each block adds its mask to the stream, and the head shows the stream as it is.
+    params["h"]["mlp"]["c_proj"]["bias"] += 1.0
+    params["ln_f"]["scale"] += 1.0
+    params["wte"]["embedding"] += 1e-3 * jnp.eye(64)
+    stream_C = np.sort(dropped_logits(model, params, ONE_ROW, None)[0, 0])
+    levels = 1 + (np.diff(stream_C) > 0.1 * np.ptp(stream_C)).sum()
+    assert levels == 3  # kept by no layer, by one, by both; equal masks would give 2
+
+
+def test_dropout_keeps_the_mean():
+    model, params = init(dropout=0.3)
+    tokens = jnp.tile(ONE_ROW[:, :1], (4000, 1))
+    mean = dropped_logits(model, params, tokens, None).mean(axis=0)
+    # A linear look would do for one layer; LayerNorm bends the mean a little.
+    off = model.apply({"params": params}, ONE_ROW[:, :1])[0]
+    assert np.corrcoef(mean.ravel(), off.ravel())[0, 1] > 0.98
+
+
+@given(st.lists(st.integers(1, T), min_size=1, max_size=3), st.integers(0, 2**16))
+@settings(max_examples=25, deadline=None)
+def test_reading_in_pieces_gives_the_logits_of_reading_at_once(
+    tiny_model, pieces, seed
+):
+    model, params = tiny_model
+    tokens = jax.random.randint(jax.random.key(seed), (2, T), 0, V)
+    cache, read = empty_cache(model.config, 2), 0
+    for size in pieces:
+        size = min(size, T - read)
+        if not size:
+            break
+        logits, cache = model.apply(
+            {"params": params},
+            tokens[:, read : read + size],
+            jnp.full(2, size),
+            cache,
+            method=GPT.decode,
+        )
+        read += size
+        expected = model.apply({"params": params}, tokens[:, :read])[:, -1]
+        np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=1e-5)
+    assert cache.length_B.tolist() == [read, read]

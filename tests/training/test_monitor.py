@@ -1,0 +1,89 @@
+import json
+import time
+
+import jax.numpy as jnp
+import matplotlib.image
+import pytest
+from conftest import TINY, changed
+
+from jaxgpt.training.monitor import Monitor, read_rows, rewind
+
+CONFIG = changed(TINY, train={"log_interval": 2})
+
+
+def steps(count, loss=1.0):
+    """Metrics of a call's steps."""
+    names = ("loss", "learning_rate", "grad_norm")
+    return {name: jnp.full(count, loss) for name in names}
+
+
+def session(run_dir, resumed_step=None):
+    return Monitor(run_dir, CONFIG, resumed_step, time.monotonic())
+
+
+def rows_of(run_dir, event):
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return [row for row in rows if row["event"] == event]
+
+
+def test_rows_have_the_fields_of_their_event(tmp_path):
+    with session(tmp_path) as monitor:
+        monitor.eval(0, train_loss=4.0, val_loss=4.5)
+        monitor.train(0, steps(3), time.monotonic())
+        monitor.train(3, steps(5), time.monotonic())
+        monitor.eval(8, train_loss=2.0, val_loss=2.5)
+        monitor.done(8, 2.25)
+    train = rows_of(tmp_path, "train")
+    assert [row["step"] for row in train] == [2, 4, 6, 8]  # every log_interval
+    assert list(train[0]) == [
+        "event",
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "elapsed_seconds",
+    ]
+    evals = rows_of(tmp_path, "eval")
+    assert list(evals[0])[1:] == ["step", "train_loss", "val_loss", "elapsed_seconds"]
+    (done,) = rows_of(tmp_path, "done")
+    assert (done["step"], done["val_loss"], done["best_val_loss"]) == (8, 2.25, 2.5)
+
+
+def test_the_curve_is_a_picture(tmp_path):
+    with session(tmp_path) as monitor:
+        monitor.train(0, steps(8), time.monotonic())
+        monitor.eval(8, train_loss=2.0, val_loss=2.5)
+    picture = matplotlib.image.imread(tmp_path / "loss.png")
+    assert picture.std() > 0.01  # not a blank page
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_at_its_step_and_is_not_logged(tmp_path, loss):
+    metrics = steps(4)
+    metrics["loss"] = metrics["loss"].at[2].set(loss)
+    with session(tmp_path) as monitor:
+        monitor.train(4, metrics, time.monotonic())
+        with pytest.raises(FloatingPointError, match="at step 7"):
+            monitor.flush()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [6]
+
+
+def test_resuming_drops_a_torn_line_later_rows_and_the_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"event": "train", "step": step} for step in (1, 2, 3)]
+    done = {"event": "done", "step": 2}
+    lines = [json.dumps(row) for row in [*rows, done]]
+    path.write_text("\n".join(lines) + '\n{"event": "tra')
+    assert rewind(path, 2) == rows[:2]
+    assert read_rows(path) == rows[:2]
+
+
+def test_elapsed_seconds_accumulate_over_resumes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    row = {"event": "train", "step": 4, "elapsed_seconds": 1000.0}
+    path.write_text(json.dumps(row) + "\n")
+    with session(tmp_path, resumed_step=4) as monitor:
+        monitor.train(4, steps(4), time.monotonic())
+        monitor.flush()
+    assert 1000 < rows_of(tmp_path, "train")[-1]["elapsed_seconds"] < 1100

@@ -1,0 +1,157 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, changed
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt import TrainConfig
+from jaxgpt.models import build_model
+from jaxgpt.text.batches import stack_batches
+from jaxgpt.training.sharding import make_mesh
+from jaxgpt.training.step import (
+    compile_train_steps,
+    create_state,
+    init_state,
+    make_train_step,
+    next_stop,
+)
+
+STEPS = 4
+TOKENS = np.random.default_rng(0).integers(11, size=200).astype(np.uint16)
+BATCHES = stack_batches(TOKENS, range(STEPS), TINY)
+
+
+def run(config, calls=(STEPS,)):
+    """Trains for STEPS steps, so many a call; returns losses, norms and parameters."""
+    model, mesh = build_model(config.model), make_mesh(config, lambda line: None)
+    state, rows, step = create_state(model, config, mesh), [], 0
+    for count in calls:
+        train_steps = compile_train_steps(model, config, mesh, count)
+        batches = jax.tree.map(lambda a: a[step : step + count], BATCHES)  # noqa: B023
+        state, metrics = train_steps(state, batches)
+        rows += zip(metrics["loss"], metrics["grad_norm"], strict=True)
+        step += count
+    assert state.step == STEPS
+    return jax.device_get((rows, state.params))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Plain training on one device, dropout on."""
+    return run(changed(TINY, mesh={"data": 1}))
+
+
+def assert_same(one, other, tolerance):
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=0, atol=tolerance), one, other
+    )
+
+
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_accumulated_pieces_train_as_the_whole_batch_with_dropout(reference, pieces):
+    data = {"gradient_accumulation_steps": pieces}
+    assert_same(run(changed(TINY, data=data, mesh={"data": 1})), reference, 2e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_devices_that_share_the_batch_train_as_one(reference, devices):
+    assert_same(run(changed(TINY, mesh={"data": devices})), reference, 2e-5)
+
+
+def test_pieces_on_several_devices_train_as_one_whole(reference):
+    config = changed(TINY, data={"gradient_accumulation_steps": 2}, mesh={"data": 4})
+    assert_same(run(config), reference, 2e-5)
+
+
+def test_steps_in_one_call_are_bitwise_those_of_several_calls(reference):
+    for calls in ((1, 1, 1, 1), (1, 3)):
+        assert_same(run(changed(TINY, mesh={"data": 1}), calls), reference, 0)
+
+
+def test_dropout_changes_from_step_to_step():
+    config = changed(TINY, optimizer={"learning_rate": 1e-12, "min_lr": 0.0})
+    same = jax.tree.map(lambda a: np.stack([a[0]] * 2), BATCHES)
+    model, mesh = build_model(config.model), make_mesh(config)
+    state = create_state(model, config, mesh)
+    _, metrics = compile_train_steps(model, config, mesh, 2)(state, same)
+    assert metrics["loss"][0] != metrics["loss"][1]
+
+
+def run_mapped(train_step, state, batches):
+    """As `run`, with a step that is mapped over devices in one way or another."""
+    rows = []
+    for step in range(STEPS):
+        state, metrics = train_step(state, jax.tree.map(lambda a: a[step], batches))  # noqa: B023
+        rows.append((metrics["loss"], metrics["grad_norm"]))
+    return jax.device_get((rows, state.params))
+
+
+def test_pmap_trains_as_one_device(reference):
+    model = build_model(TINY.model)
+    train_step = make_train_step(model, TINY, axis_name="data")
+    shards = jax.tree.map(lambda a: a.reshape(STEPS, 8, 1, *a.shape[2:]), BATCHES)
+    copies = jax.tree.map(lambda a: jnp.stack([a] * 8), init_state(model, TINY))
+    result = run_mapped(jax.pmap(train_step, axis_name="data"), copies, shards)
+    for device in range(8):
+        one = jax.tree.map(lambda a: a[device], result)  # noqa: B023
+        assert_same(one, reference, 2e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_shard_map_trains_as_one_device(reference, check_vma, pieces):
+    config = changed(TINY, data={"gradient_accumulation_steps": pieces})
+    model = build_model(config.model)
+    train_step = make_train_step(model, config, axis_name="data")
+    sharded_step = jax.shard_map(
+        train_step,
+        mesh=make_mesh(changed(config, mesh={"data": 4})),
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    result = run_mapped(jax.jit(sharded_step), init_state(model, config), BATCHES)
+    assert_same(result, reference, 2e-5)
+
+
+def test_seed_decides_the_initial_parameters():
+    model = build_model(TINY.model)
+    one, again, other = (
+        init_state(model, changed(TINY, train={"seed": seed})).params["wte"]
+        for seed in (1, 1, 2)
+    )
+    assert_same(one, again, 0)
+    assert not np.allclose(one["embedding"], other["embedding"])
+
+
+def test_no_call_runs_past_what_is_due():
+    config = TrainConfig(
+        max_steps=23, eval_interval=10, checkpoint_interval=7, steps_per_call=4
+    )
+    stops, step = [], 0
+    while step < 23:
+        step = next_stop(step, config)
+        stops.append(step)
+    assert stops == [4, 7, 10, 14, 18, 20, 21, 23]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mesh": {"data": 9}}, "mesh.data=9, but there are 8 devices"),
+        ({"mesh": {"data": 3}}, "do not divide over mesh.data=3"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_an_error(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(changed(TINY, **fields))
+
+
+def test_the_mesh_takes_as_many_devices_as_divide_the_rows_and_says_so():
+    lines = []
+    mesh = make_mesh(changed(TINY, data={"batch_size": 6}), lines.append)
+    assert mesh.size == 6
+    assert lines == ["training on 6 of 8 devices, for 6 rows at once"]
