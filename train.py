@@ -64,6 +64,7 @@ def train(config: Config, run_dir: Path, options: RunOptions) -> int:
     else:
         state = restore_state(checkpoints, resumed_step, model, config, mesh)
         step = resumed_step
+        log_line(f"resuming {run_dir} from step {step}")
 
     with (
         checkpoints,

@@ -46,6 +46,5 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    if config.grad_clip == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
+    clip = optax.clip_by_global_norm(config.grad_clip)
+    return optax.chain(clip if config.grad_clip else optax.identity(), adamw)

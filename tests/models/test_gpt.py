@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,7 @@ def test_bfloat16_computes_near_float32_and_keeps_parameters_and_logits_float32(
     np.testing.assert_allclose(logits, expected, atol=2e-2 * np.abs(expected).max())
 
 
+@partial(jax.jit, static_argnums=0)
 def dropped_logits(model, params, tokens, rows):
     return model.apply(
         {"params": params},

@@ -1,0 +1,80 @@
+import dataclasses
+
+import pytest
+from conftest import TINY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgpt import CharTokenizer, Run, SamplingConfig, generate
+from jaxgpt.generation import stream
+from jaxgpt.generation.stream import stream_text
+
+OPTIONS = {"max_new_tokens": 40, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model):
+    model, params = tiny_model
+    return Run(TINY, CharTokenizer("\nabcdefghij"), model, params, 0)
+
+
+def test_streamed_pieces_are_the_whole_text(run):
+    pieces = list(stream_text(run, "abc", num_samples=2, **OPTIONS))
+    assert len(pieces) > 2
+    texts = generate(run, "abc", num_samples=2, **OPTIONS)
+    assert texts == ["".join(piece[row] for piece in pieces) for row in (0, 1)]
+    assert [len(text) for text in texts] == [40, 40]
+    assert texts[0] != texts[1]
+
+
+def test_the_empty_prompt_stands_for_a_newline(run):
+    assert generate(run, "", **OPTIONS) == generate(run, "\n", **OPTIONS)
+    assert stream.empty_prompt(CharTokenizer("xyz")) == "x"
+
+
+def test_a_sample_ends_before_the_stop_text_and_the_others_go_on(run):
+    first, second = generate(run, "abc", num_samples=2, **OPTIONS)
+    stop = first[15:18]  # across two calls of TOKENS_PER_CALL
+    stopped = generate(run, "abc", num_samples=2, stop=stop, **OPTIONS)
+    assert stopped[0] == first[: first.index(stop)]
+    assert stopped[1] == second.split(stop)[0]
+
+
+@given(
+    st.lists(st.text("ab", max_size=4), max_size=8),
+    st.text("ab", min_size=1, max_size=4),
+)
+def test_stop_text_is_found_however_the_text_is_cut(pieces, stop):
+    shown, held = "", ""
+    for piece in pieces:
+        text, held, found = stream._until_stop(held + piece, stop)
+        shown += text
+        if found:
+            break
+    assert shown + held == "".join(pieces).split(stop)[0]
+    assert stop not in shown
+
+
+@given(st.text(max_size=6))
+def test_any_prompt_gives_text_or_names_the_character(run, prompt):
+    if set(prompt) <= set(run.tokenizer.characters):
+        assert len(generate(run, prompt, max_new_tokens=1)[0]) == 1
+    else:
+        with pytest.raises(ValueError, match="is not in the vocabulary"):
+            generate(run, prompt, max_new_tokens=1)
+
+
+def test_a_run_without_tokenizer_says_what_is_missing(run):
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        generate(dataclasses.replace(run, tokenizer=None), "abc")
+
+
+def test_num_samples_below_1_is_an_error(run):
+    with pytest.raises(ValueError, match="num_samples=0 must be at least 1"):
+        generate(run, "abc", num_samples=0)
+
+
+def test_greedy_samples_are_alike(run):
+    greedy = SamplingConfig(temperature=0.0)
+    one, other = generate(run, "abc", num_samples=2, sampling=greedy, max_new_tokens=20)
+    assert one == other

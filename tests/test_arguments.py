@@ -1,0 +1,113 @@
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY, changed
+
+from jaxgpt.arguments import parse_arguments
+from jaxgpt.presets import PRESETS
+from jaxgpt.run import prepare_run, save_config
+
+
+def config_of(*argv):
+    return parse_arguments(list(argv))[0]
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A directory with a run that has not trained yet."""
+    folder = tmp_path / "run"
+    prepare_run(folder, resume=False, overwrite=False)
+    save_config(folder, TINY, None)
+    return folder
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_trains_into_its_own_directory(preset):
+    config, run_dir, _ = parse_arguments([preset])
+    assert config == PRESETS[preset]()
+    assert run_dir == Path("runs") / preset
+
+
+def test_without_a_preset_the_one_for_the_device_is_taken_and_named(capsys):
+    config, run_dir, _ = parse_arguments(["--train.max-steps", "7"])
+    expected = PRESETS["shakespeare-char-cpu"]()
+    assert config == changed(expected, train={"max_steps": 7})
+    assert run_dir == Path("runs/shakespeare-char-cpu")
+    assert "no preset given: shakespeare-char-cpu" in capsys.readouterr().err
+
+
+def test_fields_are_overridden_and_the_rest_is_kept():
+    argv = ["smoke", "--model.n-layer", "3", "--optimizer.learning-rate", "1e-2"]
+    argv += ["--data.path", "a.txt", "b.txt", "--model.bias", "--train.seed=5"]
+    assert config_of(*argv) == changed(
+        PRESETS["smoke"](),
+        model={"n_layer": 3, "bias": True},
+        optimizer={"learning_rate": 1e-2},
+        data={"path": ("a.txt", "b.txt")},
+        train={"seed": 5},
+    )
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean shakespeare-char"):
+        parse_arguments(["shakespear-char"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.max-step", "3"], "--train.max-steps"),
+        (["--model.n-layer", "four"], "invalid literal for int"),
+        (["--model.gelu", "fast"], "('exact', 'tanh')"),
+        (["--model.n-head", "3"], "n_embd=64 is not divisible by n_head=3"),
+        (["--optimizer.beta1", "2"], "beta1=2.0 must be at least 0, under 1"),
+        (["--out-dir"], "--out-dir"),
+    ],
+)
+def test_a_bad_flag_exits_with_a_message(capsys, argv, message):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(["smoke", *argv])
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
+def test_help_explains_every_field_and_lists_the_presets(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    for preset in PRESETS:
+        assert f"{preset}:" in text
+    assert "--model.n-layer INT Transformer blocks" in text
+    assert "--resume go on from the last checkpoint" in text
+
+
+def test_a_resumed_run_keeps_its_config_but_for_overrides(run_dir):
+    argv = ["--out-dir", str(run_dir), "--resume", "--train.max-steps", "99"]
+    assert config_of(*argv) == changed(TINY, train={"max_steps": 99})
+
+
+def test_an_override_that_changes_a_resumed_model_is_refused(run_dir):
+    argv = ["--out-dir", str(run_dir), "--resume", "--model.n-layer", "3"]
+    with pytest.raises(ValueError, match=r"--model\.n-layer 3 contradicts the run"):
+        parse_arguments(argv)
+
+
+def test_resuming_nothing_is_an_error_without_a_preset_to_start(tmp_path):
+    argv = ["--out-dir", str(tmp_path / "none"), "--resume"]
+    with pytest.raises(FileNotFoundError, match=r"no run in .* to resume"):
+        parse_arguments(argv)
+    assert config_of("smoke", *argv) == PRESETS["smoke"]()
+
+
+def test_resume_and_overwrite_exclude_each_other():
+    with pytest.raises(ValueError, match="exclude each other"):
+        parse_arguments(["smoke", "--resume", "--overwrite"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"model": {"x": 1}})])
+def test_a_damaged_config_is_named(run_dir, content):
+    (run_dir / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json is not a config of jaxgpt"):
+        parse_arguments(["--out-dir", str(run_dir), "--resume"])

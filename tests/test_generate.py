@@ -1,0 +1,127 @@
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY, changed
+
+import generate
+import train
+from jaxgpt import load_run, runtime
+from jaxgpt.arguments import RunOptions
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run that has learnt a little of a small text."""
+    folder = tmp_path_factory.mktemp("generate")
+    text = folder / "text.txt"
+    text.write_text("To be, or not to be.\n" * 40)
+    config = changed(TINY, model={"vocab_size": None}, train={"eval_interval": 8})
+    config = changed(config, data={"path": (str(text),)})
+    train.train(config, folder / "run", RunOptions())
+    return folder / "run"
+
+
+@pytest.fixture
+def sample(run_dir, monkeypatch, capsys):
+    """Calls generate.py in this process; returns stdout and stderr."""
+    monkeypatch.setattr(runtime, "start", lambda: None)
+
+    def call(*arguments):
+        argv = ["generate.py", "--run-dir", str(run_dir), *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        generate.main()
+        return capsys.readouterr()
+
+    return call
+
+
+def test_stdout_is_prompt_and_continuation_and_nothing_else(sample):
+    out, err = sample("--prompt", "be", "--max-new-tokens", "30")
+    assert out.startswith("be")
+    assert len(out) == 2 + 30 + 1
+    assert err == ""
+
+
+def test_the_same_seed_gives_the_same_text(sample):
+    one, again, other = (sample("--seed", seed).out for seed in ("1", "1", "2"))
+    assert one == again != other
+    assert one.startswith("\n")  # the empty prompt
+    assert len(one) == 1 + 500 + 1
+
+
+def test_samples_are_separated_by_dashes_and_the_first_is_the_single_one(sample):
+    single = sample("--prompt", "To", "--max-new-tokens", "40").out
+    out = sample("--prompt", "To", "--max-new-tokens", "40", "--num-samples", "3").out
+    samples = re.split(r"\n-{40}\n", out)
+    assert samples[0] + "\n" == single
+    assert len(samples) == len(set(samples)) == 3
+    assert all(text.startswith("To") for text in samples)
+
+
+def test_a_prompt_comes_from_a_file_and_is_cropped_to_the_window(sample, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("not to be or not")
+    out, err = sample("--prompt", f"FILE:{path}", "--max-new-tokens", "20")
+    assert out.startswith("not to be or not")
+    assert err == "the prompt has 16 tokens; the model sees the last 8\n"
+    cropped = sample("--prompt", "e or not", "--max-new-tokens", "20").out
+    assert out.endswith(cropped)
+
+
+def test_greedy_does_not_depend_on_the_seed(sample):
+    one, other = (sample("--temperature", "0", "--seed", s).out for s in ("1", "2"))
+    assert one == other
+
+
+def test_text_ends_before_the_stop_text(sample):
+    whole = sample("--prompt", "To").out
+    stopped = sample("--prompt", "To", "--stop", whole[20:22]).out
+    assert stopped == "To" + whole[2:-1].split(whole[20:22])[0] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--prompt", "Zounds"],
+            "character 'Z' at position 0 is not in the vocabulary",
+        ),
+        (["--top-k", "99"], "top_k=99 is above vocab_size=11"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["--num-samples", "0"], "num_samples=0 must be at least 1"),
+        (["--checkpoint", "3"], "checkpoint '3' is not one of: best, latest, 8"),
+        (["--prompt", "FILE:/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input_is_an_error_that_names_it(sample, arguments, message):
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        sample(*arguments)
+
+
+def test_an_unknown_flag_names_the_nearest(sample, capsys):
+    with pytest.raises(SystemExit):
+        sample("--tmperature", "1")
+    assert "--temperature" in capsys.readouterr().err
+
+
+def test_a_prompt_file_that_is_not_utf8_is_named(sample, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"prompt\.txt is not UTF-8 text"):
+        sample("--prompt", f"FILE:{path}")
+
+
+def test_the_command_prints_errors_as_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "generate.py"), "--run-dir", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: {tmp_path} is not a run")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_every_checkpoint_can_be_sampled(sample, run_dir):
+    step = str(load_run(run_dir).step)
+    assert sample("--checkpoint", step).out == sample("--checkpoint", "latest").out

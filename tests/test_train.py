@@ -1,0 +1,180 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, TEXT, TINY, changed
+
+import train
+from jaxgpt import load_run
+from jaxgpt.arguments import RunOptions
+from jaxgpt.training.monitor import read_rows
+
+
+def train_py(*arguments):
+    """The command, and its environment: that of a script, not of the tests."""
+    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        train_py(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def finish(process, code=0):
+    """Waits; returns stdout and stderr."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    return out, err
+
+
+def losses(run_dir):
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return [(r["step"], r["loss"]) for r in rows if r["event"] == "train"]
+
+
+def assert_same_parameters(one_dir, other_dir):
+    one, other = (load_run(folder, "latest") for folder in (one_dir, other_dir))
+    assert one.step == other.step
+    for a, b in zip(
+        *(jax.tree.leaves(run.params) for run in (one, other)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """`python train.py smoke`, uninterrupted: its directory, stdout and stderr."""
+    run_dir = tmp_path_factory.mktemp("runs") / "smoke"
+    return run_dir, *finish(start("smoke", "--out-dir", run_dir))
+
+
+def test_smoke_trains_logs_every_step_draws_and_samples(smoke):
+    run_dir, out, err = smoke
+    rows = read_rows(run_dir / "metrics.jsonl")
+    assert [step for step, _ in losses(run_dir)] == list(range(1, 101))
+    evals = [row for row in rows if row["event"] == "eval"]
+    assert [row["step"] for row in evals] == [0, 50, 100]
+    assert evals[0]["val_loss"] > 4.1
+    assert evals[2]["val_loss"] < 3.0
+    assert rows[-1]["event"] == "done"
+    assert abs(rows[-1]["val_loss"] - evals[2]["val_loss"]) < 0.1
+    assert len(out) == 401  # the sample and a newline, nothing else
+    assert "step 100/100" in err
+    assert (run_dir / "loss.png").stat().st_size > 10_000
+
+
+def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(smoke, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start("smoke", "--out-dir", run_dir)
+    while not process.stderr.readline().startswith("step 60/"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, 130)
+    assert f"--out-dir {run_dir} --resume" in err
+    stopped = load_run(run_dir, "latest").step
+    assert 60 <= stopped < 100
+    assert len(losses(run_dir)) == stopped
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "ste')  # as a kill may leave it
+    _, err = finish(start("--out-dir", run_dir, "--resume"))
+    assert f"from step {stopped}" in err
+    assert losses(run_dir) == losses(smoke[0])
+    assert_same_parameters(run_dir, smoke[0])
+
+
+def test_a_dry_run_needs_no_corpus_and_picks_the_preset_for_the_device(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
+    out, err = finish(start("--dry-run"))
+    assert "no preset given: shakespeare-char-cpu" in err
+    assert "parameters         804,096" in out
+    assert re.search(r"temporary memory   [\d.]+ MiB per device", out)
+    assert not list(tmp_path.glob("cache/t*"))  # no text, no tokens
+
+
+@pytest.fixture
+def tales(text_file):
+    """A config that trains on the small text in a second, in this process."""
+    config = changed(TINY, model={"vocab_size": None}, train={"checkpoint_interval": 4})
+    return changed(config, data={"path": (str(text_file),)})
+
+
+def test_training_again_needs_a_word_and_then_starts_afresh(tales, tmp_path):
+    run_dir = tmp_path / "run"
+    assert train.train(tales, run_dir, RunOptions()) == 0
+    first = losses(run_dir)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        train.train(tales, run_dir, RunOptions())
+    assert losses(run_dir) == first
+    other = changed(tales, train={"max_steps": 4})
+    train.train(other, run_dir, RunOptions(overwrite=True))
+    assert load_run(run_dir, "latest").step == 4
+
+
+def test_a_resumed_run_may_go_on_for_longer(tales, tmp_path):
+    run_dir = tmp_path / "run"
+    train.train(tales, run_dir, RunOptions())
+    longer = changed(load_run(run_dir).config, train={"max_steps": 12})
+    train.train(longer, run_dir, RunOptions(resume=True))
+    rows = read_rows(run_dir / "metrics.jsonl")
+    steps = [row["step"] for row in rows if row["event"] == "eval"]
+    assert steps == [0, 4, 8, 12]
+    assert [row["event"] for row in rows].count("done") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    tales, tmp_path
+):
+    run_dir = tmp_path / "run"
+    train.train(changed(tales, train={"max_steps": 4}), run_dir, RunOptions())
+    wild = {"learning_rate": 1e38, "warmup_steps": 0, "grad_clip": 0.0}
+    config = changed(load_run(run_dir).config, optimizer=wild, train={"max_steps": 12})
+    with pytest.raises(FloatingPointError, match=r"at step [67]"):
+        train.train(config, run_dir, RunOptions(resume=True))
+    run = load_run(run_dir, "latest")
+    assert run.step == 4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.params))
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_at_step_0(tales, tmp_path):
+    run_dir = tmp_path / "run"
+    reference_dir = tmp_path / "reference"
+    train.train(tales, reference_dir, RunOptions())
+    train.train(tales, run_dir, RunOptions())
+    for path in (run_dir / "checkpoints").iterdir():
+        path.rename(tmp_path / path.name)
+    train.train(load_run(reference_dir).config, run_dir, RunOptions(resume=True))
+    assert losses(run_dir) == losses(reference_dir)
+
+
+def test_the_corpus_of_a_resumed_run_must_be_the_same(tales, text_file, tmp_path):
+    run_dir = tmp_path / "run"
+    train.train(tales, run_dir, RunOptions())
+    config = load_run(run_dir).config
+    text_file.write_text(TEXT[::-1])
+    with pytest.raises(ValueError, match="the corpus has changed"):
+        train.train(config, run_dir, RunOptions(resume=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smoke", "--data.path", "/nowhere"], "/nowhere is not a file"),
+        (["smok"], "there is no preset 'smok'; did you mean smoke?"),
+    ],
+)
+def test_an_error_is_one_line_and_no_traceback(arguments, message):
+    _, err = finish(start(*arguments), code=1)
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {message}")
