@@ -15,7 +15,7 @@ from jaxgpt.config import (
 
 
 def smoke() -> Config:
-    """A tiny GPT that shows everything works: seconds on 2 CPU cores, val FILL.
+    """A tiny GPT that shows everything works: 10 s on 2 CPU cores, val 2.92.
 
     python train.py smoke
     """
@@ -61,7 +61,7 @@ def lecture_bigram() -> Config:
 
 
 def shakespeare_char_cpu() -> Config:
-    """nanoGPT's recipe for a laptop: FILL on 2 CPU cores, val FILL.
+    """nanoGPT's recipe for a laptop: 70 s on 2 CPU cores, val 1.90.
 
     python train.py shakespeare-char-cpu
     """
@@ -69,7 +69,7 @@ def shakespeare_char_cpu() -> Config:
 
 
 def shakespeare_char() -> Config:
-    """nanoGPT's 10.8M parameter recipe: minutes on a GPU or TPU, val 1.47.
+    """nanoGPT's 10.8M parameters: by its account 3 min on an A100, val 1.47.
 
     python train.py shakespeare-char
     """
@@ -88,11 +88,11 @@ def shakespeare_char() -> Config:
 
 
 def gpt2_124m() -> Config:
-    """GPT-2's smallest model, trained on OpenWebText: days on 8 GPUs, val 2.85.
+    """GPT-2's smallest, on OpenWebText: by nanoGPT's account 4 days on 8 A100s, 2.85.
 
     python train.py gpt2-124m --data.path DIR
 
-    DIR holds the train.bin and val.bin of nanoGPT's data/openwebtext/prepare.py.
+    DIR holds what nanoGPT's data/openwebtext/prepare.py makes: train.bin, val.bin.
     """
     return Config(
         model=ModelConfig(

@@ -13,6 +13,9 @@ from jaxgpt.models import build_model
 ROOT = Path(__file__).parent.parent
 os.environ["JAXGPT_CACHE"] = str(ROOT / ".pytest_cache" / "jaxgpt")
 jax.config.update("jax_num_cpu_devices", 8)
+# The tests build the same programs over and over, as a user's runs do.
+jax.config.update("jax_compilation_cache_dir", os.environ["JAXGPT_CACHE"] + "/xla")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 TEXT = "".join(
     f"{word} tells a tale of {n} winters.\n"

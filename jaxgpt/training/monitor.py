@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from jaxgpt.config import Config
 from jaxgpt.run import CURVE, METRICS
 
-_STEP_METRICS = ("loss", "learning_rate", "grad_norm")
+_METRICS = ("loss", "learning_rate", "grad_norm")
 
 
 def log_line(line: str) -> None:
@@ -108,16 +108,16 @@ class Monitor(AbstractContextManager):
         self._pending = None
         metrics = jax.device_get(metrics)  # waits for the call
         end = time.monotonic()
-        losses = metrics["loss"].tolist()
+        count = len(metrics["loss"])
         seconds = end - max(started, self._last_end)
-        rate = self._tokens_per_step * len(losses) / seconds
+        rate = self._tokens_per_step * count / seconds
         self._last_end = end
-        for i in range(len(losses)):
-            values = {name: float(metrics[name][i]) for name in _STEP_METRICS}
-            _check_finite(first + i + 1, values)
-            if (first + i + 1) % self._config.log_interval == 0:
-                self._write("train", first + i + 1, **values, tokens_per_second=rate)
-        self._show(first + len(losses), losses[-1], rate)
+        for step in range(first + 1, first + count + 1):
+            values = {name: float(metrics[name][step - first - 1]) for name in _METRICS}
+            _check_finite(step, values)
+            if step % self._config.log_interval == 0:
+                self._write("train", step, **values, tokens_per_second=rate)
+                self._show(step, values["loss"], rate)
 
     def _write(self, event: str, step: int, **values: float) -> None:
         _check_finite(step, values)
@@ -152,7 +152,7 @@ def _progress_bar(max_steps: int, step: int) -> Progress | None:
         TimeRemainingColumn(),
         console=console,
     )
-    bar.add_task("", total=max_steps, completed=step, figures="compiling")
+    bar.add_task("", total=max_steps, completed=step, figures="starting")
     return bar
 
 

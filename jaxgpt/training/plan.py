@@ -53,11 +53,11 @@ def describe(config: Config) -> list[str]:
         f"FLOPs per step     {step_flops(config):.3g}",
         f"tokens in all      {all_tokens:,} ({all_tokens / params:.1f} per parameter)",
         f"devices            {mesh.size} x {mesh.devices.flat[0].device_kind}",
-        f"state per device   {_mebibytes(_bytes(state))}",
+        f"state per device   {_readable(_bytes(state))}",
     ]
     memory = compile_train_steps(model, config, mesh, 1).memory_analysis()
     if memory is not None:  # not every backend tells
-        temporary = _mebibytes(memory.temp_size_in_bytes)
+        temporary = _readable(memory.temp_size_in_bytes)
         lines.append(f"temporary memory   {temporary} per device")
     return lines
 
@@ -70,5 +70,6 @@ def _bytes(state: TrainState) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+def _readable(count: int) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"

@@ -230,26 +230,23 @@ def test_dropout_keeps_the_mean():
     assert np.corrcoef(mean.ravel(), off.ravel())[0, 1] > 0.98
 
 
+@partial(jax.jit, static_argnums=0)
+def read_on(model, params, tokens, cache):
+    count_B = jnp.full(len(tokens), tokens.shape[1])
+    return model.apply({"params": params}, tokens, count_B, cache, method=GPT.decode)
+
+
 @given(st.lists(st.integers(1, T), min_size=1, max_size=3), st.integers(0, 2**16))
 @settings(max_examples=25, deadline=None)
-def test_reading_in_pieces_gives_the_logits_of_reading_at_once(
-    tiny_model, pieces, seed
-):
+def test_reading_in_pieces_gives_the_logits_of_one_reading(tiny_model, pieces, seed):
     model, params = tiny_model
-    tokens = jax.random.randint(jax.random.key(seed), (2, T), 0, V)
+    tokens = np.random.default_rng(seed).integers(V, size=(2, T))
+    expected = model.apply({"params": params}, tokens)
     cache, read = empty_cache(model.config, 2), 0
     for size in pieces:
-        size = min(size, T - read)
-        if not size:
-            break
-        logits, cache = model.apply(
-            {"params": params},
-            tokens[:, read : read + size],
-            jnp.full(2, size),
-            cache,
-            method=GPT.decode,
-        )
-        read += size
-        expected = model.apply({"params": params}, tokens[:, :read])[:, -1]
-        np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=1e-5)
+        piece = tokens[:, read : read + size]
+        read += piece.shape[1]
+        if piece.size:
+            logits, cache = read_on(model, params, piece, cache)
+            np.testing.assert_allclose(logits, expected[:, read - 1], atol=1e-4)
     assert cache.length_B.tolist() == [read, read]

@@ -11,7 +11,7 @@ from jaxgpt.training.checkpoint import (
     save_state,
 )
 from jaxgpt.training.sharding import make_mesh
-from jaxgpt.training.step import create_state
+from jaxgpt.training.step import compile_train_steps, create_state
 
 MODEL = build_model(TINY.model)
 MESH = make_mesh(TINY)
@@ -42,6 +42,20 @@ def test_the_state_comes_back_bit_for_bit(checkpoints):
     restored = restore_state(checkpoints, 7, MODEL, TINY, MESH)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_a_save_in_the_background_is_of_the_state_it_was_given(checkpoints):
+    tokens = np.zeros((1, 8, TINY.model.block_size), np.int32)
+    train_steps = compile_train_steps(MODEL, TINY, MESH, 1)  # takes over its state
+    state, given = state_at(0), {}
+    for step in range(1, 6):
+        state, _ = train_steps(state, (tokens, tokens))
+        given[step] = jax.tree.map(np.array, jax.device_get(state))
+        save_state(checkpoints, state, -float(step))
+        state, _ = train_steps(state, (tokens, tokens + 1))
+        checkpoints.wait_until_finished()
+        restored = restore_state(checkpoints, step * 2 - 1, MODEL, TINY, MESH)
+        jax.tree.map(np.testing.assert_array_equal, restored, given[step])
 
 
 def test_the_best_and_the_latest_are_kept(checkpoints):
