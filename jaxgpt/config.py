@@ -66,9 +66,8 @@ class ModelConfig:
     dropout: float = 0.0  # fraction of activations dropped in training
     bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
     gelu: Literal["exact", "tanh"] = "exact"  # nanoGPT's (erf) or GPT-2's approximation
-    compute_dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of activations; parameters, softmax, logits and loss stay float32
-    )
+    # of activations; parameters, softmax, logits and loss stay float32
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False  # recompute each block in the backward pass, to save memory
 
     def __post_init__(self) -> None:

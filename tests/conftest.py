@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -41,6 +43,30 @@ def changed(config: Config, **sections: dict[str, object]) -> Config:
             for name, fields in sections.items()
         },
     )
+
+
+def start_script(name, *arguments):
+    """Starts train.py or generate.py as a process, as a user does."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / name), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    """Waits for a script to exit with `code`; returns stdout and stderr."""
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    return out, err
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """`python train.py smoke`, uninterrupted: its directory, stdout and stderr."""
+    run_dir = tmp_path_factory.mktemp("runs") / "smoke"
+    return run_dir, *finish(start_script("train.py", "smoke", "--out-dir", run_dir))
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from conftest import TINY, changed
 
+from jaxgpt import Config
 from jaxgpt.arguments import parse_arguments
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import prepare_run, save_config
@@ -79,8 +82,12 @@ def test_help_explains_every_field_and_lists_the_presets(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", "").split())
     for preset in PRESETS:
         assert f"{preset}:" in text
-    assert "--model.n-layer INT Transformer blocks" in text
-    assert "--resume go on from the last checkpoint" in text
+    assert "--model.n-layer INT Transformer blocks (default: 4)" in text
+    for section in fields(Config):
+        for setting in fields(section.type):
+            flag = f"--{section.name}.{setting.name.replace('_', '-')}"
+            values_and_help = re.search(rf"{flag}\b(.*?)\(default", text)
+            assert re.search(r"[a-z]+ [a-z]+", values_and_help[1]), flag
 
 
 def test_a_resumed_run_keeps_its_config_but_for_overrides(run_dir):

@@ -1,9 +1,8 @@
 import re
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, changed
+from conftest import TINY, changed, finish, start_script
 
 import generate
 import train
@@ -114,12 +113,19 @@ def test_a_prompt_file_that_is_not_utf8_is_named(sample, tmp_path):
 
 
 def test_the_command_prints_errors_as_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "generate.py"), "--run-dir", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert result.stderr.startswith(f"error: {tmp_path} is not a run")
-    assert len(result.stderr.splitlines()) == 1
+    process = start_script("generate.py", "--run-dir", tmp_path)
+    out, err = finish(process, code=1)
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {tmp_path} is not a run")
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(smoke):
+    process = start_script("generate.py", "--run-dir", smoke[0])
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=120) == 1
 
 
 def test_every_checkpoint_can_be_sampled(sample, run_dir):

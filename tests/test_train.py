@@ -1,40 +1,15 @@
-import os
 import re
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TEXT, TINY, changed
+from conftest import TEXT, TINY, changed, finish, start_script
 
 import train
 from jaxgpt import load_run
 from jaxgpt.arguments import RunOptions
 from jaxgpt.training.monitor import read_rows
-
-
-def train_py(*arguments):
-    """The command, and its environment: that of a script, not of the tests."""
-    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-
-
-def start(*arguments):
-    return subprocess.Popen(
-        train_py(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-
-
-def finish(process, code=0):
-    """Waits; returns stdout and stderr."""
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == code, err
-    return out, err
 
 
 def losses(run_dir):
@@ -49,13 +24,6 @@ def assert_same_parameters(one_dir, other_dir):
         *(jax.tree.leaves(run.params) for run in (one, other)), strict=True
     ):
         np.testing.assert_array_equal(a, b)
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """`python train.py smoke`, uninterrupted: its directory, stdout and stderr."""
-    run_dir = tmp_path_factory.mktemp("runs") / "smoke"
-    return run_dir, *finish(start("smoke", "--out-dir", run_dir))
 
 
 def test_smoke_trains_logs_every_step_draws_and_samples(smoke):
@@ -75,7 +43,7 @@ def test_smoke_trains_logs_every_step_draws_and_samples(smoke):
 
 def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(smoke, tmp_path):
     run_dir = tmp_path / "run"
-    process = start("smoke", "--out-dir", run_dir)
+    process = start_script("train.py", "smoke", "--out-dir", run_dir)
     while not process.stderr.readline().startswith("step 60/"):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -86,7 +54,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(smoke, tmp_path):
     assert len(losses(run_dir)) == stopped
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"event": "train", "ste')  # as a kill may leave it
-    _, err = finish(start("--out-dir", run_dir, "--resume"))
+    _, err = finish(start_script("train.py", "--out-dir", run_dir, "--resume"))
     assert f"from step {stopped}" in err
     assert losses(run_dir) == losses(smoke[0])
     assert_same_parameters(run_dir, smoke[0])
@@ -96,7 +64,7 @@ def test_a_dry_run_needs_no_corpus_and_picks_the_preset_for_the_device(
     tmp_path, monkeypatch
 ):
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
-    out, err = finish(start("--dry-run"))
+    out, err = finish(start_script("train.py", "--dry-run"))
     assert "no preset given: shakespeare-char-cpu" in err
     assert "parameters         804,096" in out
     assert re.search(r"temporary memory   [\d.]+ MiB per device", out)
@@ -175,6 +143,6 @@ def test_the_corpus_of_a_resumed_run_must_be_the_same(tales, text_file, tmp_path
     ],
 )
 def test_an_error_is_one_line_and_no_traceback(arguments, message):
-    _, err = finish(start(*arguments), code=1)
+    _, err = finish(start_script("train.py", *arguments), code=1)
     (line,) = err.splitlines()
     assert line.startswith(f"error: {message}")

@@ -1,0 +1,38 @@
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+from jaxgpt.arguments import parse_arguments
+from jaxgpt.presets import PRESETS
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAIN = re.findall(r"python train\.py([^#`\n]*)", README)
+
+
+@pytest.mark.parametrize("flags", sorted(set(TRAIN)))
+def test_every_train_command_is_understood(flags):
+    argv = [flag for flag in shlex.split(flags) if flag != "DIR"]
+    if "--out-dir" in argv and "--resume" in argv:
+        argv = [
+            "smoke",
+            "--resume",
+        ]  # of a run that a reader has, and this test has not
+    if "--help" in argv:
+        with pytest.raises(SystemExit):
+            parse_arguments(argv)
+    else:
+        parse_arguments(argv)
+
+
+def test_every_preset_is_told():
+    assert re.findall(r"^\| `([\w-]+)` \|", README, re.MULTILINE) == list(PRESETS)
+
+
+def test_the_python_example_runs(smoke, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(example.replace("runs/shakespeare-char-cpu", str(smoke[0])), names)
+    assert len(capsys.readouterr().out) == 201
+    assert names["logits_BTV"].shape == (1, 19, 65)
