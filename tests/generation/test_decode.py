@@ -84,6 +84,22 @@ def test_logits_are_the_lectures_across_the_windows_edge(tiny_model):
     assert cached == T - 5  # until the longer row filled its window
 
 
+def test_the_cache_is_read_inside_the_window_and_not_beyond_it(tiny_model):
+    model, params = tiny_model
+    append = jax.jit(decode._append, static_argnums=0)
+    for length, reads_cache in ((T - 1, True), (T, False)):
+        window = np.arange(T, dtype=np.int32)[None]
+        state = decode._read_prompts(model, params, window, np.array([length]))
+        spoilt = state.replace(cache=jax.tree.map(jnp.ones_like, state.cache))
+        spoilt = spoilt.replace(cache=spoilt.cache.replace(length_B=state.length_B))
+        token = jnp.array([5])
+        same = np.array_equal(
+            append(model, params, state, token).logits_BV,
+            append(model, params, spoilt, token).logits_BV,
+        )
+        assert same != reads_cache
+
+
 def test_models_without_a_cache_generate_too():
     model = build_model(changed(TINY, model={"architecture": "bigram"}).model)
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]

@@ -71,6 +71,19 @@ def test_steps_in_one_call_are_bitwise_those_of_several_calls(reference):
         assert_same(run(changed(TINY, mesh={"data": 1}), calls), reference, 0)
 
 
+def test_dropout_differs_from_row_to_row():
+    alike = jax.tree.map(lambda a: np.stack([a[0, 0]] * 8)[None], BATCHES)
+    losses = []
+    for batch_size in (1, 8):
+        config = changed(TINY, data={"batch_size": batch_size}, mesh={"data": 1})
+        model, mesh = build_model(config.model), make_mesh(config, lambda line: None)
+        train_steps = compile_train_steps(model, config, mesh, 1)
+        rows = jax.tree.map(lambda a: a[:, :batch_size], alike)  # noqa: B023
+        _, metrics = train_steps(create_state(model, config, mesh), rows)
+        losses.append(float(metrics["loss"][0]))
+    assert losses[0] != pytest.approx(losses[1], abs=1e-6)
+
+
 def test_dropout_changes_from_step_to_step():
     config = changed(TINY, optimizer={"learning_rate": 1e-12, "min_lr": 0.0})
     same = jax.tree.map(lambda a: np.stack([a[0]] * 2), BATCHES)
