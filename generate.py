@@ -13,7 +13,7 @@ from jaxgpt import runtime
 from jaxgpt.config import SamplingConfig
 from jaxgpt.generation.stream import empty_prompt, stream_text
 from jaxgpt.run import Run, load_run
-from jaxgpt.training.monitor import log_line
+from jaxgpt.runtime import log_line
 
 SEPARATOR = "-" * 40
 
@@ -40,7 +40,7 @@ def main() -> None:
     runtime.start()
     run = load_run(arguments.run_dir, arguments.checkpoint)
     prompt = read_prompt(arguments.prompt, run)
-    texts = [""] * arguments.num_samples
+    texts, shown = [""] * arguments.num_samples, prompt
     for pieces in stream_text(
         run,
         prompt,
@@ -50,9 +50,8 @@ def main() -> None:
         seed=arguments.seed,
         stop=arguments.stop,
     ):
-        if not texts[0]:
-            print(prompt, end="")
-        print(pieces[0], end="", flush=True)
+        print(shown + pieces[0], end="", flush=True)
+        shown = ""
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     for text in texts[1:]:
         print(f"\n{SEPARATOR}\n{prompt}{text}", end="")
@@ -64,7 +63,7 @@ def read_prompt(prompt: str, run: Run) -> str:
     if prompt.startswith("FILE:"):
         path = Path(prompt.removeprefix("FILE:"))
         try:
-            prompt = path.read_text(encoding="utf-8")
+            prompt = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if run.tokenizer is None:

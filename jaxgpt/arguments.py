@@ -12,7 +12,7 @@ import tyro
 from jaxgpt.config import Config
 from jaxgpt.presets import PRESETS, default_preset
 from jaxgpt.run import has_run, load_config
-from jaxgpt.training.monitor import log_line
+from jaxgpt.runtime import log_line
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
             f"there is no run in {run_dir} to resume; give the --out-dir of one, or a "
             "preset to start"
         )
+    config = _parse(flags, PRESETS[name]())
     if not preset:
         log_line(f"no preset given: {name} is the one for {jax.default_backend()}")
-    return _parse(flags, PRESETS[name]()), run_dir, options
+    return config, run_dir, options
 
 
 def _parse(flags: list[str], default: Config) -> Config:
@@ -74,7 +75,8 @@ def _parse(flags: list[str], default: Config) -> Config:
         args=flags,
         default=_Arguments(RunOptions(), default),
         prog="train.py [PRESET]",
-        description="Trains a model. PRESET is one of\n\n" + "\n\n".join(presets),
+        description="Trains a model. PRESET comes first and is one of\n\n"
+        + "\n\n".join(presets),
     ).config
 
 

@@ -50,7 +50,15 @@ def _check(holds: bool, message: str) -> None:
 def _check_at_least(section: Any, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        _check(value >= minimum, f"{name}={value} must be at least {minimum}")
+        _check(
+            minimum <= value < float("inf"),
+            f"{name}={value} must be at least {minimum} and finite",
+        )
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless `seed` fits 32 bits."""
+    _check(0 <= seed < 2**32, f"seed={seed} must be from 0 to {2**32 - 1}")
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ class TrainConfig:
             "checkpoint_interval",
             "steps_per_call",
         )
-        _check(0 <= self.seed < 2**32, f"seed={self.seed} must be from 0 to 4294967295")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)

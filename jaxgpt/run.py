@@ -1,18 +1,24 @@
 """The run directory: what is where in it, and how to read a run back.
 
-config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   loss.png
+config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   loss.png   lock
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, nothing keeps a second training out
+    fcntl = None  # type: ignore[assignment]
 
 from jaxgpt.config import Config
 from jaxgpt.models import build_model, parameter_shapes
@@ -24,6 +30,9 @@ TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
+LOCK = "lock"
+_ASIDE = ".tmp"  # suffix of files being written
+_OWN = (CONFIG, TOKENIZER, CHECKPOINTS, METRICS, CURVE, LOCK)
 
 
 @dataclass(frozen=True)
@@ -81,28 +90,50 @@ def has_run(run_dir: Path) -> bool:
     return (run_dir / CONFIG).exists()
 
 
-def prepare_run(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes the directory, empty of a run unless that is to be resumed.
+@contextmanager
+def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Makes the directory if need be, and keeps other trainings out of it.
 
     Raises FileExistsError if it holds a run that is neither to be resumed nor to be
-    overwritten, or files that are not a run's: those are never deleted.
+    overwritten, files that are not a run's, or a training that is going on.
     """
-    if has_run(run_dir):
-        if resume:
-            return
-        if not overwrite:
+    found = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
+    if run_dir.exists() and not run_dir.is_dir():
+        raise FileExistsError(f"{run_dir} is a file; choose another --out-dir")
+    if {CONFIG, CHECKPOINTS} & found:
+        if not (resume or overwrite):
             raise FileExistsError(
                 f"{run_dir} already holds a run; go on with --resume, replace it with "
                 "--overwrite, or choose another --out-dir"
             )
-        for name in (CONFIG, TOKENIZER, METRICS, CURVE):
-            (run_dir / name).unlink(missing_ok=True)
-        shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    elif foreign := sorted(
+        name for name in found - set(_OWN) if not name.endswith(_ASIDE)
+    ):
         raise FileExistsError(
-            f"{run_dir} exists and is not a run; choose another --out-dir"
+            f"{run_dir} is not a run, it has {foreign[0]}; choose another --out-dir"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK).open("w") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another training is going on in {run_dir}; wait for it to end, or "
+                "choose another --out-dir"
+            ) from None
+        yield
+
+
+def clear_run(run_dir: Path) -> None:
+    """Deletes the run's own files, the config last; others stay as they are."""
+    checkpoints = run_dir / CHECKPOINTS
+    if checkpoints.is_symlink():
+        checkpoints.unlink()
+    elif checkpoints.exists():
+        shutil.rmtree(checkpoints)
+    for name in (TOKENIZER, METRICS, CURVE, CONFIG):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def save_config(run_dir: Path, config: Config, tokenizer: CharTokenizer | None) -> None:
@@ -129,6 +160,6 @@ def load_config(run_dir: Path) -> Config:
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes aside, then renames: the file is whole or not there."""
-    aside = path.with_suffix(".tmp")
+    aside = path.with_suffix(_ASIDE)
     write(aside)
     os.replace(aside, path)

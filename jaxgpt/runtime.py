@@ -47,6 +47,11 @@ def _cpu_cores() -> int:
     return os.cpu_count() or 1
 
 
+def log_line(line: str) -> None:
+    """Prints a line on stderr, where all goes but a command's product."""
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Ends the script with one line for what a user can mend, not with a traceback.
@@ -61,7 +66,7 @@ def plain_errors() -> Iterator[None]:
     except BrokenPipeError:  # the reader of a pipe has gone, as in `generate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, TypeError, ArithmeticError, OSError, RuntimeError) as error:
+    except (ValueError, ArithmeticError, OSError) as error:
         if os.environ.get("JAXGPT_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

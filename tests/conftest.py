@@ -13,6 +13,7 @@ from jaxgpt import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxgpt.models import build_model
 
 ROOT = Path(__file__).parent.parent
+os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is an accelerator
 os.environ["JAXGPT_CACHE"] = str(ROOT / ".pytest_cache" / "jaxgpt")
 jax.config.update("jax_num_cpu_devices", 8)
 # The tests build the same programs over and over, as a user's runs do.

@@ -9,7 +9,7 @@ from conftest import TINY, changed
 from jaxgpt import Config
 from jaxgpt.arguments import parse_arguments
 from jaxgpt.presets import PRESETS
-from jaxgpt.run import prepare_run, save_config
+from jaxgpt.run import save_config
 
 
 def config_of(*argv):
@@ -20,7 +20,7 @@ def config_of(*argv):
 def run_dir(tmp_path):
     """A directory with a run that has not trained yet."""
     folder = tmp_path / "run"
-    prepare_run(folder, resume=False, overwrite=False)
+    folder.mkdir()
     save_config(folder, TINY, None)
     return folder
 

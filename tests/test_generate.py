@@ -7,7 +7,6 @@ from conftest import TINY, changed, finish, start_script
 import generate
 import train
 from jaxgpt import load_run, runtime
-from jaxgpt.arguments import RunOptions
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +17,7 @@ def run_dir(tmp_path_factory):
     text.write_text("To be, or not to be.\n" * 40)
     config = changed(TINY, model={"vocab_size": None}, train={"eval_interval": 8})
     config = changed(config, data={"path": (str(text),)})
-    train.train(config, folder / "run", RunOptions())
+    train.train(config, folder / "run", resume=False, overwrite=False)
     return folder / "run"
 
 

@@ -5,7 +5,7 @@ from conftest import TINY, changed
 
 from jaxgpt import CharTokenizer, load_run
 from jaxgpt.models import build_model
-from jaxgpt.run import prepare_run, save_config
+from jaxgpt.run import claim_run, clear_run, save_config
 from jaxgpt.training.checkpoint import open_checkpoints, save_state
 from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import create_state
@@ -18,11 +18,15 @@ STATE = create_state(build_model(TINY.model), TINY, make_mesh(TINY))
 def run_dir(tmp_path):
     """A run with one checkpoint, saved from a mesh of 8 devices."""
     folder = tmp_path / "run"
-    prepare_run(folder, resume=False, overwrite=False)
-    save_config(folder, TINY, TOKENIZER)
+    with claim(folder):
+        save_config(folder, TINY, TOKENIZER)
     with open_checkpoints(folder / "checkpoints", create=True) as checkpoints:
         save_state(checkpoints, STATE, 1.0)
     return folder
+
+
+def claim(folder, *, resume=False, overwrite=False):
+    return claim_run(folder, resume=resume, overwrite=overwrite)
 
 
 def contents(folder):
@@ -46,18 +50,50 @@ def test_a_run_comes_back_as_it_was_and_reading_it_changes_nothing(run_dir):
 
 def test_a_run_is_replaced_only_when_asked_and_only_its_own_files(run_dir):
     (run_dir / "notes.md").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"already holds a run.*--resume.*--over"):
-        prepare_run(run_dir, resume=False, overwrite=False)
-    assert load_run(run_dir)
-    prepare_run(run_dir, resume=False, overwrite=True)
-    assert [path.name for path in run_dir.iterdir()] == ["notes.md"]
+    before = contents(run_dir)
+    message = r"already holds a run.*--resume.*--overwrite"
+    with pytest.raises(FileExistsError, match=message), claim(run_dir):
+        pass
+    assert contents(run_dir) == before
+    with claim(run_dir, overwrite=True):
+        clear_run(run_dir)
+    assert sorted(path.name for path in run_dir.iterdir()) == ["lock", "notes.md"]
+
+
+def test_a_linked_checkpoints_folder_is_let_go_and_not_resumed(run_dir, tmp_path):
+    (run_dir / "checkpoints").rename(tmp_path / "disk")
+    (run_dir / "checkpoints").symlink_to(tmp_path / "disk")
+    clear_run(run_dir)
+    assert not (run_dir / "checkpoints").exists()
+    assert (tmp_path / "disk").exists()
 
 
 def test_a_folder_of_other_files_is_never_made_a_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="is not a run"):
-            prepare_run(tmp_path, resume=False, overwrite=overwrite)
+        with (
+            pytest.raises(FileExistsError, match=r"not a run, it has thesis\.tex"),
+            claim(tmp_path, overwrite=overwrite),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.tmp", "lock"])
+def test_what_a_killed_start_leaves_does_not_bar_the_next(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with claim(tmp_path):
+        pass
+
+
+def test_two_trainings_never_share_a_directory(run_dir):
+    with (
+        claim(run_dir, resume=True),
+        pytest.raises(FileExistsError, match="another training is going on"),
+        claim(run_dir, resume=True),
+    ):
+        pass
+    with claim(run_dir, resume=True):
+        pass
 
 
 def test_what_a_run_lacks_is_named(run_dir, tmp_path):

@@ -8,8 +8,12 @@ from conftest import TEXT, TINY, changed, finish, start_script
 
 import train
 from jaxgpt import load_run
-from jaxgpt.arguments import RunOptions
 from jaxgpt.training.monitor import read_rows
+
+
+def run(config, run_dir, *, resume=False, overwrite=False):
+    """Trains in this process."""
+    return train.train(config, run_dir, resume=resume, overwrite=overwrite)
 
 
 def losses(run_dir):
@@ -44,13 +48,13 @@ def test_smoke_trains_logs_every_step_draws_and_samples(smoke):
 def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(smoke, tmp_path):
     run_dir = tmp_path / "run"
     process = start_script("train.py", "smoke", "--out-dir", run_dir)
-    while not process.stderr.readline().startswith("step 60/"):
+    while not process.stderr.readline().startswith("step 20/"):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = finish(process, 130)
     assert f"--out-dir {run_dir} --resume" in err
     stopped = load_run(run_dir, "latest").step
-    assert 60 <= stopped < 100
+    assert 20 <= stopped < 100
     assert len(losses(run_dir)) == stopped
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"event": "train", "ste')  # as a kill may leave it
@@ -58,6 +62,15 @@ def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(smoke, tmp_path):
     assert f"from step {stopped}" in err
     assert losses(run_dir) == losses(smoke[0])
     assert_same_parameters(run_dir, smoke[0])
+
+
+def test_sigterm_saves_and_exits_with_its_number(tmp_path):
+    process = start_script("train.py", "smoke", "--out-dir", tmp_path / "run")
+    while not process.stderr.readline().startswith("step 20/"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    finish(process, 128 + signal.SIGTERM)
+    assert load_run(tmp_path / "run", "latest").step >= 20
 
 
 def test_a_dry_run_needs_no_corpus_and_picks_the_preset_for_the_device(
@@ -80,21 +93,21 @@ def tales(text_file):
 
 def test_training_again_needs_a_word_and_then_starts_afresh(tales, tmp_path):
     run_dir = tmp_path / "run"
-    assert train.train(tales, run_dir, RunOptions()) == 0
+    assert run(tales, run_dir) == 0
     first = losses(run_dir)
     with pytest.raises(FileExistsError, match="--overwrite"):
-        train.train(tales, run_dir, RunOptions())
+        run(tales, run_dir)
     assert losses(run_dir) == first
     other = changed(tales, train={"max_steps": 4})
-    train.train(other, run_dir, RunOptions(overwrite=True))
+    run(other, run_dir, overwrite=True)
     assert load_run(run_dir, "latest").step == 4
 
 
 def test_a_resumed_run_may_go_on_for_longer(tales, tmp_path):
     run_dir = tmp_path / "run"
-    train.train(tales, run_dir, RunOptions())
+    run(tales, run_dir)
     longer = changed(load_run(run_dir).config, train={"max_steps": 12})
-    train.train(longer, run_dir, RunOptions(resume=True))
+    run(longer, run_dir, resume=True)
     rows = read_rows(run_dir / "metrics.jsonl")
     steps = [row["step"] for row in rows if row["event"] == "eval"]
     assert steps == [0, 4, 8, 12]
@@ -105,34 +118,92 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     tales, tmp_path
 ):
     run_dir = tmp_path / "run"
-    train.train(changed(tales, train={"max_steps": 4}), run_dir, RunOptions())
+    run(changed(tales, train={"max_steps": 4}), run_dir)
     wild = {"learning_rate": 1e38, "warmup_steps": 0, "grad_clip": 0.0}
     config = changed(load_run(run_dir).config, optimizer=wild, train={"max_steps": 12})
     with pytest.raises(FloatingPointError, match=r"at step [67]"):
-        train.train(config, run_dir, RunOptions(resume=True))
-    run = load_run(run_dir, "latest")
-    assert run.step == 4
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run.params))
+        run(config, run_dir, resume=True)
+    kept = load_run(run_dir, "latest")
+    assert kept.step == 4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept.params))
+
+
+def test_parameters_that_give_no_loss_are_never_saved(tales, tmp_path):
+    run_dir = tmp_path / "run"
+    run(changed(tales, train={"max_steps": 4}), run_dir)
+    config = changed(
+        load_run(run_dir).config,
+        optimizer={"learning_rate": 1e38, "warmup_steps": 0, "grad_clip": 0.0},
+        train={"max_steps": 12, "checkpoint_interval": 1, "eval_interval": 12},
+    )
+    with pytest.raises(FloatingPointError, match="at step 5"):
+        run(config, run_dir, resume=True)
+    assert load_run(run_dir, "latest").step == 4
+
+
+def test_a_loss_of_zero_is_a_loss(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a" * 200)
+    config = changed(
+        TINY,
+        model={"vocab_size": None},
+        data={"path": (str(path),)},
+        train={"checkpoint_interval": 100},
+    )
+    run(config, tmp_path / "run")
+    assert load_run(tmp_path / "run").step == 8
+
+
+def test_input_that_cannot_be_trained_on_replaces_no_run(tales, tmp_path):
+    run_dir = tmp_path / "run"
+    run(tales, run_dir)
+    (tmp_path / "empty.txt").write_text("")
+    empty = changed(tales, data={"path": (str(tmp_path / "empty.txt"),)})
+    with pytest.raises(ValueError, match="no text"):
+        run(empty, run_dir, overwrite=True)
+    assert load_run(run_dir).step == 8
+
+
+def test_fewer_steps_than_made_are_refused(tales, tmp_path):
+    run(tales, tmp_path / "run")
+    fewer = changed(load_run(tmp_path / "run").config, train={"max_steps": 4})
+    with pytest.raises(ValueError, match="max_steps=4, but the run has made 8"):
+        run(fewer, tmp_path / "run", resume=True)
+    assert load_run(tmp_path / "run").config.train.max_steps == 8
+
+
+def test_rows_are_on_disk_before_their_checkpoint_is_saved(
+    tales, tmp_path, monkeypatch
+):
+    saved = []
+
+    def save(checkpoints, state, val_loss):
+        saved.append((int(state.step), losses(tmp_path / "run")[-1][0]))
+
+    monkeypatch.setattr(train, "save_state", save)
+    train_config = {"log_interval": 1, "eval_interval": 8, "checkpoint_interval": 2}
+    run(changed(tales, train=train_config), tmp_path / "run")
+    assert saved == [(2, 2), (4, 4), (6, 6), (8, 8)]
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_at_step_0(tales, tmp_path):
     run_dir = tmp_path / "run"
     reference_dir = tmp_path / "reference"
-    train.train(tales, reference_dir, RunOptions())
-    train.train(tales, run_dir, RunOptions())
+    run(tales, reference_dir)
+    run(tales, run_dir)
     for path in (run_dir / "checkpoints").iterdir():
         path.rename(tmp_path / path.name)
-    train.train(load_run(reference_dir).config, run_dir, RunOptions(resume=True))
+    run(load_run(reference_dir).config, run_dir, resume=True)
     assert losses(run_dir) == losses(reference_dir)
 
 
 def test_the_corpus_of_a_resumed_run_must_be_the_same(tales, text_file, tmp_path):
     run_dir = tmp_path / "run"
-    train.train(tales, run_dir, RunOptions())
+    run(tales, run_dir)
     config = load_run(run_dir).config
     text_file.write_text(TEXT[::-1])
     with pytest.raises(ValueError, match="the corpus has changed"):
-        train.train(config, run_dir, RunOptions(resume=True))
+        run(config, run_dir, resume=True)
 
 
 @pytest.mark.parametrize(

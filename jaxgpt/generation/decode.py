@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.config import SamplingConfig
+from jaxgpt.config import SamplingConfig, check_seed
 from jaxgpt.generation.sampling import sample
 from jaxgpt.models import GPT
 from jaxgpt.models.cache import KVCache, empty_cache
@@ -49,7 +49,7 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: SamplingConfig | None = None,
-    seed: int = 0,
+    seed: int = 1337,
 ) -> Iterator[np.ndarray]:
     """Continues each prompt, and yields new tokens a few at a time.
 
@@ -70,6 +70,7 @@ def generate_tokens(
     V, T = model.config.vocab_size, model.config.block_size
     if sampling.top_k is not None and sampling.top_k > V:
         raise ValueError(f"top_k={sampling.top_k} is above vocab_size={V}")
+    check_seed(seed)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     for prompt in prompts:

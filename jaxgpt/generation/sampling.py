@@ -31,6 +31,7 @@ def scores(
     """
     if config.temperature == 0:
         return logits_BV
+    logits_BV -= logits_BV.max(axis=-1, keepdims=True)  # so that none overflows
     logits_BV = filter_logits(logits_BV / config.temperature, config)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
     return logits_BV + noise_BV

@@ -24,7 +24,7 @@ def stream_text(
     max_new_tokens: int = 500,
     num_samples: int = 1,
     sampling: SamplingConfig | None = None,
-    seed: int = 0,
+    seed: int = 1337,
     stop: str = "",
 ) -> Iterator[list[str]]:
     """Continues `prompt`, and yields new text of each sample a few tokens at a time.
@@ -45,10 +45,11 @@ def stream_text(
         raise ValueError(f"num_samples={num_samples} must be at least 1")
     if run.tokenizer is None:
         raise ValueError(
-            "the run has no tokenizer.json: it was trained on tokens without a "
-            "vocabulary, and can't read a prompt or write text"
+            "the run has no tokenizer.json, and can't read a prompt or write text; one "
+            "trained on text gets it back with `python train.py --resume`"
         )
     ids = run.tokenizer.encode(prompt or empty_prompt(run.tokenizer)).tolist()
+    run.tokenizer.encode(stop)  # which it could never meet, were a character unknown
     tokens = generate_tokens(
         run.model, run.params, [ids] * num_samples, max_new_tokens, sampling, seed
     )

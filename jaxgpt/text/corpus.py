@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +32,11 @@ class Corpus:
     Attributes:
       train, val: token ids, memory-mapped, u16 or u32 [tokens].
       tokenizer: None if the corpus came as token files without a vocabulary.
-      sha256: of the text (of the token files, where they are all there is).
     """
 
     train: np.ndarray
     val: np.ndarray
     tokenizer: CharTokenizer | None
-    sha256: str
 
 
 def named_vocab_size(data: DataConfig) -> int | None:
@@ -57,20 +54,21 @@ def load_corpus(
       log: called with a line on each thing that takes a while.
 
     Returns the corpus, and the config with what it settles filled in: vocab_size, the
-    text's sha256, absolute paths. Raises OSError if a file cannot be had, ValueError if
+    sha256 (of the text, or of the token files where they are all there is) and absolute
+    paths. Raises OSError if a file cannot be had, ValueError if
     its content does not fit the config.
     """
     data, vocab_size = config.data, config.model.vocab_size
     paths = [Path(path).resolve() for path in data.path]
     data = dataclasses.replace(data, path=tuple(map(str, paths)))
-    paths = paths or [_tinyshakespeare_path(log)]
+    paths = paths or [{"tinyshakespeare": _tinyshakespeare_path}[data.corpus](log)]
     if len(paths) == 1 and paths[0].is_dir():
         folder, paths = paths[0], [paths[0] / f"{split}.bin" for split in SPLITS]
         _check_files(paths)
-        sha256 = _sha256(paths)
+        prepared, sha256 = True, _sha256(paths)
     else:
         _check_files(paths)
-        folder, sha256 = _tokenize(paths, log)
+        prepared, (folder, sha256) = False, _tokenize(paths, log)
     if data.sha256 not in ("", sha256):
         raise ValueError(
             f"the corpus has changed: the run was trained on sha256 {data.sha256}, "
@@ -93,12 +91,15 @@ def load_corpus(
         _open_tokens(folder / f"{split}.bin", found_size, config.model.block_size)
         for split in SPLITS
     )
+    if prepared:
+        _check_ids(train, found_size, folder / "train.bin")
+        _check_ids(val, found_size, folder / "val.bin")
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=found_size),
         data=dataclasses.replace(data, sha256=sha256),
     )
-    return Corpus(train, val, tokenizer, sha256), config
+    return Corpus(train, val, tokenizer), config
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -115,11 +116,11 @@ def _tinyshakespeare_path(log: Callable[[str], None]) -> Path:
                 "it will be fetched again"
             )
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = tinyshakespeare.fetch(log)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_bytes(text)
+    os.replace(aside, path)
     return path
 
 
@@ -175,13 +176,15 @@ def _tokenize(paths: list[Path], log: Callable[[str], None]) -> tuple[Path, str]
         raise ValueError(f"{', '.join(map(str, paths))}: no text, the corpus is empty")
     sha256 = digest.hexdigest()
     folder = runtime.cache_dir() / "tokens" / sha256
-    if folder.exists():
-        return folder, sha256
-
     tokenizer = CharTokenizer("".join(map(chr, np.flatnonzero(seen))))
+    itemsize = np.dtype(token_dtype(tokenizer.vocab_size)).itemsize
+    if _holds(folder, length * itemsize):
+        return folder, sha256
+    shutil.rmtree(folder, ignore_errors=True)  # of files that were cut or lost since
     log(f"tokenizing {length:,} characters into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent))
+    aside = folder.with_suffix(f".{os.getpid()}")
+    aside.mkdir(exist_ok=True)
     try:
         _write_tokens(paths, tokenizer, int(TRAIN_FRACTION * length), aside)
         tokenizer.save(aside / "tokenizer.json")
@@ -192,6 +195,14 @@ def _tokenize(paths: list[Path], log: Callable[[str], None]) -> tuple[Path, str]
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder, sha256
+
+
+def _holds(folder: Path, size: int) -> bool:
+    """Whether the folder has a vocabulary, and token files of `size` bytes together."""
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    files = [folder / f"{split}.bin" for split in SPLITS]
+    return size == sum(path.stat().st_size for path in files if path.exists())
 
 
 def _write_tokens(
@@ -217,6 +228,16 @@ def _find_tokenizer(folder: Path) -> CharTokenizer | None:
     if (folder / "meta.pkl").exists():
         return load_nanogpt_meta(folder / "meta.pkl")
     return None
+
+
+def _check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+    for start in range(0, len(tokens), _CHUNK_BYTES):
+        largest = tokens[start : start + _CHUNK_BYTES].max()
+        if largest >= vocab_size:
+            raise ValueError(
+                f"{path} has token {largest}, outside the vocabulary of {vocab_size}; "
+                "give the right --model.vocab-size"
+            )
 
 
 def _open_tokens(path: Path, vocab_size: int, block_size: int) -> np.ndarray:

@@ -113,7 +113,9 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["it gave no reason"]
-        raise OSError(f"pip could not download {requirement}: {lines[-1]}")
+        raise OSError(
+            f"pip could not download {requirement}, is the index reachable? {lines[-1]}"
+        )
     return next(folder.glob("*.whl"))
 
 

@@ -22,7 +22,8 @@ class CharTokenizer:
 
     def __init__(self, characters: str):
         """Takes the vocabulary in id order; raises ValueError if one occurs twice."""
-        if not characters or len(set(characters)) != len(characters):
+        distinct = isinstance(characters, str) and len(set(characters))
+        if not characters or distinct != len(characters):
             raise ValueError(
                 f"a vocabulary needs distinct characters, not {characters!r:.80}"
             )

@@ -4,6 +4,8 @@ A checkpoint has two parts: `params`, which generation reads alone, and `progres
 step and the optimizer state that a resume needs besides.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,6 @@ from orbax.checkpoint import checkpoint_managers
 from jaxgpt.config import Config
 from jaxgpt.training.step import TrainState, abstract_state
 
-LATEST_KEPT = 1
-
 
 def open_checkpoints(folder: Path, create: bool = False) -> ocp.CheckpointManager:
     """The checkpoints in `folder`; use as a context, so that saves end before it does.
@@ -28,7 +28,7 @@ def open_checkpoints(folder: Path, create: bool = False) -> ocp.CheckpointManage
     """
     policy = checkpoint_managers.AnyPreservationPolicy(
         [
-            checkpoint_managers.LatestN(LATEST_KEPT),
+            checkpoint_managers.LatestN(1),
             checkpoint_managers.BestN(
                 get_metric_fn=lambda metrics: -metrics["val_loss"],
                 n=1,
@@ -46,9 +46,22 @@ def open_checkpoints(folder: Path, create: bool = False) -> ocp.CheckpointManage
     handlers = {
         part: ocp.StandardCheckpointHandler() for part in ("params", "progress")
     }
-    return ocp.CheckpointManager(
-        folder.absolute(), options=options, item_handlers=handlers
-    )
+    with _naming_damage(folder):
+        return ocp.CheckpointManager(
+            folder.absolute(), options=options, item_handlers=handlers
+        )
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """Turns what Orbax raises on damaged files into an error that names the path."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path} is damaged ({reason}); move it away to go on from another"
+        ) from error
 
 
 def save_state(
@@ -83,14 +96,15 @@ def restore_state(
     """
     abstract = abstract_state(model, config, mesh)
     _check_shapes(checkpoints, step, abstract.params)
-    saved = checkpoints.restore(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            progress=ocp.args.StandardRestore(_progress(abstract)),
-        ),
-    )
-    return TrainState(params=saved["params"], **saved["progress"])
+    with _naming_damage(checkpoints.directory / str(step)):
+        saved = checkpoints.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                progress=ocp.args.StandardRestore(_progress(abstract)),
+            ),
+        )
+        return TrainState(params=saved["params"], **saved["progress"])
 
 
 def restore_params(checkpoints: ocp.CheckpointManager, step: int, abstract: Any) -> Any:
@@ -103,7 +117,8 @@ def restore_params(checkpoints: ocp.CheckpointManager, step: int, abstract: Any)
     """
     _check_shapes(checkpoints, step, abstract)
     args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-    return checkpoints.restore(step, args=args)["params"]
+    with _naming_damage(checkpoints.directory / str(step)):
+        return checkpoints.restore(step, args=args)["params"]
 
 
 def find_step(checkpoints: ocp.CheckpointManager, which: str | int) -> int:
@@ -121,7 +136,8 @@ def find_step(checkpoints: ocp.CheckpointManager, which: str | int) -> int:
     if which == "latest":
         return steps[-1]
     if which == "best":
-        best = checkpoints.best_step()
+        with _naming_damage(Path(checkpoints.directory)):
+            best = checkpoints.best_step()
         return steps[-1] if best is None else best
     if str(which).isdecimal() and int(which) in steps:
         return int(which)
@@ -138,10 +154,8 @@ def _progress(state: TrainState) -> dict[str, Any]:
 def _check_shapes(
     checkpoints: ocp.CheckpointManager, step: int, abstract_params: Any
 ) -> None:
-    saved = checkpoints.item_metadata(step)["params"]
-    if saved is None:
-        raise ValueError(f"{checkpoints.directory / str(step)} holds no parameters")
-    found = _shapes(saved.tree if hasattr(saved, "tree") else saved)
+    with _naming_damage(checkpoints.directory / str(step)):
+        found = _shapes(checkpoints.item_metadata(step)["params"])
     expected = _shapes(abstract_params)
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):

@@ -17,23 +17,26 @@ from jaxgpt.training.step import Batch, EvalStep
 
 
 def estimate_losses(
-    eval_step: EvalStep, params: Any, corpus: Corpus, config: Config
+    eval_step: EvalStep,
+    corpus: Corpus,
+    config: Config,
+    params: Any,
+    eval_iters: int | None = None,
 ) -> dict[str, float]:
     """Mean `train_loss` and `val_loss` in nats per token over `eval_iters` batches.
 
     The batches are the same in every evaluation, whatever the seed, so that evaluations
-    compare.
+    compare. Without `eval_iters` there are `train.eval_iters`.
     """
 
     def batches(tokens: np.ndarray) -> Iterator[Batch]:
-        for i in range(config.train.eval_iters):
+        for i in range(eval_iters or config.train.eval_iters):
             yield batch(
                 tokens,
                 EVAL_SEED,
                 i,
                 batch_size=config.data.rows_at_once,
                 block_size=config.model.block_size,
-                vocab_size=config.model.known_vocab_size(),
             )
 
     def mean(tokens: np.ndarray) -> float:

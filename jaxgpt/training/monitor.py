@@ -3,10 +3,9 @@
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,13 +15,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxgpt.config import Config
 from jaxgpt.run import CURVE, METRICS
+from jaxgpt.runtime import log_line
 
+_IN_EVERY_ROW = {"event", "step", "elapsed_seconds"}
 _METRICS = ("loss", "learning_rate", "grad_norm")
-
-
-def log_line(line: str) -> None:
-    """Prints a line on stderr, where all goes but a command's product."""
-    print(line, file=sys.stderr, flush=True)
 
 
 class Monitor(AbstractContextManager):
@@ -82,19 +78,26 @@ class Monitor(AbstractContextManager):
         Raises FloatingPointError that names the step of a value that is not finite.
         """
         self._log_pending()
-        os.fsync(self._file.fileno())
+        self._sync()
 
     def eval(self, step: int, train_loss: float, val_loss: float) -> None:
-        """Logs an evaluation after `step` updates, and draws the curve."""
-        self.flush()
+        """Logs an evaluation after `step` updates, and draws the curve.
+
+        Its row too is on disk when this returns.
+        """
+        self._log_pending()
+        check_finite(step, {"train_loss": train_loss, "val_loss": val_loss})
         self._write("eval", step, train_loss=train_loss, val_loss=val_loss)
+        self._sync()
         self._say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         plot_losses(read_rows(self._path), self._curve)
 
     def done(self, step: int, val_loss: float) -> None:
         """Logs the end of training with the exact loss on the validation split."""
-        evals = [row for row in read_rows(self._path) if row["event"] == "eval"]
-        best = min(row["val_loss"] for row in evals)
+        check_finite(step, {"val_loss": val_loss})
+        rows = read_rows(self._path)
+        evaluated = [row["val_loss"] for row in rows if row["event"] == "eval"]
+        best = min(evaluated, default=val_loss)
         self._write("done", step, val_loss=val_loss, best_val_loss=best)
         seconds = time.monotonic() - self._started
         self._say(
@@ -114,25 +117,24 @@ class Monitor(AbstractContextManager):
         self._last_end = end
         for step in range(first + 1, first + count + 1):
             values = {name: float(metrics[name][step - first - 1]) for name in _METRICS}
-            _check_finite(step, values)
+            check_finite(step, values)
+            figures = f"loss {values['loss']:.4f}  {rate:,.0f} tok/s"
+            if self._bar:
+                task = self._bar.task_ids[0]
+                self._bar.update(task, completed=step, figures=figures)
             if step % self._config.log_interval == 0:
                 self._write("train", step, **values, tokens_per_second=rate)
-                self._show(step, values["loss"], rate)
+                if not self._bar:
+                    log_line(f"step {step}/{self._config.max_steps}  {figures}")
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     def _write(self, event: str, step: int, **values: float) -> None:
-        _check_finite(step, values)
         elapsed = time.monotonic() - self._started
         row = {"event": event, "step": step, **values, "elapsed_seconds": elapsed}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-
-    def _show(self, step: int, loss: float, rate: float) -> None:
-        figures = f"loss {loss:.4f}  {rate:,.0f} tok/s"
-        if self._bar:
-            task = self._bar.task_ids[0]
-            self._bar.update(task, completed=step, figures=figures)
-        else:
-            log_line(f"step {step}/{self._config.max_steps}  {figures}")
 
     def _say(self, line: str) -> None:
         if self._bar:
@@ -156,7 +158,8 @@ def _progress_bar(max_steps: int, step: int) -> Progress | None:
     return bar
 
 
-def _check_finite(step: int, values: Mapping[str, float]) -> None:
+def check_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raises FloatingPointError that names the step if a value is not finite."""
     for name, value in values.items():
         if not math.isfinite(value):
             raise FloatingPointError(
@@ -166,23 +169,20 @@ def _check_finite(step: int, values: Mapping[str, float]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl up to the first torn one; none without the file."""
+    """The rows of metrics.jsonl but for torn lines; none without the file."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            return rows
-        if not isinstance(row, dict) or not {"event", "step"} <= row.keys():
-            return rows
-        rows.append(row)
+            if isinstance(row, dict) and row.keys() >= _IN_EVERY_ROW:
+                rows.append(row)
     return rows
 
 
 def rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops a torn line, rows past `step` and the end of an earlier session.
+    """Drops torn lines, rows past `step` and the end of an earlier session.
 
     Returns the rows kept.
     """

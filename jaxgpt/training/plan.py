@@ -6,8 +6,8 @@ import jax
 
 from jaxgpt.config import Config
 from jaxgpt.models import build_model, parameter_shapes
+from jaxgpt.runtime import log_line
 from jaxgpt.text.corpus import load_corpus, named_vocab_size
-from jaxgpt.training.monitor import log_line
 from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import TrainState, abstract_state, compile_train_steps
 

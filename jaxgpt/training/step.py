@@ -144,11 +144,15 @@ def _accumulate(
     return jax.tree.map(lambda a: a / pieces, total)
 
 
-def next_stop(step: int, config: TrainConfig) -> int:
-    """The step at which the next call ends: none runs past something that is due."""
+def call_size(step: int, config: TrainConfig) -> int:
+    """Updates in the next call: steps_per_call, or 1 where that would run past a date.
+
+    So two programs serve all intervals, and no call runs past something that is due.
+    """
     intervals = (config.eval_interval, config.checkpoint_interval)
     due = min(step - step % interval + interval for interval in intervals)
-    return min(step + config.steps_per_call, due, config.max_steps)
+    fits = step + config.steps_per_call <= min(due, config.max_steps)
+    return config.steps_per_call if fits else 1
 
 
 def compile_train_steps(

@@ -30,6 +30,10 @@ def test_temperature_sharpens_the_odds():
     np.testing.assert_allclose(shares, ODDS**2 / (ODDS**2).sum(), atol=0.02)
 
 
+def test_the_smallest_temperature_overflows_nothing():
+    assert drawn_odds(SamplingConfig(temperature=1e-40)).tolist() == [1, 0, 0, 0]
+
+
 def test_temperature_0_takes_the_likeliest():
     assert drawn_odds(SamplingConfig(temperature=0.0)).tolist() == [1, 0, 0, 0]
 

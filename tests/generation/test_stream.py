@@ -33,11 +33,19 @@ def test_the_empty_prompt_stands_for_a_newline(run):
 
 
 def test_a_sample_ends_before_the_stop_text_and_the_others_go_on(run):
-    first, second = generate(run, "abc", num_samples=2, **OPTIONS)
-    stop = first[15:18]  # across two calls of TOKENS_PER_CALL
-    stopped = generate(run, "abc", num_samples=2, stop=stop, **OPTIONS)
+    long = OPTIONS | {"max_new_tokens": 200}  # so that text goes on after the stop
+    first, second = generate(run, "abc", num_samples=2, **long)
+    stop = first[15:17]  # across two calls of TOKENS_PER_CALL
+    assert first.count(stop) > 1
+    stopped = generate(run, "abc", num_samples=2, stop=stop, **long)
     assert stopped[0] == first[: first.index(stop)]
     assert stopped[1] == second.split(stop)[0]
+
+
+def test_text_that_only_begins_the_stop_is_not_lost(run):
+    (text,) = generate(run, "abc", **OPTIONS)
+    unmet = next(c for c in run.tokenizer.characters if c != text[-1]) * 3
+    assert generate(run, "abc", stop=text[-1] + unmet, **OPTIONS) == [text]
 
 
 @given(

@@ -1,9 +1,8 @@
 import numpy as np
-import pytest
 
 from jaxgpt.text.batches import batch
 
-SHAPE = {"batch_size": 64, "block_size": 4, "vocab_size": 40}
+SHAPE = {"batch_size": 64, "block_size": 4}
 TOKENS = np.arange(40, dtype=np.uint16)
 
 
@@ -28,8 +27,3 @@ def test_windows_are_drawn_uniformly_up_to_the_last_token():
     assert len(counts) == 36  # start 35 has the last token, 39, as its last target
     chi_squared = ((counts - expected) ** 2 / expected).sum()
     assert chi_squared < 66.6  # 99.9th percentile for 35 degrees of freedom
-
-
-def test_an_id_outside_the_vocabulary_is_an_error():
-    with pytest.raises(ValueError, match="outside the vocabulary of 20"):
-        batch(TOKENS, 0, 0, **SHAPE | {"vocab_size": 20})

@@ -1,3 +1,4 @@
+import os
 import pickle
 import re
 
@@ -59,6 +60,21 @@ class TestText:
         corpus, _ = load(text_file)
         assert len(corpus.train) + len(corpus.val) == len(TEXT)
 
+    def test_cached_tokens_that_were_cut_or_lost_are_made_again(
+        self, text_file, fresh_cache
+    ):
+        load(text_file)
+        (folder,) = (fresh_cache / "tokens").iterdir()
+        spoilers = [
+            lambda: os.truncate(folder / "train.bin", 100),
+            (folder / "val.bin").unlink,
+            (folder / "tokenizer.json").unlink,
+        ]
+        for spoil in spoilers:
+            spoil()
+            corpus, _ = load(text_file)
+            assert len(corpus.train) + len(corpus.val) == len(TEXT)
+
     def test_changed_text_is_refused_by_the_run_it_trained(self, text_file):
         _, config = load(text_file)
         text_file.write_text(TEXT + "!")
@@ -111,7 +127,8 @@ class TestTokenFiles:
         assert corpus.tokenizer is None
 
     def test_a_large_vocabulary_is_read_as_32_bits(self, folder):
-        np.full(100, 70_000, np.uint32).tofile(folder / "train.bin")
+        for name in ("train.bin", "val.bin"):
+            np.full(100, 70_000, np.uint32).tofile(folder / name)
         corpus, _ = load(folder, vocab_size=70_001)
         assert corpus.train.tolist() == [70_000] * 100
 
@@ -119,6 +136,10 @@ class TestTokenFiles:
         (folder / "val.bin").unlink()
         with pytest.raises(FileNotFoundError, match=r"val\.bin is not a file"):
             load(folder)
+
+    def test_an_id_outside_the_vocabulary_is_named_with_its_file(self, folder):
+        with pytest.raises(ValueError, match=r"train\.bin has token 99, outside .* 99"):
+            load(folder, vocab_size=99)
 
     def test_a_file_cut_short_is_named(self, folder):
         (folder / "val.bin").write_bytes(b"\0" * 51)

@@ -32,6 +32,14 @@ def test_the_package_index_serves_where_the_web_does_not(monkeypatch, rebuilt, p
     assert fetch(lambda line: None) == rebuilt
 
 
+def test_the_web_is_asked_first(monkeypatch, tmp_path):
+    (tmp_path / "input.txt").write_bytes(b"text")
+    monkeypatch.setattr(tinyshakespeare, "URL", (tmp_path / "input.txt").as_uri())
+    monkeypatch.setattr(tinyshakespeare, "SHA256", hashlib.sha256(b"text").hexdigest())
+    monkeypatch.setattr(tinyshakespeare, "_rebuild", offline)
+    assert fetch(lambda line: None) == b"text"
+
+
 def test_a_silent_web_costs_a_few_seconds_at_most(monkeypatch, rebuilt):
     ended = threading.Event()
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: ended.wait(60))

@@ -50,7 +50,10 @@ def test_load_gives_back_the_vocabulary_that_save_wrote(tmp_path_factory, text):
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", '{"type": "char"}', '{"type": "word"}', "null"]
-    + [json.dumps({"type": "char", "characters": c}) for c in ("", "aa", 7, None)],
+    + [
+        json.dumps({"type": "char", "characters": c})
+        for c in ("", "aa", 7, None, ["a", "b"])
+    ],
 )
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
     path = tmp_path / "tokenizer.json"

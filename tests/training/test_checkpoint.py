@@ -1,3 +1,6 @@
+import os
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -84,6 +87,27 @@ def test_a_step_that_is_not_there_is_an_error_that_lists_those_that_are(checkpoi
     for which in ("3", "newest", "²"):
         with pytest.raises(ValueError, match="not one of: best, latest, 4"):
             find_step(checkpoints, which)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda step: shutil.rmtree(step / "params"),
+        lambda step: shutil.rmtree(step / "progress"),
+        lambda step: (step / "params" / "_METADATA").write_text(""),
+        lambda step: [os.truncate(p, 10) for p in (step / "params" / "d").iterdir()],
+        lambda step: (step.parent / "9").mkdir(),
+    ],
+    ids=["no params", "no progress", "torn metadata", "torn data", "empty step"],
+)
+@pytest.mark.filterwarnings("ignore")  # Orbax leaves threads of its own behind
+def test_a_damaged_checkpoint_is_named(checkpoints, damage):
+    save(checkpoints, {4: 1.0})
+    damage(checkpoints.directory / "4")
+    with open_checkpoints(checkpoints.directory) as reopened:
+        step = find_step(reopened, "latest")
+        with pytest.raises(ValueError, match=rf"checkpoints/{step} is damaged"):
+            restore_state(reopened, step, MODEL, TINY, MESH)
 
 
 def test_a_checkpoint_of_another_config_names_the_first_parameter(checkpoints):

@@ -37,10 +37,10 @@ def test_exact_loss_predicts_every_token_but_the_first_once(tiny_model, tokens):
 def test_estimates_compare_whatever_the_seed_and_differ_between_splits(tiny_model):
     model, params = tiny_model
     rng = np.random.default_rng(0)
-    corpus = Corpus(rng.integers(11, size=99), rng.integers(4, size=99), None, "")
+    corpus = Corpus(rng.integers(11, size=99), rng.integers(4, size=99), None)
     eval_step = compile_eval_step(model, make_mesh(TINY))
     one, other = (
-        estimate_losses(eval_step, params, corpus, changed(TINY, train={"seed": seed}))
+        estimate_losses(eval_step, corpus, changed(TINY, train={"seed": seed}), params)
         for seed in (1, 2)
     )
     assert one == other
@@ -50,8 +50,8 @@ def test_estimates_compare_whatever_the_seed_and_differ_between_splits(tiny_mode
 def test_many_evaluations_on_many_devices_do_not_deadlock(tiny_model):
     model, params = tiny_model
     config = changed(TINY, train={"eval_iters": 200})
-    corpus = Corpus(np.zeros(99, np.uint16), np.ones(99, np.uint16), None, "")
+    corpus = Corpus(np.zeros(99, np.uint16), np.ones(99, np.uint16), None)
     eval_step = compile_eval_step(model, make_mesh(config))
     params = jax.device_put(params, jax.devices()[0])
-    losses = estimate_losses(eval_step, params, corpus, config)
+    losses = estimate_losses(eval_step, corpus, config, params)
     assert all(np.isfinite(list(losses.values())))

@@ -71,12 +71,34 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_is_not_logged(tmp_path,
 
 def test_resuming_drops_a_torn_line_later_rows_and_the_end(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    rows = [{"event": "train", "step": step} for step in (1, 2, 3)]
-    done = {"event": "done", "step": 2}
-    lines = [json.dumps(row) for row in [*rows, done]]
-    path.write_text("\n".join(lines) + '\n{"event": "tra')
+    rows = [
+        {"event": event, "step": step, "elapsed_seconds": 1.0}
+        for event, step in [("train", 1), ("train", 2), ("done", 2), ("train", 3)]
+    ]
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join([lines[0], "{torn", *lines[1:], '{"event": "tra']))
     assert rewind(path, 2) == rows[:2]
     assert read_rows(path) == rows[:2]
+
+
+def test_tokens_per_second_counts_from_the_call_to_its_end(tmp_path):
+    with session(tmp_path) as monitor:
+        time.sleep(0.2)  # as compilation would take
+        for first in (0, 4):
+            started = time.monotonic()
+            time.sleep(0.1)  # as the call itself takes
+            monitor.train(first, steps(4), started)
+            monitor.flush()
+    tokens = 4 * TINY.data.batch_size * TINY.model.block_size
+    for row in rows_of(tmp_path, "train"):
+        assert 0.08 < tokens / row["tokens_per_second"] < 0.19
+
+
+def test_a_finished_run_whose_rows_are_gone_can_still_end(tmp_path):
+    with session(tmp_path) as monitor:
+        monitor.done(8, 2.25)
+    (done,) = rows_of(tmp_path, "done")
+    assert done["best_val_loss"] == 2.25
 
 
 def test_elapsed_seconds_accumulate_over_resumes(tmp_path):

@@ -12,11 +12,11 @@ from jaxgpt.models import build_model
 from jaxgpt.text.batches import stack_batches
 from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import (
+    call_size,
     compile_train_steps,
     create_state,
     init_state,
     make_train_step,
-    next_stop,
 )
 
 STEPS = 4
@@ -140,15 +140,17 @@ def test_seed_decides_the_initial_parameters():
     assert not np.allclose(one["embedding"], other["embedding"])
 
 
-def test_no_call_runs_past_what_is_due():
+def test_no_call_runs_past_what_is_due_and_two_sizes_are_enough():
     config = TrainConfig(
         max_steps=23, eval_interval=10, checkpoint_interval=7, steps_per_call=4
     )
     stops, step = [], 0
     while step < 23:
-        step = next_stop(step, config)
+        count = call_size(step, config)
+        assert count in (1, 4)
+        step += count
         stops.append(step)
-    assert stops == [4, 7, 10, 14, 18, 20, 21, 23]
+    assert stops == [4, 5, 6, 7, 8, 9, 10, 14, 18, 19, 20, 21, 22, 23]
 
 
 @pytest.mark.parametrize(
