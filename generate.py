@@ -24,7 +24,9 @@ class Arguments:
 
     run_dir: Path  # as train.py --out-dir made it
     checkpoint: str = "best"  # best (lowest val loss), latest, or a step
-    prompt: str = ""  # text to continue, or FILE:name of a file; empty: a newline
+    prompt: str = (
+        ""  # text to continue, or FILE:name; empty: newline; --prompt=-x works
+    )
     max_new_tokens: int = 500  # tokens to draw for each sample
     num_samples: int = 1  # continuations; the first is shown live, the others after it
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(

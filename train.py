@@ -16,11 +16,16 @@ from jaxgpt.arguments import parse_arguments
 from jaxgpt.config import Config
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
-from jaxgpt.run import CHECKPOINTS, claim_run, clear_run, load_run, save_config
+from jaxgpt.run import claim_run, clear_run, load_run, save_config
 from jaxgpt.runtime import log_line
 from jaxgpt.text.batches import stack_batches
 from jaxgpt.text.corpus import load_corpus
-from jaxgpt.training.checkpoint import open_checkpoints, restore_state, save_state
+from jaxgpt.training.checkpoint import (
+    CHECKPOINTS,
+    open_checkpoints,
+    restore_state,
+    save_state,
+)
 from jaxgpt.training.evaluation import estimate_losses, exact_loss
 from jaxgpt.training.monitor import Monitor, check_finite
 from jaxgpt.training.plan import describe

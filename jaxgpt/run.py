@@ -23,13 +23,16 @@ except ImportError:  # Windows has no flock: there, nothing keeps a second train
 from jaxgpt.config import Config
 from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.text.tokenizer import CharTokenizer
-from jaxgpt.training.checkpoint import find_step, open_checkpoints, restore_params
+from jaxgpt.training.checkpoint import (
+    CHECKPOINTS,
+    find_step,
+    open_checkpoints,
+    restore_params,
+)
+from jaxgpt.training.monitor import CURVE, METRICS
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
-CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
-CURVE = "loss.png"
 LOCK = "lock"
 _ASIDE = ".tmp"  # suffix of files being written
 _OWN = (CONFIG, TOKENIZER, CHECKPOINTS, METRICS, CURVE, LOCK)

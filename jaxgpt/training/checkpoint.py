@@ -18,6 +18,8 @@ from orbax.checkpoint import checkpoint_managers
 from jaxgpt.config import Config
 from jaxgpt.training.step import TrainState, abstract_state
 
+CHECKPOINTS = "checkpoints"
+
 
 def open_checkpoints(folder: Path, create: bool = False) -> ocp.CheckpointManager:
     """The checkpoints in `folder`; use as a context, so that saves end before it does.

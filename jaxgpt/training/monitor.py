@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxgpt.config import Config
-from jaxgpt.run import CURVE, METRICS
 from jaxgpt.runtime import log_line
 
+METRICS = "metrics.jsonl"
+CURVE = "loss.png"
 _IN_EVERY_ROW = {"event", "step", "elapsed_seconds"}
-_METRICS = ("loss", "learning_rate", "grad_norm")
+_OF_A_STEP = ("loss", "learning_rate", "grad_norm")
 
 
 class Monitor(AbstractContextManager):
@@ -116,7 +117,9 @@ class Monitor(AbstractContextManager):
         rate = self._tokens_per_step * count / seconds
         self._last_end = end
         for step in range(first + 1, first + count + 1):
-            values = {name: float(metrics[name][step - first - 1]) for name in _METRICS}
+            values = {
+                name: float(metrics[name][step - first - 1]) for name in _OF_A_STEP
+            }
             check_finite(step, values)
             figures = f"loss {values['loss']:.4f}  {rate:,.0f} tok/s"
             if self._bar:
