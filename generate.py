@@ -24,9 +24,9 @@ class Arguments:
 
     run_dir: Path  # as train.py --out-dir made it
     checkpoint: str = "best"  # best (lowest val loss), latest, or a step
-    prompt: str = (
-        ""  # text to continue, or FILE:name; empty: newline; --prompt=-x works
-    )
+    # text to continue (--prompt=TEXT if it begins with a dash), or FILE:name; empty
+    # stands for a newline
+    prompt: str = ""
     max_new_tokens: int = 500  # tokens to draw for each sample
     num_samples: int = 1  # continuations; the first is shown live, the others after it
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(

@@ -104,6 +104,15 @@ def test_an_unknown_flag_names_the_nearest(sample, capsys):
     assert "--temperature" in capsys.readouterr().err
 
 
+def test_help_explains_every_flag(sample, capsys):
+    with pytest.raises(SystemExit):
+        sample("--help")
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    for flag in re.findall(r"(?<!\()--[a-z-]+", text):
+        values_and_help = text.split(f"{flag} ")[1].split("(default")[0]
+        assert re.search(r"[a-z]+ [a-z]+", values_and_help), flag
+
+
 def test_a_prompt_file_that_is_not_utf8_is_named(sample, tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_bytes(b"\xff\xfe")
