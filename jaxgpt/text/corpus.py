@@ -55,20 +55,14 @@ def load_corpus(
 
     Returns the corpus, and the config with what it settles filled in: vocab_size, the
     sha256 (of the text, or of the token files where they are all there is) and absolute
-    paths. Raises OSError if a file cannot be had, ValueError if
-    its content does not fit the config.
+    paths. Raises OSError if a file cannot be had, ValueError if its content does not
+    fit the config.
     """
     data, vocab_size = config.data, config.model.vocab_size
     paths = [Path(path).resolve() for path in data.path]
     data = dataclasses.replace(data, path=tuple(map(str, paths)))
     paths = paths or [{"tinyshakespeare": _tinyshakespeare_path}[data.corpus](log)]
-    if len(paths) == 1 and paths[0].is_dir():
-        folder, paths = paths[0], [paths[0] / f"{split}.bin" for split in SPLITS]
-        _check_files(paths)
-        prepared, sha256 = True, _sha256(paths)
-    else:
-        _check_files(paths)
-        prepared, (folder, sha256) = False, _tokenize(paths, log)
+    folder, sha256 = _token_folder(paths, log)
     if data.sha256 not in ("", sha256):
         raise ValueError(
             f"the corpus has changed: the run was trained on sha256 {data.sha256}, "
@@ -91,9 +85,6 @@ def load_corpus(
         _open_tokens(folder / f"{split}.bin", found_size, config.model.block_size)
         for split in SPLITS
     )
-    if prepared:
-        _check_ids(train, found_size, folder / "train.bin")
-        _check_ids(val, found_size, folder / "val.bin")
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=found_size),
@@ -122,6 +113,16 @@ def _tinyshakespeare_path(log: Callable[[str], None]) -> Path:
     aside.write_bytes(text)
     os.replace(aside, path)
     return path
+
+
+def _token_folder(paths: list[Path], log: Callable[[str], None]) -> tuple[Path, str]:
+    """The folder of token files that nanoGPT or we have made, and the sha256."""
+    if len(paths) == 1 and paths[0].is_dir():
+        files = [paths[0] / f"{split}.bin" for split in SPLITS]
+        _check_files(files)
+        return paths[0], _sha256(files)
+    _check_files(paths)
+    return _tokenize(paths, log)
 
 
 def _check_files(paths: Sequence[Path]) -> None:
@@ -230,16 +231,6 @@ def _find_tokenizer(folder: Path) -> CharTokenizer | None:
     return None
 
 
-def _check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
-    for start in range(0, len(tokens), _CHUNK_BYTES):
-        largest = tokens[start : start + _CHUNK_BYTES].max()
-        if largest >= vocab_size:
-            raise ValueError(
-                f"{path} has token {largest}, outside the vocabulary of {vocab_size}; "
-                "give the right --model.vocab-size"
-            )
-
-
 def _open_tokens(path: Path, vocab_size: int, block_size: int) -> np.ndarray:
     dtype = np.dtype(token_dtype(vocab_size))
     count, rest = divmod(path.stat().st_size, dtype.itemsize)
@@ -250,4 +241,14 @@ def _open_tokens(path: Path, vocab_size: int, block_size: int) -> np.ndarray:
             f"the {path.stem} split has {count} tokens, a window needs block_size + 1 "
             f"= {block_size + 1}; use a longer text or a smaller --model.block-size"
         )
-    return np.memmap(path, dtype, mode="r")
+    tokens = np.memmap(path, dtype, mode="r")
+    largest = max(
+        tokens[start : start + _CHUNK_BYTES].max()
+        for start in range(0, count, _CHUNK_BYTES)
+    )
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path} has token {largest}, outside the vocabulary of {vocab_size}; "
+            "give the right --model.vocab-size"
+        )
+    return tokens
