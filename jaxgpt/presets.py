@@ -61,7 +61,7 @@ def lecture_bigram() -> Config:
 
 
 def shakespeare_char_cpu() -> Config:
-    """nanoGPT's recipe for a laptop: 70 s on 2 CPU cores, val 1.90.
+    """nanoGPT's recipe for a laptop: 75 s on 2 CPU cores, val 1.90.
 
     python train.py shakespeare-char-cpu
     """
