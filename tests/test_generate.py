@@ -73,6 +73,13 @@ def test_greedy_does_not_depend_on_the_seed(sample):
     assert one == other
 
 
+def test_the_prompt_is_printed_once_even_if_the_text_stops_at_once(sample):
+    greedy = ["--prompt", "To", "--temperature", "0"]
+    first = sample(*greedy).out[2]
+    out = sample(*greedy, "--stop", first, "--num-samples", "2").out
+    assert out == "To\n" + "-" * 40 + "\nTo\n"
+
+
 def test_text_ends_before_the_stop_text(sample):
     whole = sample("--prompt", "To").out
     stopped = sample("--prompt", "To", "--stop", whole[20:22]).out
@@ -82,6 +89,8 @@ def test_text_ends_before_the_stop_text(sample):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--stop", "Zounds"], "'Z' at position 0 is not in the vocabulary"),
+        (["--seed", "99999999999"], "seed=99999999999 must be from 0 to 4294967295"),
         (
             ["--prompt", "Zounds"],
             "character 'Z' at position 0 is not in the vocabulary",

@@ -32,7 +32,8 @@ def scores(
     if config.temperature == 0:
         return logits_BV
     logits_BV -= logits_BV.max(axis=-1, keepdims=True)  # so that none overflows
-    logits_BV = filter_logits(logits_BV / config.temperature, config)
+    temperature = max(config.temperature, float(jnp.finfo(jnp.float32).tiny))
+    logits_BV = filter_logits(logits_BV / temperature, config)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
     return logits_BV + noise_BV
 

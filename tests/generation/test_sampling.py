@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import SamplingConfig
-from jaxgpt.generation.sampling import filter_logits, sample
+from jaxgpt.generation.sampling import filter_logits, sample, scores
 
 ODDS = np.array([0.4, 0.3, 0.2, 0.1])
 
@@ -30,8 +30,13 @@ def test_temperature_sharpens_the_odds():
     np.testing.assert_allclose(shares, ODDS**2 / (ODDS**2).sum(), atol=0.02)
 
 
-def test_the_smallest_temperature_overflows_nothing():
-    assert drawn_odds(SamplingConfig(temperature=1e-40)).tolist() == [1, 0, 0, 0]
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45])
+def test_a_tiny_temperature_overflows_nothing(temperature):
+    config = SamplingConfig(temperature=temperature)
+    keys = jax.random.split(jax.random.key(0), 3)
+    logits = jnp.array([[-5.0, 2.0, 9.0], [-9.0, -2.0, -5.0], [9.0, 2.0, 5.0]])
+    assert sample(logits, keys, config).tolist() == [2, 1, 0]
+    assert not np.isnan(scores(logits, keys, config)).any()
 
 
 def test_temperature_0_takes_the_likeliest():
