@@ -26,7 +26,7 @@ from jaxgpt.training.checkpoint import (
     restore_state,
     save_state,
 )
-from jaxgpt.training.evaluation import estimate_losses, exact_loss
+from jaxgpt.training.evaluation import estimate_losses, evaluate_exactly
 from jaxgpt.training.monitor import Monitor, check_finite
 from jaxgpt.training.plan import describe
 from jaxgpt.training.sharding import make_mesh
@@ -124,7 +124,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                 if checkpoints.latest_step() != step:
                     save()
                 return interrupt.signal
-            monitor.done(step, exact_loss(eval_step, state.params, corpus.val, config))
+            exact = evaluate_exactly(eval_step, state.params, corpus.val, config)
+            monitor.done(step, exact.nats_per_token)
             return 0
 
 

@@ -65,7 +65,10 @@ def check_seed(seed: int) -> None:
 class ModelConfig:
     """The model's shape. Names are nanoGPT's."""
 
-    architecture: Literal["gpt", "bigram"] = "gpt"  # which model to build
+    # nanoGPT's model, or a rung of the lecture's ladder
+    architecture: Literal[
+        "gpt", "bigram", "attention", "feed-forward", "residual", "layer-norm"
+    ] = "gpt"
     block_size: int = 64  # tokens the model can look back over
     vocab_size: int | None = None  # tokens it knows; a character corpus fills it in
     n_layer: int = 4  # Transformer blocks
@@ -93,6 +96,20 @@ class ModelConfig:
         _check(
             0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0, under 1"
         )
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            _check(
+                setting.name not in self._not_read() or value == setting.default,
+                f"{setting.name}={value} changes nothing with architecture="
+                f"{self.architecture}; leave it at {setting.default}",
+            )
+
+    def _not_read(self) -> tuple[str, ...]:
+        """Fields that the architecture has no use for."""
+        if self.architecture == "gpt":
+            return ()
+        of_gpt = ("bias", "gelu", "compute_dtype", "remat")
+        return ("dropout", *of_gpt) if self.architecture == "bigram" else of_gpt
 
     def known_vocab_size(self) -> int:
         """vocab_size; raises ValueError where nothing has settled it yet."""

@@ -1,6 +1,7 @@
 """The run directory: what is where in it, and how to read a run back.
 
-config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   loss.png   lock
+config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   lock
+loss.png   attention.png
 """
 
 import json
@@ -34,8 +35,9 @@ from jaxgpt.training.monitor import CURVE, METRICS
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 LOCK = "lock"
+ATTENTION = "attention.png"
 _ASIDE = ".tmp"  # suffix of files being written
-_OWN = (CONFIG, TOKENIZER, CHECKPOINTS, METRICS, CURVE, LOCK)
+_OWN = (CONFIG, TOKENIZER, CHECKPOINTS, METRICS, CURVE, LOCK, ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def clear_run(run_dir: Path) -> None:
         checkpoints.unlink()
     elif checkpoints.exists():
         shutil.rmtree(checkpoints)
-    for name in (TOKENIZER, METRICS, CURVE, CONFIG):
+    for name in (TOKENIZER, METRICS, CURVE, ATTENTION, CONFIG):
         (run_dir / name).unlink(missing_ok=True)
 
 

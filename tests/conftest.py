@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -61,6 +62,18 @@ def finish(process, code=0):
     out, err = process.communicate(timeout=240)
     assert process.returncode == code, err
     return out, err
+
+
+@partial(jax.jit, static_argnums=0)
+def dropped_logits(model, params, tokens, rows):
+    """Logits with dropout on; `rows` are the rows' numbers in the whole batch."""
+    return model.apply(
+        {"params": params},
+        tokens,
+        deterministic=False,
+        rows_B=rows,
+        rngs={"dropout": jax.random.key(5)},
+    )
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,16 @@ def test_a_config_comes_back_from_json_as_it_was(preset):
         (ModelConfig, {"vocab_size": 0}, "vocab_size=0 must be at least 1"),
         (ModelConfig, {"dropout": 1.0}, "dropout=1.0 must be at least 0, under 1"),
         (ModelConfig, {"dropout": float("nan")}, "dropout=nan must be"),
+        (
+            ModelConfig,
+            {"architecture": "residual", "bias": True},
+            "bias=True changes nothing with architecture=residual; leave it at False",
+        ),
+        (
+            ModelConfig,
+            {"architecture": "bigram", "dropout": 0.2},
+            "dropout=0.2 changes nothing with architecture=bigram; leave it at 0.0",
+        ),
         (DataConfig, {"batch_size": 0}, "batch_size=0 must be at least 1"),
         (
             DataConfig,

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.models.gpt import GPT
-from jaxgpt.models.lecture import Bigram
+from jaxgpt.models.lecture import Bigram, LectureGPT
 
 
 def build_model(config: ModelConfig) -> nn.Module:
     """The model that `config` describes, without parameters."""
-    return {"gpt": GPT, "bigram": Bigram}[config.architecture](config)
+    models = {"gpt": GPT, "bigram": Bigram}
+    return models.get(config.architecture, LectureGPT)(config)
 
 
 def parameter_shapes(config: ModelConfig) -> Any:

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.models.cache import KVCache
-from jaxgpt.models.layers import INIT_STD, Block, Dropout, layer_norm
+from jaxgpt.models.layers import (
+    INIT_STD,
+    Block,
+    Dropout,
+    check_length,
+    dropout_rows,
+    layer_norm,
+)
 
 KV = tuple[jax.Array, jax.Array]  # keys and values
 
@@ -61,11 +68,8 @@ class GPT(nn.Module):
         Raises ValueError if T is above block_size.
         """
         B, T = tokens_BT.shape
-        self._check_length(T)
-        if deterministic:
-            rows_B = None
-        elif rows_B is None:
-            rows_B = jnp.arange(B)
+        check_length(T, self.config)
+        rows_B = dropout_rows(B, deterministic, rows_B)
 
         def body(block: Block, x_BTC: jax.Array) -> tuple[jax.Array, None]:
             return block(x_BTC, rows_B), None
@@ -91,7 +95,7 @@ class GPT(nn.Module):
         with the tokens read. Raises ValueError if T is above block_size.
         """
         T = tokens_BT.shape[1]
-        self._check_length(T)
+        check_length(T, self.config)
         start_B = cache.length_B
 
         def body(block: Block, x_BTC: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
@@ -112,7 +116,7 @@ class GPT(nn.Module):
     def _over_layers(self, body: Callable[..., Any]) -> Callable[..., Any]:
         return nn.scan(
             body,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.config.n_layer,
         )
@@ -126,10 +130,3 @@ class GPT(nn.Module):
             self.wte.embedding.astype(x_BTC.dtype),
             preferred_element_type=jnp.float32,
         )
-
-    def _check_length(self, length: int) -> None:
-        if length > self.config.block_size:
-            raise ValueError(
-                f"{length} tokens do not fit block_size={self.config.block_size}; "
-                "crop them to the last block_size tokens"
-            )

@@ -31,6 +31,24 @@ def layer_norm(config: ModelConfig) -> nn.LayerNorm:
     )
 
 
+def check_length(length: int, config: ModelConfig) -> None:
+    """Raises ValueError if a model can't look at `length` tokens at once."""
+    if length > config.block_size:
+        raise ValueError(
+            f"{length} tokens do not fit block_size={config.block_size}; "
+            "crop them to the last block_size tokens"
+        )
+
+
+def dropout_rows(
+    batch_size: int, deterministic: bool, rows_B: jax.Array | None
+) -> jax.Array | None:
+    """The `rows_B` that a model's layers get: None if `deterministic`, else never."""
+    if deterministic:
+        return None
+    return jnp.arange(batch_size) if rows_B is None else rows_B
+
+
 class Dropout(nn.Module):
     """Zeroes a fraction of `x` and scales up the rest."""
 
@@ -127,6 +145,7 @@ class Attention(nn.Module):
         scores_BHTS *= self.config.head_dim**-0.5
         scores_BHTS = jnp.where(mask, scores_BHTS, -jnp.inf)
         weights_BHTS = jax.nn.softmax(scores_BHTS).astype(q_BTHD.dtype)
+        self.sow("intermediates", "attention", weights_BHTS)
         weights_BHTS = self.attn_dropout(weights_BHTS, rows_B)
         out_BTHD = jnp.einsum("BHTS,BSHD->BTHD", weights_BHTS, v_BSHD)
         return self.resid_dropout(self.c_proj(out_BTHD), rows_B)

@@ -3,8 +3,8 @@
 B batch   T time
 """
 
-import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -46,39 +46,89 @@ def estimate_losses(
     return {"train_loss": mean(corpus.train), "val_loss": mean(corpus.val)}
 
 
-def exact_loss(
-    eval_step: EvalStep, params: Any, tokens: np.ndarray, config: Config
-) -> float:
-    """Mean loss in nats per token, every token but the first predicted exactly once.
+@dataclass(frozen=True)
+class Evaluation:
+    """The exact loss on a text.
 
-    The split is cut into consecutive windows of block_size predictions; within each the
-    model looks back to the window's first token. The batch size does not change the
-    result (but for rounding).
+    Attributes:
+      tokens: predictions it averages.
+      nats_per_token: the mean loss.
+      standard_error: of that mean, in nats, from the spread between windows of
+        block_size predictions (those within one have their context in common); None
+        where there is but one window.
+    """
+
+    tokens: int
+    nats_per_token: float
+    standard_error: float | None
+
+
+def evaluate_exactly(
+    eval_step: EvalStep,
+    params: Any,
+    tokens: np.ndarray,
+    config: Config,
+    stride: int | None = None,
+) -> Evaluation:
+    """The loss on `tokens`, each but the first predicted exactly once.
+
+    Windows of block_size predictions start every `stride` tokens, and of each the last
+    `stride` predictions count (of the first all). So each has at least block_size -
+    stride tokens before it, but for the text's first. The batch size does not change
+    the result (but for rounding).
 
     Args:
       eval_step: as `compile_eval_step` makes it.
       params: the model's parameters.
-      tokens: of one split [tokens].
+      tokens: of one split [tokens], at least two.
       config: of the model, and of how many rows run at once.
+      stride: block_size if left out: the windows then do not overlap.
+
+    Raises ValueError if `stride` is not from 1 to block_size.
     """
-    shape = config.data.rows_at_once, config.model.block_size
-    losses = _each_loss(eval_step, params, _windows(tokens, shape))
-    count = len(tokens) - 1
-    total, left = 0.0, count
-    for loss_BT in losses:
-        counted = loss_BT.ravel()[:left]  # the rest is padding
-        total += float(counted.sum())
-        left -= len(counted)
-    return total / count
+    T = config.model.block_size
+    stride = T if stride is None else stride
+    if not 1 <= stride <= T:
+        raise ValueError(f"stride={stride} must be from 1 to block_size={T}")
+    starts = np.arange(0, max(len(tokens) - 1 - T, 0) + stride, stride)
+    batches = _windows(tokens, starts, config.data.rows_at_once, T)
+    losses, new = [], T
+    for loss_BT in _each_loss(eval_step, params, batches):
+        for loss_T in loss_BT:
+            losses.append(loss_T[T - new :])
+            new = stride
+    return _summary(np.concatenate(losses)[: len(tokens) - 1], T)
 
 
-def _windows(tokens: np.ndarray, shape: tuple[int, int]) -> Iterator[Batch]:
-    """Yields inputs and targets of `shape` [B, T]; the end is padded with token 0."""
-    size = math.prod(shape)
-    for start in range(0, len(tokens) - 1, size):
-        piece = tokens[start : start + size + 1].astype(np.int32)
-        piece = np.pad(piece, (0, size + 1 - len(piece)))
-        yield piece[:-1].reshape(shape), piece[1:].reshape(shape)
+def _windows(
+    tokens: np.ndarray, starts: np.ndarray, batch_size: int, block_size: int
+) -> Iterator[Batch]:
+    """Yields the windows from `starts` on, in batches that padding fills up."""
+    for first in range(0, len(starts), batch_size):
+        starts_B = np.resize(starts[first : first + batch_size], batch_size)
+        positions = starts_B[:, None] + np.arange(block_size + 1)
+        windows = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int32)
+        yield windows[:, :-1], windows[:, 1:]
+
+
+def _summary(losses: np.ndarray, block_size: int) -> Evaluation:
+    """Mean and standard error of losses in the order of the text.
+
+    The mean is a ratio, of the windows' sums to their sizes (the last may be smaller),
+    and its variance that of a ratio.
+
+    Source: Cochran, "Sampling Techniques" (1977), chapter 6.
+    """
+    cuts = np.arange(0, len(losses), block_size)
+    sums = np.add.reduceat(losses, cuts)
+    sizes = np.diff(cuts, append=len(losses))
+    mean, count = losses.mean(), len(cuts)
+    deviations = sums - mean * sizes
+    error = None
+    if count > 1:
+        variance = np.sum(deviations**2) * count / (count - 1)
+        error = float(np.sqrt(variance) / len(losses))
+    return Evaluation(len(losses), float(mean), error)
 
 
 def _each_loss(

@@ -16,8 +16,8 @@ def step_flops(config: Config) -> int:
     """Floating-point operations of one update, forward and backward.
 
     Per token: 6 for each parameter that multiplies, and 12 n_layer n_embd block_size
-    for attention's scores and averages, masked ones too. The tied head multiplies with
-    the token embedding. Recomputation (remat) is not counted.
+    for attention's scores and averages, masked ones too. An embedding is looked up; but
+    the GPT's head multiplies with the tokens'. Recomputation (remat) is not counted.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
@@ -25,7 +25,11 @@ def step_flops(config: Config) -> int:
         return 0
     model = config.model
     params = parameter_shapes(model)
-    multiplying = _size(params) - _size(params["wpe"])
+    multiplying = sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if path[-1].key != "embedding" or path[0].key == "wte"
+    )
     attention = 12 * model.n_layer * model.n_embd * model.block_size
     return config.data.batch_size * model.block_size * (6 * multiplying + attention)
 

@@ -26,7 +26,7 @@ def make_mesh(config: Config, log: Callable[[str], None] = print) -> Mesh:
             f"not divide over mesh.data={count} devices; make them a multiple of it"
         )
     if count < len(devices):
-        log(f"training on {count} of {len(devices)} devices, for {rows} rows at once")
+        log(f"using {count} of {len(devices)} devices, for {rows} rows at once")
     return jax.make_mesh(
         (count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count]
     )

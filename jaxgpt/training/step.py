@@ -42,9 +42,11 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def init_state(model: nn.Module, config: Config) -> TrainState:
-    """The state before the first update, a function of `train.seed`."""
-    init_key, _ = jax.random.split(jax.random.key(config.train.seed))
+def init_state(
+    model: nn.Module, config: Config, seed: jax.Array | int | None = None
+) -> TrainState:
+    """The state before the first update, of `seed` (of `train.seed` if left out)."""
+    init_key, _ = _keys(config, seed)
     tokens_BT = jnp.zeros((1, config.model.block_size), jnp.int32)
     params = model.init(init_key, tokens_BT)["params"]
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
@@ -63,8 +65,16 @@ def abstract_state(model: nn.Module, config: Config, mesh: Mesh) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.update(sharding=replicated(mesh)), shapes)
 
 
+def _keys(config: Config, seed: jax.Array | int | None) -> jax.Array:
+    """The keys of initialisation and of dropout."""
+    return jax.random.split(jax.random.key(config.train.seed if seed is None else seed))
+
+
 def make_train_step(
-    model: nn.Module, config: Config, axis_name: str | None = None
+    model: nn.Module,
+    config: Config,
+    axis_name: str | None = None,
+    seed: jax.Array | int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes `train_step(state, batch) -> state, metrics`: one update of AdamW.
 
@@ -76,13 +86,15 @@ def make_train_step(
     the other and whose gradients are averaged. Dropout depends on (seed, step, layer,
     row) only, so neither the cut nor the devices change it.
 
+    `seed` stands in for `train.seed`, so that `vmap` can train with several at once.
+
     The metrics are scalars of the whole batch: `loss` (nats per token, before the
     update), `grad_norm` (before clipping) and `learning_rate`.
     """
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
     schedule = learning_rate_schedule(config.optimizer, config.train.max_steps)
     pieces = config.data.gradient_accumulation_steps
-    _, dropout_key = jax.random.split(jax.random.key(config.train.seed))
+    _, dropout_key = _keys(config, seed)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(dropout_key, state.step)

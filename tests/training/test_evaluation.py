@@ -4,7 +4,7 @@ import pytest
 from conftest import TINY, changed
 
 from jaxgpt.text.corpus import Corpus
-from jaxgpt.training.evaluation import estimate_losses, exact_loss
+from jaxgpt.training.evaluation import estimate_losses, evaluate_exactly
 from jaxgpt.training.objective import token_losses
 from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import compile_eval_step
@@ -30,8 +30,10 @@ def test_exact_loss_predicts_every_token_but_the_first_once(tiny_model, tokens):
     for batch_size in (1, 3, 8):
         config = changed(TINY, data={"batch_size": batch_size})
         mesh = make_mesh(config, lambda line: None)
-        loss = exact_loss(compile_eval_step(model, mesh), params, tokens, config)
-        assert loss == pytest.approx(np.mean(losses), abs=1e-6)
+        eval_step = compile_eval_step(model, mesh)
+        exact = evaluate_exactly(eval_step, params, tokens, config)
+        assert exact.tokens == len(losses)
+        assert exact.nats_per_token == pytest.approx(np.mean(losses), abs=1e-6)
 
 
 def test_estimates_compare_whatever_the_seed_and_differ_between_splits(tiny_model):

@@ -171,4 +171,4 @@ def test_the_mesh_takes_as_many_devices_as_divide_the_rows_and_says_so():
     lines = []
     mesh = make_mesh(changed(TINY, data={"batch_size": 6}), lines.append)
     assert mesh.size == 6
-    assert lines == ["training on 6 of 8 devices, for 6 rows at once"]
+    assert lines == ["using 6 of 8 devices, for 6 rows at once"]

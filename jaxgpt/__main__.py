@@ -1,0 +1,30 @@
+"""The commands beside train.py and generate.py: python -m jaxgpt COMMAND --help."""
+
+import sys
+from collections.abc import Callable
+
+import tyro
+
+from jaxgpt import runtime
+from jaxgpt.commands.attention import attention
+from jaxgpt.commands.evaluate import evaluate
+from jaxgpt.commands.lecture import lecture
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "evaluate": evaluate,
+    "lecture": lecture,
+    "attention": attention,
+}
+
+
+def main() -> int:
+    """Runs the command that the command line names; returns the exit status."""
+    runtime.start()
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog="python -m jaxgpt", description=__doc__
+    )
+
+
+if __name__ == "__main__":
+    with runtime.plain_errors():
+        sys.exit(main())

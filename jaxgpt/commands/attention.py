@@ -1,0 +1,104 @@
+"""What each head of each layer attends to, as a picture.
+
+L layers   H heads   T time   S key time
+"""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt.run import ATTENTION, load_run
+from jaxgpt.runtime import log_line
+
+_SHOWN_AS = {" ": "\N{OPEN BOX}", "\n": "\\n", "\t": "\\t"}
+
+
+def attention(
+    run_dir: Path, prompt: str, checkpoint: str = "best", out: Path | None = None
+) -> int:
+    """Draws the attention maps of every layer and head over a prompt's tokens.
+
+    Args:
+        run_dir: as train.py --out-dir made it
+        prompt: text to look at; the model sees its last block_size tokens
+        checkpoint: best (lowest val loss), latest, or a step
+        out: picture to write (PNG); attention.png in the run directory if left out
+    """
+    run = load_run(run_dir, checkpoint)
+    if run.tokenizer is None:
+        raise ValueError(f"{run_dir} has no tokenizer.json, and can't read a prompt")
+    ids, window = run.tokenizer.encode(prompt), run.config.model.block_size
+    if not len(ids):
+        raise ValueError("--prompt is empty; give the text to look at")
+    if len(ids) > window:
+        log_line(f"the prompt has {len(ids)} tokens; the model sees the last {window}")
+        ids = ids[-window:]
+    weights_LHTS = attention_maps(run.model, run.params, ids)
+    out = out or run_dir / ATTENTION
+    draw_maps(weights_LHTS, [run.tokenizer.decode([token]) for token in ids], out)
+    print(out)
+    return 0
+
+
+def attention_maps(model: nn.Module, params: Any, tokens_T: np.ndarray) -> np.ndarray:
+    """How much of each position S goes to each position T, f32 [L, H, T, S].
+
+    Args:
+      model, params: of a run.
+      tokens_T: token ids, i32, from 1 to block_size of them.
+
+    Raises ValueError if the model has no attention.
+    """
+    _, sown = model.apply(
+        {"params": params}, jnp.asarray(tokens_T)[None], mutable="intermediates"
+    )
+    leaves, _ = jax.tree_util.tree_flatten_with_path(sown)
+    if not leaves:
+        raise ValueError(
+            f"a {model.config.architecture} model has no attention to show"
+        )
+    maps = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    names = sorted(maps, key=lambda name: (len(name), name))  # block_2 before block_10
+    return np.concatenate([maps[n].reshape(-1, *maps[n].shape[-3:]) for n in names])
+
+
+def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
+    """Draws a grid of maps, layers downwards and heads across, as a PNG.
+
+    Args:
+      weights_LHTS: each row T sums to one.
+      tokens: texts of the T positions.
+      path: of the picture.
+    """
+    import matplotlib  # half a second, and only needed here
+    from matplotlib.figure import Figure
+
+    L, H, T, _ = weights_LHTS.shape
+    side = min(max(1.6, 0.16 * T), 5, 24 / H)  # of a map, in inches
+    figure = Figure(figsize=(H * side + 1.2, L * side + 0.8), layout="constrained")
+    panels = figure.subplots(L, H, squeeze=False)
+    past_TS = np.tril(np.ones((T, T), bool))
+    colours = matplotlib.colormaps["Blues"].with_extremes(bad="0.93")
+    for (layer, head), axes in np.ndenumerate(panels):
+        weights_TS = np.ma.array(weights_LHTS[layer, head], mask=~past_TS)
+        image = axes.imshow(weights_TS, cmap=colours, vmin=0, vmax=1)
+        axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
+        axes.set(xticks=[], yticks=[])
+    labels = [_SHOWN_AS.get(token, token) for token in tokens]
+    points = min(0.75 * 72 * side / T, 8)
+    if points >= 4:  # else none could be read
+        style = {"fontsize": points, "family": "monospace", "parse_math": False}
+        for axes in panels[-1]:
+            axes.set_xticks(range(T), labels, **style)
+        for axes in panels[:, 0]:
+            axes.set_yticks(range(T), labels, **style)
+        for axes in panels.flat:
+            axes.tick_params(length=0, pad=2)
+    figure.supxlabel("looks at", fontsize=9)
+    figure.supylabel("position", fontsize=9)
+    figure.colorbar(image, ax=panels, label="weight", aspect=40, pad=0.01)
+    figure.savefig(path, dpi=120)

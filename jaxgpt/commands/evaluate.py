@@ -1,0 +1,77 @@
+"""The exact loss of a run on its corpus."""
+
+import dataclasses
+import math
+from json import dumps
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+
+from jaxgpt.config import MeshConfig
+from jaxgpt.run import load_run
+from jaxgpt.runtime import log_line
+from jaxgpt.text.corpus import load_corpus
+from jaxgpt.training.evaluation import evaluate_exactly
+from jaxgpt.training.sharding import make_mesh, replicated
+from jaxgpt.training.step import compile_eval_step
+
+
+def evaluate(
+    run_dir: Path,
+    checkpoint: str = "best",
+    split: Literal["val", "train"] = "val",
+    stride: int | None = None,
+    batch_size: int = 16,
+    json: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Exact loss on a split: every token but the first predicted exactly once.
+
+    Args:
+        run_dir: as train.py --out-dir made it
+        checkpoint: best (lowest val loss), latest, or a step
+        split: which part of the run's corpus
+        stride: tokens by which a window of block_size slides; of each window that many
+            predictions count, its last. Left out, windows do not overlap
+        batch_size: windows at once, over all devices; the result does not depend on it
+        json: print one JSON object
+    """
+    run = load_run(run_dir, checkpoint)
+    corpus, config = load_corpus(run.config, log_line)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data, batch_size=batch_size, gradient_accumulation_steps=1
+        ),
+        mesh=MeshConfig(),  # of this machine, not the one that trained
+    )
+    mesh = make_mesh(config, log_line)
+    tokens = {"train": corpus.train, "val": corpus.val}[split]
+    result = evaluate_exactly(
+        compile_eval_step(run.model, mesh),
+        jax.device_put(run.params, replicated(mesh)),
+        tokens,
+        config,
+        stride,
+    )
+    bits_per_character = None
+    if run.tokenizer:
+        characters = len(run.tokenizer.decode(tokens[1:]))
+        bits = result.tokens * result.nats_per_token / math.log(2)
+        bits_per_character = bits / characters
+    report = {
+        "split": split,
+        "tokens": result.tokens,
+        "nats_per_token": result.nats_per_token,
+        "standard_error": result.standard_error,
+        "perplexity": math.exp(result.nats_per_token),
+        "bits_per_character": bits_per_character,
+    }
+    if json:
+        print(dumps(report))
+        return 0
+    for name, value in report.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' '):20}{'unknown' if value is None else shown}")
+    return 0

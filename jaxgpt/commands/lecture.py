@@ -1,0 +1,262 @@
+"""Climbs the lecture's ladder: trains every rung, and compares with its figures.
+
+S seeds   N steps in one call
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jaxgpt.config import Config, MeshConfig, SamplingConfig, check_seed
+from jaxgpt.generation.stream import generate
+from jaxgpt.models import build_model
+from jaxgpt.presets import PRESETS
+from jaxgpt.run import Run
+from jaxgpt.runtime import log_line
+from jaxgpt.text.batches import stack_batches
+from jaxgpt.text.corpus import Corpus, load_corpus
+from jaxgpt.training.evaluation import evaluate_exactly
+from jaxgpt.training.sharding import make_mesh
+from jaxgpt.training.step import (
+    Batch,
+    TrainState,
+    call_size,
+    compile_eval_step,
+    init_state,
+    make_train_step,
+)
+
+RESULTS = "lecture.json"
+PICTURE = "lecture.png"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A preset and the validation losses to compare with, in nats per token.
+
+    Attributes:
+      lecture: as the lecturer reads it off, from random batches.
+      pytorch: exact, of the same model in PyTorch with two seeds, where measured.
+    """
+
+    preset: str
+    lecture: float
+    pytorch: tuple[float, ...] = ()
+
+    @property
+    def tolerated(self) -> tuple[float, float]:
+        """Lowest and highest loss within 0.03 of the lecture's or 0.02 of PyTorch's."""
+        low = min(self.lecture - 0.03, min(self.pytorch, default=np.inf) - 0.02)
+        high = max(self.lecture + 0.03, max(self.pytorch, default=-np.inf) + 0.02)
+        return low, high
+
+
+RUNGS = (
+    Rung("lecture-bigram", 2.5, (2.487, 2.487)),
+    Rung("lecture-single-head", 2.4, (2.408, 2.396)),
+    Rung("lecture-multi-head", 2.28, (2.259, 2.271)),
+    Rung("lecture-feed-forward", 2.24, (2.233, 2.244)),
+    Rung("lecture-blocks", 2.33, (2.340, 2.285)),
+    Rung("lecture-residual", 2.08, (2.101, 2.062)),
+    Rung("lecture-layer-norm", 2.06, (2.082, 2.063)),
+)
+SCALED = Rung("lecture-scaled", 1.48)
+
+
+def lecture(
+    out_dir: Path = Path("runs/lecture"),
+    scaled: tyro.conf.FlagCreatePairsOff[bool] = False,
+    steps_scale: float = 1.0,
+    seeds: tuple[int, ...] = (1337, 1338, 1339),
+) -> int:
+    """Trains every rung of the lecture's ladder, and compares with its figures.
+
+    The exit status is 0 if the mean loss of every rung agrees.
+
+    Args:
+        out_dir: where lecture.json and lecture.png go
+        scaled: climb the last rung too; its 10.8M parameters need an accelerator
+        steps_scale: train for this part of the steps, as a trial; 1 is the lecture's
+        seeds: of the models that train at once on each rung
+    """
+    if not 0 < steps_scale < float("inf"):
+        raise ValueError(f"--steps-scale {steps_scale} must be positive and finite")
+    if not seeds:
+        raise ValueError("--seeds is empty; give at least one")
+    for seed in seeds:
+        check_seed(seed)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    for rung in (*RUNGS, SCALED) if scaled else RUNGS:
+        results.append(climb(rung, seeds, steps_scale))
+        text = json.dumps({"seeds": seeds, "rungs": results}, indent=1) + "\n"
+        (out_dir / RESULTS).write_text(text, encoding="utf-8")
+        plot(results, out_dir / PICTURE)
+    console = Console(width=100, highlight=False)
+    console.print(table(results))
+    for result in results:
+        print(f"\n--- {result['rung']}: val loss {result['val_loss']:.3f}")
+        print(result["sample"].strip())
+    print(f"\nwritten: {out_dir / RESULTS}, {out_dir / PICTURE}")
+    return int(not all(result["passed"] for result in results))
+
+
+def climb(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any]:
+    """Trains the rung's model with all seeds; returns its entry in lecture.json."""
+    config = _shortened(PRESETS[rung.preset](), steps_scale)
+    corpus, config = load_corpus(config, log_line)
+    started = time.monotonic()
+    model = build_model(config.model)
+    eval_step = compile_eval_step(model, make_mesh(config, lambda line: None))
+    curve = []
+    for step, params_S in train_seeds(model, config, corpus, seeds):
+        each_params = [
+            jax.tree.map(lambda leaf_S, s=s: leaf_S[s], params_S)
+            for s in range(len(seeds))
+        ]
+        losses = [
+            evaluate_exactly(eval_step, params, corpus.val, config).nats_per_token
+            for params in each_params
+        ]
+        curve.append({"step": step, "val_losses": losses})
+        shown = ", ".join(f"{loss:.3f}" for loss in losses)
+        log_line(f"{rung.preset}  step {step}/{config.train.max_steps}  val {shown}")
+    seconds = time.monotonic() - started
+    run = Run(config, corpus.tokenizer, model, each_params[0], step)
+    (sample,) = generate(
+        run, "", max_new_tokens=300, sampling=SamplingConfig(temperature=1.0)
+    )
+    mean = float(np.mean(losses))
+    low, high = rung.tolerated
+    return {
+        "rung": rung.preset,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.params)),
+        "steps": step,
+        "seconds": seconds,
+        "val_losses": losses,
+        "val_loss": mean,
+        "lecture": rung.lecture,
+        "difference": mean - rung.lecture,
+        "tolerated": [low, high],
+        "passed": low <= mean <= high,
+        "curve": curve,
+        "sample": sample,
+    }
+
+
+def _shortened(config: Config, steps_scale: float) -> Config:
+    """The config with a part of its steps, on one device."""
+    interval = max(1, round(config.train.eval_interval * steps_scale))
+    train = dataclasses.replace(
+        config.train,
+        max_steps=max(1, round(config.train.max_steps * steps_scale)),
+        eval_interval=interval,
+        checkpoint_interval=interval,
+        steps_per_call=min(config.train.steps_per_call, interval),
+    )
+    return dataclasses.replace(config, train=train, mesh=MeshConfig(data=1))
+
+
+def train_seeds(
+    model: nn.Module, config: Config, corpus: Corpus, seeds: Sequence[int]
+) -> Iterator[tuple[int, Any]]:
+    """Trains the model once with each seed, all at once: `vmap` of the train step.
+
+    Each seed gets the initialisation, batches and dropout of `train.py --train.seed`.
+
+    Yields, every `eval_interval` updates and at the end, their number and the
+    parameters [S, ...], which are gone once the next are asked for.
+    """
+    seeds_S = jnp.array(seeds, jnp.uint32)
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_calls(states_S: TrainState, batches_S: Batch) -> TrainState:
+        def train_steps(seed: jax.Array, state: TrainState, batches: Batch) -> Any:
+            train_step = make_train_step(model, config, seed=seed)
+            return jax.lax.scan(train_step, state, batches)[0]
+
+        return jax.vmap(train_steps)(seeds_S, states_S, batches_S)
+
+    seeded = [
+        dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        for seed in seeds
+    ]
+    states_S = jax.jit(jax.vmap(partial(init_state, model, config)))(seeds_S)
+    step = 0
+    while step < config.train.max_steps:
+        steps = range(step, step + call_size(step, config.train))
+        batches = [stack_batches(corpus.train, steps, each) for each in seeded]
+        states_S = train_calls(states_S, jax.tree.map(lambda *a: np.stack(a), *batches))
+        step = steps.stop
+        if step % config.train.eval_interval == 0 or step == config.train.max_steps:
+            yield step, states_S.params
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    """The results beside the lecture's figures; prints as Markdown."""
+    grid = Table(box=box.MARKDOWN)
+    grid.add_column("rung", no_wrap=True)
+    for name in (
+        "parameters",
+        "seconds",
+        "val loss",
+        "lecture",
+        "difference",
+        "tolerated",
+        "verdict",
+    ):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for result in results:
+        low, high = result["tolerated"]
+        grid.add_row(
+            result["rung"].removeprefix("lecture-"),
+            f"{result['parameters']:,}",
+            f"{result['seconds']:.0f}",
+            f"{result['val_loss']:.3f}",
+            f"{result['lecture']:.2f}",
+            f"{result['difference']:+.3f}",
+            f"{low:.3f}-{high:.3f}",
+            "pass" if result["passed"] else "FAIL",
+        )
+    return grid
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draws each rung's validation loss as a PNG: the seeds' mean and their spread."""
+    from matplotlib.figure import Figure  # half a second, and only needed here
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for result in results:
+        steps = [point["step"] for point in result["curve"]]
+        losses = np.array([point["val_losses"] for point in result["curve"]])
+        label = f"{result['rung'].removeprefix('lecture-')}  {result['val_loss']:.2f}"
+        (line,) = axes.plot(steps, losses.mean(axis=1), marker=".", label=label)
+        colour = line.get_color()
+        axes.fill_between(
+            steps, losses.min(axis=1), losses.max(axis=1), color=colour, alpha=0.2
+        )
+        axes.plot(steps[-1], result["lecture"], "x", color=colour, markersize=9)
+    axes.plot([], [], "x", color="black", markersize=9, label="the lecture's")
+    axes.set(
+        xlabel="step",
+        ylabel="validation loss, nats per character",
+        title=f"mean of {losses.shape[1]} seeds, and their spread",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)

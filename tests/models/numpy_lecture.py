@@ -1,0 +1,46 @@
+"""The lecture's models once more, in NumPy and float64, one head and layer at a time.
+
+Written from the lecture's definition, to check the models against.
+"""
+
+import numpy as np
+from numpy_gpt import layer_norm, softmax
+
+
+def linear(x, p):
+    return x @ p["kernel"] + p.get("bias", 0)
+
+
+def heads(x, p):
+    """The outputs of all heads, concatenated."""
+    outputs = []
+    for key, query, value in zip(
+        *(p[name]["kernel"] for name in ("key", "query", "value")), strict=True
+    ):
+        scores = (x @ query) @ (x @ key).T / np.sqrt(key.shape[1])
+        scores[np.triu_indices(len(x), 1)] = -np.inf
+        outputs.append(softmax(scores) @ (x @ value))
+    return np.concatenate(outputs, axis=1)
+
+
+def block(x, p, architecture):
+    if architecture == "attention":
+        return heads(x, p["heads"])
+    if architecture == "feed-forward":
+        return np.maximum(linear(heads(x, p["sa"]["heads"]), p["ffwd"]), 0)
+    normed = architecture == "layer-norm"
+    h = layer_norm(x, p["ln1"]) if normed else x
+    x = x + linear(heads(h, p["sa"]["multi_head"]["heads"]), p["sa"]["proj"])
+    h = layer_norm(x, p["ln2"]) if normed else x
+    return x + linear(np.maximum(linear(h, p["ffwd"]["fc"]), 0), p["ffwd"]["proj"])
+
+
+def logits(params, tokens, architecture, n_layer):
+    """Logits [T, V] of one sequence of token ids."""
+    x = params["token_embedding"]["embedding"][tokens]
+    x = x + params["position_embedding"]["embedding"][: len(tokens)]
+    for layer in range(n_layer):
+        x = block(x, params[f"block_{layer}"], architecture)
+    if architecture == "layer-norm":
+        x = layer_norm(x, params["ln_f"])
+    return linear(x, params["lm_head"])
