@@ -10,7 +10,17 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxgpt import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+import generate
+import train
+from jaxgpt import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    __main__,
+    runtime,
+)
 from jaxgpt.models import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -47,19 +57,20 @@ def changed(config: Config, **sections: dict[str, object]) -> Config:
     )
 
 
-def start_script(name, *arguments):
-    """Starts train.py or generate.py as a process, as a user does."""
+def start_script(*arguments):
+    """Starts `python ARGUMENTS` as a process in the repository, as a user does."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / name), *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def finish(process, code=0):
+def finish(process, code=0, timeout=240):
     """Waits for a script to exit with `code`; returns stdout and stderr."""
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, err
     return out, err
 
@@ -81,6 +92,33 @@ def smoke(tmp_path_factory):
     """`python train.py smoke`, uninterrupted: its directory, stdout and stderr."""
     run_dir = tmp_path_factory.mktemp("runs") / "smoke"
     return run_dir, *finish(start_script("train.py", "smoke", "--out-dir", run_dir))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The directory of a run that has learnt a little of a small text."""
+    folder = tmp_path_factory.mktemp("tiny_run")
+    text = folder / "text.txt"
+    text.write_text("To be, or not to be.\n" * 40)
+    config = changed(TINY, model={"vocab_size": None}, train={"eval_interval": 8})
+    config = changed(config, data={"path": (str(text),)})
+    train.train(config, folder / "run", resume=False, overwrite=False)
+    return folder / "run"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Calls a script's or `python -m jaxgpt`'s main here; returns stdout and stderr."""
+    mains = {"train.py": train, "generate.py": generate, "jaxgpt": __main__}
+    monkeypatch.setattr(runtime, "start", lambda: None)
+
+    def call(script, *arguments, status=0):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        assert (mains[script].main() or 0) == status
+        return capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

@@ -1,38 +1,16 @@
 import re
-import sys
+from functools import partial
 
 import pytest
-from conftest import TINY, changed, finish, start_script
+from conftest import finish, start_script
 
-import generate
-import train
-from jaxgpt import load_run, runtime
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    """A run that has learnt a little of a small text."""
-    folder = tmp_path_factory.mktemp("generate")
-    text = folder / "text.txt"
-    text.write_text("To be, or not to be.\n" * 40)
-    config = changed(TINY, model={"vocab_size": None}, train={"eval_interval": 8})
-    config = changed(config, data={"path": (str(text),)})
-    train.train(config, folder / "run", resume=False, overwrite=False)
-    return folder / "run"
+from jaxgpt import load_run
 
 
 @pytest.fixture
-def sample(run_dir, monkeypatch, capsys):
-    """Calls generate.py in this process; returns stdout and stderr."""
-    monkeypatch.setattr(runtime, "start", lambda: None)
-
-    def call(*arguments):
-        argv = ["generate.py", "--run-dir", str(run_dir), *arguments]
-        monkeypatch.setattr(sys, "argv", argv)
-        generate.main()
-        return capsys.readouterr()
-
-    return call
+def sample(call, tiny_run):
+    """Calls generate.py on a run; returns stdout and stderr."""
+    return partial(call, "generate.py", "--run-dir", tiny_run)
 
 
 def test_stdout_is_prompt_and_continuation_and_nothing_else(sample):
@@ -145,6 +123,6 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(smoke):
     assert process.wait(timeout=120) == 1
 
 
-def test_every_checkpoint_can_be_sampled(sample, run_dir):
-    step = str(load_run(run_dir).step)
+def test_every_checkpoint_can_be_sampled(sample, tiny_run):
+    step = str(load_run(tiny_run).step)
     assert sample("--checkpoint", step).out == sample("--checkpoint", "latest").out

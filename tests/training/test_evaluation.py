@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -34,6 +36,70 @@ def test_exact_loss_predicts_every_token_but_the_first_once(tiny_model, tokens):
         exact = evaluate_exactly(eval_step, params, tokens, config)
         assert exact.tokens == len(losses)
         assert exact.nats_per_token == pytest.approx(np.mean(losses), abs=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 3, T - 1, T])
+def test_a_stride_predicts_each_token_once_from_its_own_window(
+    tiny_model, tokens, stride
+):
+    model, params = tiny_model
+    count, expected = len(tokens) - 1, []
+    for i in range(count):  # prediction i is of token i + 1, from token i and earlier
+        start = max(0, -(-(i + 1 - T) // stride)) * stride
+        window = np.zeros((1, T), np.int32)
+        window[0, : i + 1 - start] = tokens[start : i + 1]
+        losses = loss_of_each_target(model, params, window)
+        expected.append(losses[i - start, tokens[i + 1]])
+    config = changed(TINY, data={"batch_size": 3})
+    eval_step = compile_eval_step(model, make_mesh(config, lambda line: None))
+    exact = evaluate_exactly(eval_step, params, tokens, config, stride)
+    assert exact.tokens == count
+    assert exact.nats_per_token == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+@partial(jax.jit, static_argnums=0)
+def loss_of_each_target(model, params, window):
+    """Losses [T, V] were the next token this or that."""
+    return -jax.nn.log_softmax(model.apply({"params": params}, window)[0])
+
+
+def evaluate_losses(losses, stride=None):
+    """Evaluates a text whose prediction i has loss losses[i]."""
+    tokens = np.arange(len(losses) + 1)
+
+    def eval_step(params, batch):
+        return np.asarray(params)[batch[1] - 1]
+
+    return evaluate_exactly(eval_step, losses, tokens, TINY, stride)
+
+
+def test_the_standard_error_is_that_of_a_mean_of_windows():
+    rng = np.random.default_rng(0)
+    windows = rng.normal(2, 1, (50, 1)) + rng.normal(0, 1, (50, T))
+    exact = evaluate_losses(windows.ravel())
+    means = windows.mean(axis=1)
+    assert exact.nats_per_token == pytest.approx(means.mean())
+    assert exact.standard_error == pytest.approx(means.std(ddof=1) / 50**0.5)
+    # Taken for independent, the tokens would seem to say far more.
+    assert exact.standard_error > 1.5 * windows.std() / windows.size**0.5
+    # It does not depend on how the text was read.
+    assert evaluate_losses(windows.ravel(), 3).standard_error == exact.standard_error
+
+
+def test_a_short_last_window_weighs_little_in_the_standard_error():
+    rng = np.random.default_rng(0)
+    losses = np.append(rng.normal(2, 1, 50 * T), 9.0)
+    windows = np.split(losses, range(T, len(losses), T))
+    left_out = [
+        np.concatenate(windows[:i] + windows[i + 1 :]).mean()
+        for i in range(len(windows))
+    ]
+    jackknife = np.sqrt(len(windows) - 1) * np.std(left_out)
+    assert evaluate_losses(losses).standard_error == pytest.approx(jackknife, rel=0.05)
+
+
+def test_one_window_has_no_standard_error():
+    assert evaluate_losses(np.ones(T)).standard_error is None
 
 
 def test_estimates_compare_whatever_the_seed_and_differ_between_splits(tiny_model):

@@ -1,0 +1,137 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, changed, finish, start_script
+from matplotlib.image import imread
+
+from jaxgpt.commands import lecture
+from jaxgpt.commands.lecture import RUNGS, SCALED, Rung, train_seeds
+from jaxgpt.models import build_model
+from jaxgpt.presets import PRESETS
+from jaxgpt.text.batches import stack_batches
+from jaxgpt.text.corpus import Corpus
+from jaxgpt.training.sharding import make_mesh
+from jaxgpt.training.step import compile_train_steps, create_state
+
+
+def test_the_ladder_is_the_lectures_presets_in_order():
+    presets = [name for name in PRESETS if name.startswith("lecture-")]
+    assert [rung.preset for rung in (*RUNGS, SCALED)] == presets
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """Random tokens."""
+    tokens = np.random.default_rng(0).integers(11, size=300).astype(np.uint16)
+    return Corpus(tokens[:200], tokens[200:], None)
+
+
+def test_seeds_that_train_at_once_train_as_each_alone(corpus):
+    shape = {"architecture": "attention", "n_layer": 1, "dropout": 0.3}
+    train = {"max_steps": 10, "eval_interval": 4, "checkpoint_interval": 4}
+    config = changed(TINY, model=shape, train=train, mesh={"data": 1})
+    model, seeds = build_model(config.model), [5, 2**32 - 1]
+    yielded = [
+        (step, jax.device_get(params_S))
+        for step, params_S in train_seeds(model, config, corpus, seeds)
+    ]
+    assert [step for step, _ in yielded] == [4, 8, 10]  # evaluations, and the end
+    for index, seed in enumerate(seeds):
+        alone = changed(config, train={"seed": seed})
+        mesh = make_mesh(alone, lambda line: None)
+        state = create_state(model, alone, mesh)
+        batches = stack_batches(corpus.train, range(10), alone)
+        state, _ = compile_train_steps(model, alone, mesh, 10)(state, batches)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b[index], atol=1e-5),  # noqa: B023
+            state.params,
+            yielded[-1][1],
+        )
+
+
+def test_a_loss_agrees_near_the_lectures_or_beside_pytorchs_seeds():
+    assert Rung("x", 2.0).tolerated == pytest.approx((1.97, 2.03))
+    assert Rung("x", 2.0, (2.1, 1.9)).tolerated == pytest.approx((1.88, 2.12))
+    assert Rung("x", 2.0, (2.0, 2.0)).tolerated == pytest.approx((1.97, 2.03))
+
+
+@pytest.fixture
+def short_ladder(monkeypatch, tmp_path, call):
+    """Climbs two rungs for 10 steps; returns lecture.json and stdout."""
+
+    def climb(*rungs, status, flags=()):
+        monkeypatch.setattr(lecture, "RUNGS", rungs)
+        arguments = ["--steps-scale", 0.002, "--seeds", 7, 8, "--out-dir", tmp_path]
+        out, err = call("jaxgpt", "lecture", *arguments, *flags, status=status)
+        return json.loads((tmp_path / "lecture.json").read_text()), out, err
+
+    return climb
+
+
+def test_the_command_tells_and_writes_what_each_rung_came_to(short_ladder, tmp_path):
+    rungs = (Rung("lecture-bigram", 4.6, (9.0,)), Rung("lecture-single-head", 2.4))
+    results, out, err = short_ladder(*rungs, status=1)
+    assert results["seeds"] == [7, 8]
+    bigram, head = results["rungs"]
+    assert [bigram["rung"], head["rung"]] == [rung.preset for rung in rungs]
+    assert (bigram["steps"], head["steps"]) == (6, 10)
+    assert (bigram["passed"], head["passed"]) == (True, False)
+    for result in (bigram, head):
+        assert result["val_loss"] == pytest.approx(np.mean(result["val_losses"]))
+        assert result["difference"] == result["val_loss"] - result["lecture"]
+        assert result["curve"][-1]["val_losses"] == result["val_losses"]
+        losses = [point["val_losses"] for point in result["curve"]]
+        assert np.all(np.diff(losses, axis=0) < 0)  # they learn
+        (row,) = [
+            [cell.strip() for cell in line.split("|")[1:-1]]
+            for line in out.splitlines()
+            if line.startswith(f"| {result['rung'].removeprefix('lecture-')} ")
+        ]
+        assert row[1] == f"{result['parameters']:,}"
+        assert row[3:6] == [
+            f"{result['val_loss']:.3f}",
+            f"{result['lecture']:.2f}",
+            f"{result['difference']:+.3f}",
+        ]
+        assert row[7] == ("pass" if result["passed"] else "FAIL")
+        assert len(result["sample"]) == 300
+        assert result["sample"].strip() in out
+        assert f"{result['rung']}  step {result['steps']}/{result['steps']}" in err
+    assert bigram["parameters"] == 4225
+    assert imread(tmp_path / "lecture.png").std() > 0.01
+
+
+def test_the_status_is_zero_if_every_rung_agrees(short_ladder):
+    results, _, _ = short_ladder(Rung("lecture-bigram", 4.6, (9.0,)), status=0)
+    assert all(rung["passed"] for rung in results["rungs"])
+
+
+def test_scaled_adds_the_last_rung(short_ladder, monkeypatch):
+    monkeypatch.setattr(lecture, "SCALED", Rung("lecture-multi-head", 2.28))
+    rung = Rung("lecture-bigram", 4.6, (9.0,))
+    results, _, _ = short_ladder(rung, flags=["--scaled"], status=1)
+    assert [r["rung"] for r in results["rungs"]] == [rung.preset, "lecture-multi-head"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps-scale", 0], "--steps-scale 0.0 must be positive and finite"),
+        (["--steps-scale", "nan"], "--steps-scale nan must be positive and finite"),
+        (["--seeds"], "--seeds is empty"),
+        (["--seeds", -1], "seed=-1 must be from 0"),
+    ],
+)
+def test_bad_input_is_an_error_that_names_it(call, flags, message):
+    with pytest.raises(ValueError, match=message):
+        call("jaxgpt", "lecture", *flags)
+
+
+@pytest.mark.slow
+def test_every_rung_but_the_scaled_one_agrees_with_the_lecture(tmp_path):
+    out, _ = finish(
+        start_script("-m", "jaxgpt", "lecture", "--out-dir", tmp_path), timeout=900
+    )
+    assert out.count(" pass |") == len(RUNGS)
