@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -73,6 +74,18 @@ def finish(process, code=0, timeout=240):
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, err
     return out, err
+
+
+def assert_every_flag_is_explained(help_text):
+    """Whether tyro has found words for each flag."""
+    _, options = help_text.replace("│", "").split(" options ", 1)
+    text = " ".join(options.split())
+    flags = re.findall(r"(?<!\()--[a-z-]+", text)
+    assert len(flags) > 3
+    for flag in flags:
+        values_and_help = text.split(f"{flag} ")[1]
+        values_and_help = re.split(r"\((?:default|required)", values_and_help)[0]
+        assert re.search(r"[a-z]+ [a-z]+", values_and_help), flag
 
 
 @partial(jax.jit, static_argnums=0)

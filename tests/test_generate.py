@@ -2,7 +2,7 @@ import re
 from functools import partial
 
 import pytest
-from conftest import finish, start_script
+from conftest import assert_every_flag_is_explained, finish, start_script
 
 from jaxgpt import load_run
 
@@ -94,10 +94,7 @@ def test_an_unknown_flag_names_the_nearest(sample, capsys):
 def test_help_explains_every_flag(sample, capsys):
     with pytest.raises(SystemExit):
         sample("--help")
-    text = " ".join(capsys.readouterr().out.replace("│", "").split())
-    for flag in re.findall(r"(?<!\()--[a-z-]+", text):
-        values_and_help = text.split(f"{flag} ")[1].split("(default")[0]
-        assert re.search(r"[a-z]+ [a-z]+", values_and_help), flag
+    assert_every_flag_is_explained(capsys.readouterr().out)
 
 
 def test_a_prompt_file_that_is_not_utf8_is_named(sample, tmp_path):

@@ -32,8 +32,7 @@ def evaluate(
         run_dir: as train.py --out-dir made it
         checkpoint: best (lowest val loss), latest, or a step
         split: which part of the run's corpus
-        stride: tokens by which a window of block_size slides; of each window that many
-            predictions count, its last. Left out, windows do not overlap
+        stride: predictions that count of each window, its last; all if left out
         batch_size: windows at once, over all devices; the result does not depend on it
         json: print one JSON object
     """

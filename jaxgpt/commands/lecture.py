@@ -99,11 +99,14 @@ def lecture(
         raise ValueError("--seeds is empty; give at least one")
     for seed in seeds:
         check_seed(seed)
+    if scaled and jax.default_backend() == "cpu":
+        log_line("the scaled rung wants an accelerator; a CPU takes a day or more")
     out_dir.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     for rung in (*RUNGS, SCALED) if scaled else RUNGS:
         results.append(climb(rung, seeds, steps_scale))
-        text = json.dumps({"seeds": seeds, "rungs": results}, indent=1) + "\n"
+        content = {"seeds": seeds, "steps_scale": steps_scale, "rungs": results}
+        text = json.dumps(content, indent=1) + "\n"
         (out_dir / RESULTS).write_text(text, encoding="utf-8")
         plot(results, out_dir / PICTURE)
     console = Console(width=100, highlight=False)

@@ -1,0 +1,104 @@
+"""The pages in docs/ and the commands of README.md, as a reader would try them."""
+
+import doctest
+import io
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+from rich.console import Console
+
+from jaxgpt.commands import lecture
+from jaxgpt.models import lecture as models
+from jaxgpt.presets import PRESETS, lecture_bigram
+from jaxgpt.text.corpus import load_corpus
+
+LECTURE = (ROOT / "docs" / "lecture.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = json.loads((ROOT / "docs" / "lecture.json").read_text(encoding="utf-8"))
+
+SHORTER = {
+    "train.py": "--train.max-steps 2 --train.eval-interval 1 --train.eval-iters 1 "
+    "--model.n-layer 1 --data.batch-size 8",
+    "generate.py": "--max-new-tokens 20",
+    "jaxgpt lecture": "--steps-scale 0.001",
+}
+
+
+def commands(text, *programs):
+    """The arguments of `python ...` in indented blocks, comments left out."""
+    found = [
+        shlex.split(line, comments=True)
+        for line in re.findall(r"^    python (?:-m )?(.*)$", text, re.MULTILINE)
+    ]
+    return [words for words in found if words[0] in programs]
+
+
+def test_every_command_of_the_lectures_page_works(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lecture, "RUNGS", lecture.RUNGS[:1])
+    monkeypatch.setattr(lecture, "SCALED", lecture.RUNGS[0])
+    on_the_page = commands(LECTURE, "train.py", "generate.py", "jaxgpt")
+    assert len(on_the_page) > 10
+    for words in on_the_page + commands(README, "jaxgpt"):
+        name = " ".join(words[: 1 + (words[0] == "jaxgpt")])
+        shorter = SHORTER.get(name, "").split()
+        short_ladder_misses = int(name == "jaxgpt lecture")
+        out, _ = call(*words, *shorter, status=short_ladder_misses)
+        assert out
+    assert (tmp_path / "runs/shakespeare-char-cpu/attention.png").exists()
+
+
+def test_the_python_session_of_the_lectures_page_is_true():
+    load_corpus(lecture_bigram())  # says so if it has to fetch
+    session = "\n".join(re.findall(r"```python\n(.*?)```", LECTURE, re.DOTALL))
+    test = doctest.DocTestParser().get_doctest(session, {}, "lecture.md", None, 0)
+    assert len(test.examples) > 20
+    report = io.StringIO()
+    doctest.DocTestRunner().run(test, out=report.write)
+    assert report.getvalue() == ""
+
+
+def test_the_lectures_page_shows_the_table_of_its_results():
+    assert RESULTS["steps_scale"] == 1
+    assert len(RESULTS["seeds"]) == 3
+    printed = io.StringIO()
+    Console(file=printed, width=100).print(lecture.table(RESULTS["rungs"]))
+    lines = [line.strip() for line in printed.getvalue().splitlines() if line.strip()]
+    assert "\n".join(lines) in LECTURE
+    for rung, result in zip(lecture.RUNGS, RESULTS["rungs"], strict=True):
+        assert result["rung"] == rung.preset
+        assert result["lecture"] == rung.lecture
+        assert tuple(result["tolerated"]) == rung.tolerated
+        assert result["passed"]
+
+
+@pytest.mark.parametrize("result", RESULTS["rungs"], ids=lambda result: result["rung"])
+def test_the_lectures_page_shows_each_rungs_own_sample_and_loss(result):
+    title = {
+        "lecture-bigram": "The bigram model",
+        "lecture-single-head": "One head of self-attention",
+        "lecture-multi-head": "Many heads",
+        "lecture-feed-forward": "Feed-forward",
+        "lecture-blocks": "Blocks",
+        "lecture-residual": "Residual connections",
+        "lecture-layer-norm": "LayerNorm",
+    }[result["rung"]]
+    (section,) = re.findall(rf"^## {title}\n(.*?)^## ", LECTURE, re.DOTALL | re.M)
+    (sample,) = re.findall(r"```text\n(.*?)\n```", section, re.DOTALL)
+    assert len(sample) > 100
+    assert sample in result["sample"]
+    if result["rung"] != "lecture-bigram":
+        assert f"{result['val_loss']:.2f}" in section
+    summary = (PRESETS[result["rung"]].__doc__ or "").splitlines()[0]
+    assert f"val {result['val_loss']:.2f}." in summary
+    assert re.search(rf"`{result['rung']}` .*\| {result['val_loss']:.2f} \|", README)
+
+
+def test_the_code_that_the_lectures_page_names_is_there():
+    named = set(re.findall(r"`(average_by_\w+|attention_\w+|[A-Z]\w+)`", LECTURE))
+    assert len(named) > 10
+    for name in named:
+        assert hasattr(models, name), name
