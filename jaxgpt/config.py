@@ -109,7 +109,9 @@ class ModelConfig:
         if self.architecture == "gpt":
             return ()
         of_gpt = ("bias", "gelu", "compute_dtype", "remat")
-        return ("dropout", *of_gpt) if self.architecture == "bigram" else of_gpt
+        if self.architecture != "bigram":
+            return of_gpt
+        return ("n_layer", "n_head", "n_embd", "dropout", *of_gpt)
 
     def known_vocab_size(self) -> int:
         """vocab_size; raises ValueError where nothing has settled it yet."""

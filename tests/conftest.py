@@ -108,6 +108,13 @@ def smoke(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def bigram():
+    """A bigram model and its initial parameters."""
+    model = build_model(ModelConfig(architecture="bigram", block_size=8, vocab_size=11))
+    return model, model.init(jax.random.key(0), jax.numpy.zeros((1, 1), int))["params"]
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """The directory of a run that has learnt a little of a small text."""
     folder = tmp_path_factory.mktemp("tiny_run")

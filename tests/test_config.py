@@ -58,6 +58,11 @@ def test_a_config_comes_back_from_json_as_it_was(preset):
             {"architecture": "bigram", "dropout": 0.2},
             "dropout=0.2 changes nothing with architecture=bigram; leave it at 0.0",
         ),
+        (
+            ModelConfig,
+            {"architecture": "bigram", "n_embd": 32},
+            "n_embd=32 changes nothing with architecture=bigram; leave it at 128",
+        ),
         (DataConfig, {"batch_size": 0}, "batch_size=0 must be at least 1"),
         (
             DataConfig,

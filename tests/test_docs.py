@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 
+import PIL.Image
 import pytest
 from conftest import ROOT
 from rich.console import Console
@@ -71,8 +72,9 @@ def test_the_lectures_page_shows_the_table_of_its_results():
     for rung, result in zip(lecture.RUNGS, RESULTS["rungs"], strict=True):
         assert result["rung"] == rung.preset
         assert result["lecture"] == rung.lecture
-        assert tuple(result["tolerated"]) == rung.tolerated
+        assert tuple(result["pytorch"]) == rung.pytorch
         assert result["passed"]
+        assert rung.agrees(result["val_loss"])
 
 
 @pytest.mark.parametrize("result", RESULTS["rungs"], ids=lambda result: result["rung"])
@@ -95,6 +97,13 @@ def test_the_lectures_page_shows_each_rungs_own_sample_and_loss(result):
     summary = (PRESETS[result["rung"]].__doc__ or "").splitlines()[0]
     assert f"val {result['val_loss']:.2f}." in summary
     assert re.search(rf"`{result['rung']}` .*\| {result['val_loss']:.2f} \|", README)
+
+
+def test_the_picture_of_attention_is_of_the_prompt_above_it():
+    with PIL.Image.open(ROOT / "docs" / "attention.png") as picture:
+        prompt = picture.info["Description"]
+    section = LECTURE.split("attention.png")[0].split("## ")[-1]
+    assert f'--prompt "{prompt}"' in section
 
 
 def test_the_code_that_the_lectures_page_names_is_there():

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.models import GPT
 from jaxgpt.run import ATTENTION, load_run
 from jaxgpt.runtime import log_line
-
-_SHOWN_AS = {" ": "\N{OPEN BOX}", "\n": "\\n", "\t": "\\t"}
 
 
 def attention(
@@ -28,6 +27,9 @@ def attention(
         checkpoint: best (lowest val loss), latest, or a step
         out: picture to write (PNG); attention.png in the run directory if left out
     """
+    out = out or run_dir / ATTENTION
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise ValueError(f"--out {out} must be a .png file in a folder that exists")
     run = load_run(run_dir, checkpoint)
     if run.tokenizer is None:
         raise ValueError(f"{run_dir} has no tokenizer.json, and can't read a prompt")
@@ -38,7 +40,6 @@ def attention(
         log_line(f"the prompt has {len(ids)} tokens; the model sees the last {window}")
         ids = ids[-window:]
     weights_LHTS = attention_maps(run.model, run.params, ids)
-    out = out or run_dir / ATTENTION
     draw_maps(weights_LHTS, [run.tokenizer.decode([token]) for token in ids], out)
     print(out)
     return 0
@@ -53,17 +54,19 @@ def attention_maps(model: nn.Module, params: Any, tokens_T: np.ndarray) -> np.nd
 
     Raises ValueError if the model has no attention.
     """
-    _, sown = model.apply(
+    _, variables = model.apply(
         {"params": params}, jnp.asarray(tokens_T)[None], mutable="intermediates"
     )
-    leaves, _ = jax.tree_util.tree_flatten_with_path(sown)
-    if not leaves:
+    if not variables:
         raise ValueError(
             f"a {model.config.architecture} model has no attention to show"
         )
-    maps = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    names = sorted(maps, key=lambda name: (len(name), name))  # block_2 before block_10
-    return np.concatenate([maps[n].reshape(-1, *maps[n].shape[-3:]) for n in names])
+    sown, layers = variables["intermediates"], range(model.config.n_layer)
+    if isinstance(model, GPT):
+        (weights_LBHTS,) = jax.tree.leaves(sown)
+    else:
+        weights_LBHTS = [jax.tree.leaves(sown[f"block_{i}"])[0] for i in layers]
+    return np.asarray(weights_LBHTS, np.float32)[:, 0]
 
 
 def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
@@ -78,7 +81,7 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
     L, H, T, _ = weights_LHTS.shape
-    side = min(max(1.6, 0.16 * T), 5, 24 / H)  # of a map, in inches
+    side = min(max(1.6, 0.16 * T), 6.5, 40 / H)  # of a map, in inches
     figure = Figure(figsize=(H * side + 1.2, L * side + 0.8), layout="constrained")
     panels = figure.subplots(L, H, squeeze=False)
     past_TS = np.tril(np.ones((T, T), bool))
@@ -88,7 +91,14 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
         image = axes.imshow(weights_TS, cmap=colours, vmin=0, vmax=1)
         axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
         axes.set(xticks=[], yticks=[])
-    labels = [_SHOWN_AS.get(token, token) for token in tokens]
+    labels = [
+        "\N{OPEN BOX}"
+        if token == " "
+        else token
+        if token.isprintable()
+        else repr(token)[1:-1]
+        for token in tokens
+    ]
     points = min(0.75 * 72 * side / T, 8)
     if points >= 4:  # else none could be read
         style = {"fontsize": points, "family": "monospace", "parse_math": False}
@@ -101,4 +111,4 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
     figure.supxlabel("looks at", fontsize=9)
     figure.supylabel("position", fontsize=9)
     figure.colorbar(image, ax=panels, label="weight", aspect=40, pad=0.01)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Description": "".join(tokens)})

@@ -32,7 +32,7 @@ def evaluate(
         run_dir: as train.py --out-dir made it
         checkpoint: best (lowest val loss), latest, or a step
         split: which part of the run's corpus
-        stride: predictions that count of each window, its last; all if left out
+        stride: slide by N tokens, and count the last N of each window; else no overlap
         batch_size: windows at once, over all devices; the result does not depend on it
         json: print one JSON object
     """

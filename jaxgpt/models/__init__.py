@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.models.gpt import GPT
-from jaxgpt.models.lecture import Bigram, LectureGPT
+from jaxgpt.models.lecture import BLOCKS, Bigram, LectureGPT
 
 
 def build_model(config: ModelConfig) -> nn.Module:
     """The model that `config` describes, without parameters."""
-    models = {"gpt": GPT, "bigram": Bigram}
-    return models.get(config.architecture, LectureGPT)(config)
+    ladder = dict.fromkeys(BLOCKS, LectureGPT)
+    models = {"gpt": GPT, "bigram": Bigram, **ladder}
+    return models[config.architecture](config)
 
 
 def parameter_shapes(config: ModelConfig) -> Any:

@@ -53,9 +53,9 @@ class Evaluation:
     Attributes:
       tokens: predictions it averages.
       nats_per_token: the mean loss.
-      standard_error: of that mean, in nats, from the spread between windows of
-        block_size predictions (those within one have their context in common); None
-        where there is but one window.
+      standard_error: of that mean, in nats, from the spread between stretches of
+        block_size predictions, since those within one correlate; None where there is
+        but one. Longer stretches still correlate a little, so it is a lower bound.
     """
 
     tokens: int
@@ -92,12 +92,16 @@ def evaluate_exactly(
         raise ValueError(f"stride={stride} must be from 1 to block_size={T}")
     starts = np.arange(0, max(len(tokens) - 1 - T, 0) + stride, stride)
     batches = _windows(tokens, starts, config.data.rows_at_once, T)
-    losses, new = [], T
+    count, position = len(tokens) - 1, 0
+    sums = np.zeros(-(-count // T))  # of each stretch of T losses, in the text's order
     for loss_BT in _each_loss(eval_step, params, batches):
-        for loss_T in loss_BT:
-            losses.append(loss_T[T - new :])
-            new = stride
-    return _summary(np.concatenate(losses)[: len(tokens) - 1], T)
+        losses = loss_BT[:, T - stride :].ravel()
+        if position == 0:
+            losses = np.append(loss_BT[0, : T - stride], losses)
+        losses = losses[: count - position]  # the rest is padding
+        np.add.at(sums, (position + np.arange(len(losses))) // T, losses)
+        position += len(losses)
+    return _summary(sums, T, count)
 
 
 def _windows(
@@ -111,24 +115,23 @@ def _windows(
         yield windows[:, :-1], windows[:, 1:]
 
 
-def _summary(losses: np.ndarray, block_size: int) -> Evaluation:
-    """Mean and standard error of losses in the order of the text.
+def _summary(sums: np.ndarray, size: int, count: int) -> Evaluation:
+    """Mean and standard error of `count` losses, from the sums of each `size` of them.
 
-    The mean is a ratio, of the windows' sums to their sizes (the last may be smaller),
-    and its variance that of a ratio.
-
-    Source: Cochran, "Sampling Techniques" (1977), chapter 6.
+    The mean is a ratio, of the sums to their sizes (the last may be smaller), and its
+    variance that of a ratio. Source: Cochran, "Sampling Techniques" (1977), chapter 6.
     """
-    cuts = np.arange(0, len(losses), block_size)
-    sums = np.add.reduceat(losses, cuts)
-    sizes = np.diff(cuts, append=len(losses))
-    mean, count = losses.mean(), len(cuts)
-    deviations = sums - mean * sizes
-    error = None
-    if count > 1:
-        variance = np.sum(deviations**2) * count / (count - 1)
-        error = float(np.sqrt(variance) / len(losses))
-    return Evaluation(len(losses), float(mean), error)
+    mean, error, n = sums.sum() / count, None, len(sums)
+    if not np.isfinite(mean):
+        raise FloatingPointError(
+            f"the loss is {mean}: the parameters are no longer of use; take an earlier "
+            "checkpoint"
+        )
+    if n > 1:
+        sizes = np.minimum(size, count - size * np.arange(n))
+        variance = np.sum((sums - mean * sizes) ** 2) * n / (n - 1)
+        error = float(np.sqrt(variance) / count)
+    return Evaluation(count, float(mean), error)
 
 
 def _each_loss(

@@ -77,6 +77,23 @@ def test_weights_are_where_they_belong_in_the_picture(tmp_path):
     )
 
 
+def test_attention_in_bfloat16_is_drawn_too(tmp_path):
+    model = build_model(changed(TINY, model={"compute_dtype": "bfloat16"}).model)
+    params = model.init(jax.random.key(0), TOKENS[None])["params"]
+    maps_LHTS = attention_maps(model, params, TOKENS)
+    assert maps_LHTS.dtype == np.float32
+    draw_maps(maps_LHTS, list("To be,"), tmp_path / "maps.png")
+
+
+@pytest.mark.parametrize("out", ["maps", "maps.pdf", "nowhere/maps.png"])
+def test_a_picture_that_cannot_be_written_is_an_error(call, tiny_run, tmp_path, out):
+    flags = ["--run-dir", tiny_run, "--prompt", "To", "--out", tmp_path / out]
+    with pytest.raises(
+        ValueError, match=r"must be a \.png file in a folder that exists"
+    ):
+        call("jaxgpt", "attention", *flags)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [("", "--prompt is empty"), ("Zounds", "'Z' at position 0 is not in the vocab")],
@@ -86,10 +103,6 @@ def test_a_prompt_that_cannot_be_read_is_an_error(call, tiny_run, prompt, messag
         call("jaxgpt", "attention", "--run-dir", tiny_run, "--prompt", prompt)
 
 
-def test_a_model_without_attention_is_an_error():
-    model = build_model(
-        changed(TINY, model={"architecture": "bigram", "dropout": 0.0}).model
-    )
-    params = model.init(jax.random.key(0), TOKENS[None])["params"]
+def test_a_model_without_attention_is_an_error(bigram):
     with pytest.raises(ValueError, match="a bigram model has no attention to show"):
-        attention_maps(model, params, TOKENS)
+        attention_maps(*bigram, TOKENS)

@@ -19,15 +19,15 @@ def evaluate(call, tiny_run):
 
 def test_json_is_the_exact_loss_whatever_the_batch_size(evaluate, tiny_run):
     run = load_run(tiny_run)
-    tokens = load_corpus(run.config)[0].val.astype(np.int32)
+    tokens = load_corpus(run.config)[0].train.astype(np.int32)  # of 95 windows
     losses = []
     for start in range(0, len(tokens) - 1, run.config.model.block_size):
         window = tokens[start : start + run.config.model.block_size + 1][None]
         logits = run.model.apply({"params": run.params}, window[:, :-1])
         losses += token_losses(logits, window[:, 1:])[0].tolist()
     for batch_size in (1, 7, 64):
-        out, _ = evaluate("--json", "--batch-size", batch_size)
-        report = json.loads(out)
+        flags = ["--json", "--split", "train", "--batch-size", batch_size]
+        report = json.loads(evaluate(*flags).out)
         assert list(report) == [
             "split",
             "tokens",
@@ -36,7 +36,7 @@ def test_json_is_the_exact_loss_whatever_the_batch_size(evaluate, tiny_run):
             "perplexity",
             "bits_per_character",
         ]
-        assert report["split"] == "val"
+        assert report["split"] == "train"
         assert report["tokens"] == len(tokens) - 1 == len(losses)
         nats = report["nats_per_token"]
         assert nats == pytest.approx(np.mean(losses), abs=1e-5)
@@ -53,16 +53,16 @@ def test_the_report_without_json_tells_the_same(evaluate):
     assert lines["nats per token"] == f"{report['nats_per_token']:.4f}"
 
 
-def test_the_train_split_and_every_checkpoint_can_be_evaluated(evaluate, tiny_run):
-    train = json.loads(evaluate("--json", "--split", "train").out)
-    assert train["split"] == "train"
-    assert train["tokens"] == 756 - 1
+def test_the_split_is_val_and_the_checkpoint_the_best_unless_named(evaluate, tiny_run):
+    report = json.loads(evaluate("--json").out)
+    assert report["split"] == "val"
+    assert report["tokens"] == 84 - 1
     step = load_run(tiny_run).step
-    one, other = (evaluate("--checkpoint", name).out for name in ("latest", step))
-    assert one == other
+    for name in ("best", "latest", step):
+        assert json.loads(evaluate("--json", "--checkpoint", name).out) == report
 
 
-def test_a_stride_gives_every_prediction_more_to_go_by(evaluate):
+def test_a_stride_reads_the_same_tokens_in_another_way(evaluate):
     plain, overlapping = (
         json.loads(evaluate("--json", *flags).out) for flags in ([], ["--stride", "1"])
     )

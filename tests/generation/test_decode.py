@@ -100,11 +100,8 @@ def test_the_cache_is_read_inside_the_window_and_not_beyond_it(tiny_model):
         assert same != reads_cache
 
 
-def test_models_without_a_cache_generate_too():
-    model = build_model(
-        changed(TINY, model={"architecture": "bigram", "dropout": 0.0}).model
-    )
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+def test_models_without_a_cache_generate_too(bigram):
+    model, params = bigram
     prompts = [[3], [4, 1, 5]]
     drawn = tokens_of(model, params, prompts, 20, SAMPLED, seed=1)
     assert_follows_the_lecture(model, params, prompts, drawn, SAMPLED, 1)

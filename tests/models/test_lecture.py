@@ -28,8 +28,8 @@ def init(architecture, **model):
     return model, model.init(jax.random.key(0), ONE_ROW)["params"]
 
 
-def test_the_bigram_model_is_a_table_of_logits():
-    model, params = init("bigram")
+def test_the_bigram_model_is_a_table_of_logits(bigram):
+    model, params = bigram
     tokens = jnp.array([[3, 1, 3], [1, 0, 10]])
     table = params["table"]["embedding"]
     assert table.shape == (11, 11)

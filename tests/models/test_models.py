@@ -1,4 +1,4 @@
-"""What holds for every model."""
+"""What holds for every Transformer."""
 
 import jax
 import jax.numpy as jnp
