@@ -113,7 +113,7 @@ def lecture(
     console = Console(width=100, highlight=False)
     console.print(table(results))
     if trial:
-        print(f"a trial with {steps_scale:g} of the steps: it can't agree yet")
+        print(f"a trial, with {steps_scale:g} of the lecture's steps")
     for result in results:
         print(f"\n--- {result['rung']}: val loss {result['val_loss']:.3f}")
         print(result["sample"].strip())

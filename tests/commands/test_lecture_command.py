@@ -141,7 +141,7 @@ def test_a_trial_does_not_replace_the_real_ladder(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lecture, "RUNGS", RUNGS[:1])
     out, _ = call("jaxgpt", "lecture", "--steps-scale", 0.001, status=1)
-    assert "a trial with 0.001 of the steps" in out
+    assert "a trial, with 0.001 of the lecture's steps" in out
     (results,) = tmp_path.rglob("lecture.json")
     assert results.parent == tmp_path / "runs" / "lecture-trial"
 
