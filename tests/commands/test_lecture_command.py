@@ -11,9 +11,10 @@ from jaxgpt.commands.lecture import RUNGS, SCALED, Rung, train_seeds
 from jaxgpt.models import build_model
 from jaxgpt.presets import PRESETS
 from jaxgpt.text.batches import stack_batches
-from jaxgpt.text.corpus import Corpus
+from jaxgpt.text.corpus import Corpus, load_corpus
+from jaxgpt.training.evaluation import evaluate_exactly
 from jaxgpt.training.sharding import make_mesh
-from jaxgpt.training.step import compile_train_steps, create_state
+from jaxgpt.training.step import compile_eval_step, compile_train_steps, create_state
 
 
 def test_the_ladder_is_the_lectures_presets_in_order():
@@ -107,6 +108,19 @@ def test_the_command_tells_and_writes_what_each_rung_came_to(short_ladder, tmp_p
         assert f"{result['rung']}  step {result['steps']}/{result['steps']}" in err
     assert bigram["parameters"] == 4225
     assert imread(tmp_path / "lecture.png").std() > 0.01
+
+
+def test_losses_are_exact_on_the_validation_split():
+    config = changed(PRESETS["lecture-bigram"](), mesh={"data": 1})
+    config = changed(config, train={"max_steps": 6, "steps_per_call": 1})
+    corpus, config = load_corpus(config)
+    model = build_model(config.model)
+    ((_, params_S),) = train_seeds(model, config, corpus, [7])
+    params = jax.tree.map(lambda leaf: leaf[0], params_S)
+    eval_step = compile_eval_step(model, make_mesh(config, lambda line: None))
+    exact = evaluate_exactly(eval_step, params, corpus.val, config)
+    result = lecture.climb(RUNGS[0], [7], steps_scale=0.002)
+    assert result["val_losses"] == pytest.approx([exact.nats_per_token], abs=1e-5)
 
 
 def test_the_status_is_zero_if_every_rung_agrees(short_ladder):

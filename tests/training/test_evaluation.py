@@ -86,9 +86,10 @@ def test_the_standard_error_is_that_of_a_mean_of_windows():
     assert evaluate_losses(windows.ravel(), 3).standard_error == exact.standard_error
 
 
-def test_a_short_last_window_weighs_little_in_the_standard_error():
+@pytest.mark.parametrize("last", [2.0, 9.0])
+def test_a_short_last_window_weighs_little_in_the_standard_error(last):
     rng = np.random.default_rng(0)
-    losses = np.append(rng.normal(2, 1, 50 * T), 9.0)
+    losses = np.append(rng.normal(2, 1, 50 * T), last)
     windows = np.split(losses, range(T, len(losses), T))
     left_out = [
         np.concatenate(windows[:i] + windows[i + 1 :]).mean()
@@ -100,6 +101,12 @@ def test_a_short_last_window_weighs_little_in_the_standard_error():
 
 def test_one_window_has_no_standard_error():
     assert evaluate_losses(np.ones(T)).standard_error is None
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_is_an_error(loss):
+    with pytest.raises(FloatingPointError, match=f"the loss is {loss}: the parameters"):
+        evaluate_losses(np.append(np.ones(T), loss))
 
 
 def test_estimates_compare_whatever_the_seed_and_differ_between_splits(tiny_model):

@@ -12,7 +12,7 @@ from jaxgpt.training.plan import describe, step_flops
 def test_flops_are_those_that_xla_counts(architecture):
     # One layer: XLA counts the body of a scan over layers once.
     shape = {"n_layer": 1, "n_head": 4, "n_embd": 128, "block_size": 128}
-    fields = {"architecture": architecture, "vocab_size": 64, "dropout": 0.0}
+    fields = {"architecture": architecture, "vocab_size": 512, "dropout": 0.0}
     config = changed(TINY, model=shape | fields, data={"batch_size": 2})
     model = build_model(config.model)
     tokens = jnp.zeros((2, 128), jnp.int32)
