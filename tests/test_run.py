@@ -55,6 +55,7 @@ def test_a_run_is_replaced_only_when_asked_and_only_its_own_files(run_dir):
     with pytest.raises(FileExistsError, match=message), claim(run_dir):
         pass
     assert contents(run_dir) == before
+    (run_dir / "attention.png").write_bytes(b"of the old model")
     with claim(run_dir, overwrite=True):
         clear_run(run_dir)
     assert sorted(path.name for path in run_dir.iterdir()) == ["lock", "notes.md"]
