@@ -22,7 +22,7 @@ RESULTS = json.loads((ROOT / "docs" / "lecture.json").read_text(encoding="utf-8"
 
 SHORTER = {
     "train.py": "--train.max-steps 2 --train.eval-interval 1 --train.eval-iters 1 "
-    "--model.n-layer 1 --data.batch-size 8",
+    "--model.n-layer 1 --model.n-embd 48 --data.batch-size 8",
     "generate.py": "--max-new-tokens 20",
     "jaxgpt lecture": "--steps-scale 0.001",
 }
