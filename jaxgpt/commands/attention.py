@@ -27,8 +27,7 @@ def attention(
         checkpoint: best (lowest val loss), latest, or a step
         out: picture to write (PNG); attention.png in the run directory if left out
     """
-    out = out or run_dir / ATTENTION
-    if out.suffix != ".png" or not out.parent.is_dir():
+    if out and (out.suffix != ".png" or not out.parent.is_dir()):
         raise ValueError(f"--out {out} must be a .png file in a folder that exists")
     run = load_run(run_dir, checkpoint)
     if run.tokenizer is None:
@@ -40,6 +39,7 @@ def attention(
         log_line(f"the prompt has {len(ids)} tokens; the model sees the last {window}")
         ids = ids[-window:]
     weights_LHTS = attention_maps(run.model, run.params, ids)
+    out = out or run_dir / ATTENTION
     draw_maps(weights_LHTS, [run.tokenizer.decode([token]) for token in ids], out)
     print(out)
     return 0
@@ -91,14 +91,7 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
         image = axes.imshow(weights_TS, cmap=colours, vmin=0, vmax=1)
         axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
         axes.set(xticks=[], yticks=[])
-    labels = [
-        "\N{OPEN BOX}"
-        if token == " "
-        else token
-        if token.isprintable()
-        else repr(token)[1:-1]
-        for token in tokens
-    ]
+    labels = [_visible(token) for token in tokens]
     points = min(0.75 * 72 * side / T, 8)
     if points >= 4:  # else none could be read
         style = {"fontsize": points, "family": "monospace", "parse_math": False}
@@ -112,3 +105,9 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
     figure.supylabel("position", fontsize=9)
     figure.colorbar(image, ax=panels, label="weight", aspect=40, pad=0.01)
     figure.savefig(path, dpi=120, metadata={"Description": "".join(tokens)})
+
+
+def _visible(token: str) -> str:
+    """The token as a label: a space as an open box, a newline as it is escaped."""
+    text = token.replace(" ", "\N{OPEN BOX}")
+    return text if text.isprintable() else repr(text)[1:-1]

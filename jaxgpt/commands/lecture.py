@@ -99,7 +99,7 @@ def lecture(
     for seed in seeds:
         check_seed(seed)
     if scaled and jax.default_backend() == "cpu":
-        log_line("the scaled rung wants an accelerator; a CPU takes 14 hours a seed")
+        log_line("the scaled rung wants an accelerator; a CPU takes half a day a seed")
     trial = "-trial" if steps_scale < 1 else ""  # which must not replace the real thing
     out_dir = out_dir or Path(f"runs/lecture{trial}")
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,8 @@ def evaluate_exactly(
       config: of the model, and of how many rows run at once.
       stride: block_size if left out: the windows then do not overlap.
 
-    Raises ValueError if `stride` is not from 1 to block_size.
+    Raises ValueError if `stride` is not from 1 to block_size, and FloatingPointError if
+    the loss is not finite.
     """
     T = config.model.block_size
     stride = T if stride is None else stride

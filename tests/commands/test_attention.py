@@ -84,6 +84,13 @@ def test_weights_are_where_they_belong_in_the_picture(tmp_path):
     )
 
 
+@pytest.mark.parametrize("flags", [[], ["--out", "maps.png"]])
+def test_a_folder_that_is_no_run_is_named_as_such(call, tmp_path, flags):
+    arguments = ["--run-dir", tmp_path / "nowhere", "--prompt", "To"]
+    with pytest.raises(FileNotFoundError, match="nowhere is not a run"):
+        call("jaxgpt", "attention", *arguments, *flags)
+
+
 def test_attention_in_bfloat16_is_drawn_too(tmp_path):
     model = build_model(changed(TINY, model={"compute_dtype": "bfloat16"}).model)
     params = model.init(jax.random.key(0), TOKENS[None])["params"]
