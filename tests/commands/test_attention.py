@@ -4,6 +4,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from conftest import TINY, changed
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from jaxgpt.commands.attention import attention_maps, draw_maps
@@ -82,6 +83,21 @@ def test_weights_are_where_they_belong_in_the_picture(tmp_path):
     np.testing.assert_allclose(
         counts / np.diff(edges)[0] ** 2, weights_LHTS[0, 0], atol=0.1
     )
+
+
+def test_both_axes_are_labelled_with_the_tokens_in_order(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: drawn.append(figure)
+    )
+    draw_maps(np.ones((2, 2, 4, 4)) / 4, list("T $\n"), tmp_path / "map.png")
+    (figure,) = drawn
+    labelled = [
+        [[text.get_text() for text in axis.get_ticklabels()] for axis in axes]
+        for axes in ((axes.xaxis, axes.yaxis) for axes in figure.axes[:4])
+    ]
+    tokens = ["T", "\N{OPEN BOX}", "$", "\\n"]
+    assert labelled == [[[], tokens], [[], []], [tokens, tokens], [tokens, []]]
 
 
 @pytest.mark.parametrize("flags", [[], ["--out", "maps.png"]])
