@@ -11,8 +11,8 @@ import tyro
 
 from jaxgpt import runtime
 from jaxgpt.config import SamplingConfig
-from jaxgpt.generation.stream import empty_prompt, stream_text
-from jaxgpt.run import Run, load_run
+from jaxgpt.generation.stream import stream_text
+from jaxgpt.run import Run, load_run, text_tokenizer
 from jaxgpt.runtime import log_line
 
 SEPARATOR = "-" * 40
@@ -68,10 +68,9 @@ def read_prompt(prompt: str, run: Run) -> str:
             prompt = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    if run.tokenizer is None:
-        return prompt  # stream_text says what is missing
-    prompt = prompt or empty_prompt(run.tokenizer)
-    count, window = len(run.tokenizer.encode(prompt)), run.config.model.block_size
+    tokenizer = text_tokenizer(run)
+    prompt = prompt or tokenizer.start
+    count, window = len(tokenizer.encode(prompt)), run.config.model.block_size
     if count > window:
         log_line(f"the prompt has {count} tokens; the model sees the last {window}")
     return prompt

@@ -16,7 +16,14 @@ from jaxgpt.arguments import parse_arguments
 from jaxgpt.config import Config
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
-from jaxgpt.run import claim_run, clear_run, load_run, save_config
+from jaxgpt.run import (
+    claim_run,
+    clear_run,
+    load_run,
+    load_start,
+    save_config,
+    saved_tokenizer,
+)
 from jaxgpt.runtime import log_line
 from jaxgpt.text.batches import stack_batches
 from jaxgpt.text.corpus import load_corpus
@@ -61,14 +68,15 @@ def main() -> None:
 def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> int:
     """Runs the experiment; returns the signal that stopped it early, or 0."""
     with claim_run(run_dir, resume=resume, overwrite=overwrite):
-        corpus, config = load_corpus(config, log_line)
+        own_tokenizer = saved_tokenizer(run_dir) if resume else None
+        corpus, config = load_corpus(config, log_line, own_tokenizer)
         mesh = make_mesh(config, log_line)
         model = build_model(config.model)
         eval_step = compile_eval_step(model, mesh)
         evaluate = partial(estimate_losses, eval_step, corpus, config)
 
         if not resume:
-            state = create_state(model, config, mesh)
+            state = create_state(model, config, mesh, load_start(config))
             clear_run(run_dir)  # only now that the new one can begin
         checkpoints = open_checkpoints(run_dir / CHECKPOINTS, create=True)
         resumed_step = checkpoints.latest_step()
@@ -76,7 +84,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             state = restore_state(checkpoints, resumed_step, model, config, mesh)
             log_line(f"resuming {run_dir} from step {resumed_step}, by its own config")
         elif resume:
-            state = create_state(model, config, mesh)
+            state = create_state(model, config, mesh, load_start(config))
         step, last_step = resumed_step or 0, config.train.max_steps
         if step > last_step:
             raise ValueError(

@@ -12,10 +12,11 @@ from jaxgpt.config import (
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import GPT, Bigram
 from jaxgpt.run import Run, load_run
-from jaxgpt.text.tokenizer import CharTokenizer
+from jaxgpt.text.tokenizer import BPETokenizer, CharTokenizer
 
 __all__ = [
     "GPT",
+    "BPETokenizer",
     "Bigram",
     "CharTokenizer",
     "Config",

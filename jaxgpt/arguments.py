@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ import tyro
 
 from jaxgpt.config import Config
 from jaxgpt.presets import PRESETS, default_preset
-from jaxgpt.run import has_run, load_config
+from jaxgpt.run import TOKENIZER, find_checkpoint, has_run, load_config
 from jaxgpt.runtime import log_line
 
 
@@ -21,6 +22,9 @@ class RunOptions:
 
     out_dir: Path | None = None  # run directory; runs/PRESET if left out
     resume: tyro.conf.FlagCreatePairsOff[bool] = False  # go on from the last checkpoint
+    init_from: Path | None = None  # run to start from: its model, weights and tokenizer
+    # of --init-from's run: best (lowest val loss), latest, or a step
+    checkpoint: str = "best"
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False  # replace the run in out-dir
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False  # tell what it costs, and stop
 
@@ -50,6 +54,15 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
     options, _ = tyro.cli(RunOptions, args=flags, return_unknown_args=True)
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite exclude each other; choose one")
+    if options.resume and options.init_from:
+        raise ValueError(
+            "--resume goes on with the run's own parameters, and --init-from begins "
+            "with another's; choose one"
+        )
+    if options.checkpoint != "best" and not options.init_from:
+        raise ValueError(
+            f"--checkpoint {options.checkpoint} is one of --init-from's run; give that"
+        )
     name = preset or default_preset(jax.default_backend())
     run_dir = options.out_dir or Path("runs") / name
     if options.resume and has_run(run_dir):
@@ -62,7 +75,12 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
             f"there is no run in {run_dir} to resume; give the --out-dir of one, or a "
             "preset to start"
         )
-    config = _parse(flags, PRESETS[name]())
+    if options.init_from:
+        start = _start_from(options.init_from, options.checkpoint, PRESETS[name]())
+        config = _parse(flags, start)
+        _check_start(start, config, run_dir)
+    else:
+        config = _parse(flags, PRESETS[name]())
     if not preset:
         log_line(f"no preset given: {name} is the one for {jax.default_backend()}")
     return config, run_dir, options
@@ -93,10 +111,37 @@ def _check_preset(name: str) -> None:
         )
 
 
-def _check_same_model(saved: Config, config: Config) -> None:
+def _start_from(run_dir: Path, checkpoint: str, preset: Config) -> Config:
+    """The preset, with the model, the parameters and the tokenizer of a run."""
+    model, folder = load_config(run_dir).model, find_checkpoint(run_dir, checkpoint)
+    log_line(f"starting from {folder}")
+    data, tokenizer = preset.data, (run_dir / TOKENIZER).resolve()
+    if tokenizer.exists():
+        data = dataclasses.replace(data, tokenizer=str(tokenizer))
+    train = dataclasses.replace(preset.train, init_from=str(folder))
+    return dataclasses.replace(preset, model=model, data=data, train=train)
+
+
+def _check_start(start: Config, config: Config, run_dir: Path) -> None:
+    if Path(start.train.init_from).is_relative_to(run_dir.resolve()):
+        raise ValueError(
+            f"{run_dir} is the run to start from; give another --out-dir, so that it "
+            "stays as it is"
+        )
+    if config.model.block_size > start.model.block_size:
+        raise ValueError(
+            f"--model.block-size {config.model.block_size} is more than the "
+            f"{start.model.block_size} positions that the run has learnt; give fewer"
+        )
+    _check_same_model(
+        start, config, but=("block_size", "dropout", "compute_dtype", "remat")
+    )
+
+
+def _check_same_model(saved: Config, config: Config, but: Sequence[str] = ()) -> None:
     for name, before in dataclasses.asdict(saved.model).items():
         after = getattr(config.model, name)
-        if after != before:
+        if after != before and name not in but:
             raise ValueError(
                 f"--model.{name.replace('_', '-')} {after} contradicts the run, which "
                 f"has {before}; leave it out, or train a new run"

@@ -12,6 +12,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+import tyro
+
 
 def _check_types(section: Any) -> None:
     """Raises TypeError where a field's value is not of its annotated type."""
@@ -70,7 +72,7 @@ class ModelConfig:
         "gpt", "bigram", "attention", "feed-forward", "residual", "layer-norm"
     ] = "gpt"
     block_size: int = 64  # tokens the model can look back over
-    vocab_size: int | None = None  # tokens it knows; a character corpus fills it in
+    vocab_size: int | None = None  # tokens it knows; the tokenizer fills it in
     n_layer: int = 4  # Transformer blocks
     n_head: int = 4  # attention heads per block
     n_embd: int = 128  # width of the residual stream
@@ -131,6 +133,9 @@ class DataConfig:
 
     corpus: Literal["tinyshakespeare"] = "tinyshakespeare"  # a corpus known by name
     path: tuple[str, ...] = ()  # your own UTF-8 files, or one nanoGPT .bin directory
+    # char; bpe, trained on the corpus to --model.vocab-size tokens; gpt2; or a path to
+    # a saved one: tokenizer.json, or vocab.json and merges.txt in a directory
+    tokenizer: str = "char"
     batch_size: int = 12  # sequences per update, over all devices
     gradient_accumulation_steps: int = 1  # pieces a batch is cut into, to save memory
     sha256: str = ""  # of the corpus, filled in by the first run; a resume must match
@@ -190,6 +195,8 @@ class TrainConfig:
     checkpoint_interval: int = 250  # updates between checkpoints
     steps_per_call: int = 1  # updates per dispatch; aim at about a second
     seed: int = 1337  # of initialisation, batches and dropout
+    # folder of the checkpoint whose parameters come first; --init-from finds it
+    init_from: tyro.conf.Suppress[str] = ""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -249,6 +256,13 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.data.tokenizer != "bpe" or self.model.vocab_size is not None,
+            "tokenizer=bpe is trained to as many tokens as you choose; say how many, "
+            "as in --model.vocab-size 1024",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dict of plain values, for JSON."""

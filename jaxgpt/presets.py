@@ -197,7 +197,10 @@ def gpt2_124m() -> Config:
             compute_dtype="bfloat16",
         ),
         data=DataConfig(
-            path=("data/openwebtext",), batch_size=480, gradient_accumulation_steps=5
+            path=("data/openwebtext",),
+            tokenizer="gpt2",
+            batch_size=480,
+            gradient_accumulation_steps=5,
         ),
         optimizer=OptimizerConfig(
             learning_rate=6e-4, min_lr=6e-5, warmup_steps=2000, beta2=0.95
@@ -207,6 +210,29 @@ def gpt2_124m() -> Config:
             eval_interval=1000,
             eval_iters=200,
             checkpoint_interval=1000,
+        ),
+    )
+
+
+def finetune_shakespeare() -> Config:
+    """nanoGPT's fine-tuning of GPT-2; not measured, for want of GPT-2's weights.
+
+    python train.py finetune-shakespeare --init-from runs/gpt2
+
+    runs/gpt2 is what `python -m jaxgpt import huggingface gpt2 runs/gpt2` makes.
+    """
+    return Config(
+        model=dataclasses.replace(gpt2_124m().model, bias=True, gelu="tanh"),
+        data=DataConfig(
+            tokenizer="gpt2", batch_size=32, gradient_accumulation_steps=32
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-5, min_lr=3e-5, warmup_steps=0),
+        train=TrainConfig(
+            max_steps=20,
+            eval_interval=5,
+            eval_iters=40,
+            log_interval=1,
+            checkpoint_interval=5,
         ),
     )
 
@@ -224,6 +250,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "shakespeare-char-cpu": shakespeare_char_cpu,
     "shakespeare-char": shakespeare_char,
     "gpt2-124m": gpt2_124m,
+    "finetune-shakespeare": finetune_shakespeare,
 }
 
 

@@ -4,6 +4,7 @@ config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   lock
 loss.png   attention.png
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,22 +16,29 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
 
 try:
     import fcntl
 except ImportError:  # Windows has no flock: there, nothing keeps a second training out
     fcntl = None  # type: ignore[assignment]
 
-from jaxgpt.config import Config
-from jaxgpt.models import build_model, parameter_shapes
-from jaxgpt.text.tokenizer import CharTokenizer
+from jaxgpt.config import Config, MeshConfig
+from jaxgpt.models import build_model, crop_block_size, parameter_shapes
+from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
+    check_shapes,
     find_step,
+    has_progress,
     open_checkpoints,
     restore_params,
+    restore_state,
 )
 from jaxgpt.training.monitor import CURVE, METRICS
+from jaxgpt.training.sharding import make_mesh
+from jaxgpt.training.step import TrainState
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -50,7 +58,7 @@ class Run:
     """
 
     config: Config
-    tokenizer: CharTokenizer | None
+    tokenizer: Tokenizer | None
     model: nn.Module
     params: Any
     step: int
@@ -67,11 +75,10 @@ def load_run(run_dir: str | Path, checkpoint: str | int = "best") -> Run:
     """
     run_dir = Path(run_dir)
     config = load_config(run_dir)
-    tokenizer_path = run_dir / TOKENIZER
-    tokenizer = CharTokenizer.load(tokenizer_path) if tokenizer_path.exists() else None
-    if tokenizer and tokenizer.vocab_size != config.model.vocab_size:
+    tokenizer = saved_tokenizer(run_dir)
+    if tokenizer and not fits(tokenizer, config.model.vocab_size):
         raise ValueError(
-            f"{tokenizer_path} has {tokenizer.vocab_size} tokens, the model "
+            f"{run_dir / TOKENIZER} has {tokenizer.vocab_size} tokens, the model "
             f"{config.model.vocab_size}; is it another run's?"
         )
     model = build_model(config.model)
@@ -79,15 +86,84 @@ def load_run(run_dir: str | Path, checkpoint: str | int = "best") -> Run:
     shapes = jax.tree.map(
         lambda leaf: leaf.update(sharding=device), parameter_shapes(config.model)
     )
+    with _run_checkpoints(run_dir) as checkpoints:
+        step = find_step(checkpoints, checkpoint)
+        params = restore_params(checkpoints, step, shapes)
+    return Run(config, tokenizer, model, params, step)
+
+
+def load_start(config: Config) -> Any:
+    """The parameters that `train.init_from` names, cropped to block_size, or None.
+
+    Raises ValueError that names the first of another shape than the config's.
+    """
+    if not config.train.init_from:
+        return None
+    checkpoint = Path(config.train.init_from)
+    run = load_run(checkpoint.parent.parent, checkpoint.name)
+    params = crop_block_size(run.params, config.model.block_size)
+    check_shapes(params, parameter_shapes(config.model), str(checkpoint))
+    return params
+
+
+def _run_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
     if not (run_dir / CHECKPOINTS).is_dir():
         raise FileNotFoundError(
             f"{run_dir} has no {CHECKPOINTS} folder yet; finish the run with "
             f"`python train.py --out-dir {run_dir} --resume`"
         )
-    with open_checkpoints(run_dir / CHECKPOINTS) as checkpoints:
+    return open_checkpoints(run_dir / CHECKPOINTS)
+
+
+def saved_tokenizer(run_dir: Path) -> Tokenizer | None:
+    """The run's own tokenizer, or None; raises ValueError if it is damaged."""
+    path = run_dir / TOKENIZER
+    return load_tokenizer(path) if path.exists() else None
+
+
+def text_tokenizer(run: Run) -> Tokenizer:
+    """The run's tokenizer; raises ValueError that says how to supply one."""
+    if run.tokenizer is None:
+        raise ValueError(
+            "the run has no tokenizer.json, and can't read or write text; import it "
+            "again with --tokenizer or --meta, or, if it was trained here, give it one "
+            "with `python train.py --resume`, --data.tokenizer and its --out-dir"
+        )
+    return run.tokenizer
+
+
+def load_state(
+    run_dir: Path, checkpoint: str | int = "best"
+) -> tuple[Config, TrainState, float | None]:
+    """Reads the config, the state of a checkpoint, and its validation loss if any.
+
+    The state's opt_state is None where only parameters were imported. Raises as
+    `load_run` does.
+    """
+    config = load_config(run_dir)
+    alone = dataclasses.replace(config, mesh=MeshConfig(data=1))
+    mesh = make_mesh(alone, log=lambda line: None)
+    with _run_checkpoints(run_dir) as checkpoints:
         step = find_step(checkpoints, checkpoint)
-        params = restore_params(checkpoints, step, shapes)
-    return Run(config, tokenizer, model, params, step)
+        if has_progress(checkpoints, step):
+            model = build_model(config.model)
+            state = restore_state(checkpoints, step, model, config, mesh)
+        else:
+            run = load_run(run_dir, step)
+            state = TrainState(jnp.asarray(step), run.params, None)
+        metrics = checkpoints.metrics(step) or {}
+    return config, state, metrics.get("val_loss")
+
+
+def find_checkpoint(run_dir: Path, which: str | int) -> Path:
+    """The absolute folder of a run's checkpoint: "best", "latest" or a step.
+
+    Raises OSError or ValueError that says what there is instead.
+    """
+    load_config(run_dir)
+    with _run_checkpoints(run_dir) as checkpoints:
+        step = find_step(checkpoints, which)
+    return run_dir.resolve() / CHECKPOINTS / str(step)
 
 
 def has_run(run_dir: Path) -> bool:
@@ -141,7 +217,7 @@ def clear_run(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def save_config(run_dir: Path, config: Config, tokenizer: CharTokenizer | None) -> None:
+def save_config(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
     """Writes config.json and tokenizer.json, the config last: it makes the run one."""
     if tokenizer:
         _replace(run_dir / TOKENIZER, tokenizer.save)

@@ -9,7 +9,7 @@ from conftest import TINY, changed
 from jaxgpt import Config
 from jaxgpt.arguments import parse_arguments
 from jaxgpt.presets import PRESETS
-from jaxgpt.run import save_config
+from jaxgpt.run import load_config, save_config
 
 
 def config_of(*argv):
@@ -83,9 +83,13 @@ def test_help_explains_every_field_and_lists_the_presets(capsys):
     for preset in PRESETS:
         assert f"{preset}:" in text
     assert "--model.n-layer INT Transformer blocks (default: 4)" in text
+    assert "--init-from {None}|PATH run to start from" in text
     for section in fields(Config):
         for setting in fields(section.type):
             flag = f"--{section.name}.{setting.name.replace('_', '-')}"
+            if setting.name == "init_from":  # --init-from fills it in
+                assert flag not in text
+                continue
             values_and_help = re.search(rf"{flag}\b(.*?)\(default", text)
             assert re.search(r"[a-z]+ [a-z]+", values_and_help[1]), flag
 
@@ -118,3 +122,56 @@ def test_a_damaged_config_is_named(run_dir, content):
     (run_dir / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json is not a config of jaxgpt"):
         parse_arguments(["--out-dir", str(run_dir), "--resume"])
+
+
+def test_a_start_from_a_run_takes_its_model_and_tokenizer_and_the_presets_rest(
+    tiny_run, capsys
+):
+    config = config_of("smoke", "--init-from", str(tiny_run), "--model.dropout", "0.5")
+    base, smoke = load_config(tiny_run), PRESETS["smoke"]()
+    checkpoint = tiny_run.resolve() / "checkpoints" / "8"
+    assert config == changed(
+        smoke,
+        model=vars(base.model) | {"dropout": 0.5},
+        data={"tokenizer": str(tiny_run.resolve() / "tokenizer.json")},
+        train={"init_from": str(checkpoint)},
+    )
+    assert capsys.readouterr().err == f"starting from {checkpoint}\n"
+    for which in ("latest", "8"):
+        argv = ["smoke", "--init-from", str(tiny_run), "--checkpoint", which]
+        assert config_of(*argv).train.init_from == str(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model.n-layer", "3"], r"--model\.n-layer 3 contradicts the run"),
+        (["--model.vocab-size", "12"], r"--model\.vocab-size 12 contradicts the run"),
+        (["--model.block-size", "9"], "9 is more than the 8 positions"),
+        (["--checkpoint", "7"], "checkpoint '7' is not one of: best, latest, 8"),
+        (["--out-dir", "RUN"], "is the run to start from; give another --out-dir"),
+        (["--resume"], "--resume goes on .* --init-from begins .*; choose one"),
+    ],
+)
+def test_a_start_that_contradicts_the_run_is_refused(tiny_run, argv, message):
+    argv = [str(tiny_run) if word == "RUN" else word for word in argv]
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["smoke", "--init-from", str(tiny_run), *argv])
+
+
+def test_a_start_needs_a_run(tmp_path, run_dir):
+    with pytest.raises(
+        FileNotFoundError, match=r"is not a run: it has no config\.json"
+    ):
+        parse_arguments(["smoke", "--init-from", str(tmp_path / "nowhere")])
+    with pytest.raises(FileNotFoundError, match="has no checkpoints folder"):
+        parse_arguments(["smoke", "--init-from", str(run_dir)])
+    with pytest.raises(ValueError, match="is one of --init-from's run; give that"):
+        parse_arguments(["smoke", "--checkpoint", "latest"])
+
+
+def test_bpe_without_a_size_exits_with_a_message(capsys):
+    with pytest.raises((SystemExit, ValueError)) as stopped:
+        parse_arguments(["smoke", "--data.tokenizer", "bpe"])
+    said = str(stopped.value) + capsys.readouterr().err
+    assert "as in --model.vocab-size 1024" in " ".join(said.replace("│", "").split())

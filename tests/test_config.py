@@ -83,6 +83,11 @@ def test_a_value_out_of_range_is_named_with_a_way_out(section, fields, message):
         section(**fields)
 
 
+def test_bpe_says_how_many_tokens_it_shall_have():
+    with pytest.raises(ValueError, match=r"as in --model\.vocab-size 1024"):
+        Config(data=DataConfig(tokenizer="bpe"))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

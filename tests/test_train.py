@@ -1,4 +1,5 @@
 import re
+import shutil
 import signal
 
 import jax
@@ -7,7 +8,8 @@ import pytest
 from conftest import TEXT, TINY, changed, finish, start_script
 
 import train
-from jaxgpt import load_run
+from jaxgpt import generate, load_run, runtime
+from jaxgpt.run import find_checkpoint
 from jaxgpt.training.monitor import read_rows
 
 
@@ -204,6 +206,99 @@ def test_the_corpus_of_a_resumed_run_must_be_the_same(tales, text_file, tmp_path
     text_file.write_text(TEXT[::-1])
     with pytest.raises(ValueError, match="the corpus has changed"):
         run(config, run_dir, resume=True)
+
+
+@pytest.fixture
+def start(tmp_path, tales):
+    """A run to start from, and a config that does, of other text."""
+    run(tales, tmp_path / "base")
+    text = tmp_path / "other.txt"
+    text.write_text(TEXT[::-1].replace("J", "").replace("R", ""))
+    checkpoint = find_checkpoint(tmp_path / "base", "best")
+    config = changed(
+        load_run(tmp_path / "base").config,
+        data={
+            "path": (str(text),),
+            "tokenizer": str(tmp_path / "base" / "tokenizer.json"),
+            "sha256": "",
+        },
+        train={"init_from": str(checkpoint), "max_steps": 4},
+    )
+    return load_run(tmp_path / "base"), config
+
+
+def test_training_starts_from_a_runs_parameters_with_its_tokenizer(start, tmp_path):
+    base, config = start
+    still = changed(config, optimizer={"learning_rate": 1e-30, "min_lr": 0.0})
+    run(still, tmp_path / "still")
+    after = load_run(tmp_path / "still", "latest")
+    for a, b in zip(*map(jax.tree.leaves, (base.params, after.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert after.step == 4
+    assert after.tokenizer.characters == base.tokenizer.characters
+    run(config, tmp_path / "tuned")
+    tuned = [
+        row["val_loss"]
+        for row in read_rows(tmp_path / "tuned" / "metrics.jsonl")
+        if row["event"] == "eval"
+    ]
+    assert tuned[-1] < tuned[0]
+
+
+def test_fewer_positions_are_the_first_ones(start, tmp_path):
+    base, config = start
+    config = changed(
+        config,
+        model={"block_size": 5},
+        optimizer={"learning_rate": 1e-30, "min_lr": 0.0},
+    )
+    run(config, tmp_path / "short")
+    short = load_run(tmp_path / "short")
+    tokens = base.tokenizer.encode("Puck ")[None]
+    ours, theirs = (r.model.apply({"params": r.params}, tokens) for r in (short, base))
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert short.params["wpe"]["embedding"].shape == (5, 16)
+
+
+def test_a_tuned_run_needs_its_start_no_more_once_it_has_a_checkpoint(start, tmp_path):
+    _, config = start
+    run(config, tmp_path / "tuned")
+    (tmp_path / "base").rename(tmp_path / "gone")
+    longer = changed(load_run(tmp_path / "tuned").config, train={"max_steps": 6})
+    run(longer, tmp_path / "tuned", resume=True)
+    assert load_run(tmp_path / "tuned", "latest").step == 6
+
+
+def test_a_tuning_stopped_before_its_first_checkpoint_starts_from_the_run_again(
+    start, tmp_path
+):
+    _, config = start
+    for name in ("reference", "stopped"):
+        run(config, tmp_path / name)
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints")
+    run(load_run(tmp_path / "reference").config, tmp_path / "stopped", resume=True)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "reference")
+
+
+def test_text_that_the_runs_tokenizer_lacks_is_named(start, tmp_path):
+    _, config = start
+    (tmp_path / "other.txt").write_text(TEXT + "Ω")
+    with pytest.raises(ValueError, match="character 'Ω' at position"):
+        run(config, tmp_path / "tuned")
+
+
+def test_a_run_of_bpe_resumes_with_its_own_tokenizer(tales, fresh_cache, tmp_path):
+    config = changed(tales, model={"vocab_size": 280}, data={"tokenizer": "bpe"})
+    run(changed(config, train={"max_steps": 4}), tmp_path / "run")
+    first = load_run(tmp_path / "run")
+    assert first.tokenizer.vocab_size == 280
+    shutil.rmtree(runtime.cache_dir() / "tokenizers")
+    run(changed(first.config, train={"max_steps": 8}), tmp_path / "run", resume=True)
+    again = load_run(tmp_path / "run", "latest")
+    assert again.step == 8
+    assert again.tokenizer.to_json() == first.tokenizer.to_json()
+    assert not (runtime.cache_dir() / "tokenizers").exists()
+    assert len(generate(again, "Romeo é", max_new_tokens=9)[0]) >= 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.models import GPT
-from jaxgpt.run import ATTENTION, load_run
+from jaxgpt.run import ATTENTION, load_run, text_tokenizer
 from jaxgpt.runtime import log_line
 
 
@@ -30,9 +30,8 @@ def attention(
     if out and (out.suffix != ".png" or not out.parent.is_dir()):
         raise ValueError(f"--out {out} must be a .png file in a folder that exists")
     run = load_run(run_dir, checkpoint)
-    if run.tokenizer is None:
-        raise ValueError(f"{run_dir} has no tokenizer.json, and can't read a prompt")
-    ids, window = run.tokenizer.encode(prompt), run.config.model.block_size
+    tokenizer = text_tokenizer(run)
+    ids, window = tokenizer.encode(prompt), run.config.model.block_size
     if not len(ids):
         raise ValueError("--prompt is empty; give the text to look at")
     if len(ids) > window:
@@ -40,7 +39,7 @@ def attention(
         ids = ids[-window:]
     weights_LHTS = attention_maps(run.model, run.params, ids)
     out = out or run_dir / ATTENTION
-    draw_maps(weights_LHTS, [run.tokenizer.decode([token]) for token in ids], out)
+    draw_maps(weights_LHTS, [tokenizer.decode([token]) for token in ids], out)
     print(out)
     return 0
 

@@ -10,7 +10,7 @@ import jax
 import tyro
 
 from jaxgpt.config import MeshConfig
-from jaxgpt.run import load_run
+from jaxgpt.run import load_run, text_tokenizer
 from jaxgpt.runtime import log_line
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training.evaluation import evaluate_exactly
@@ -24,6 +24,7 @@ def evaluate(
     split: Literal["val", "train"] = "val",
     stride: int | None = None,
     batch_size: int = 16,
+    data_path: tuple[str, ...] = (),
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
     """Exact loss on a split: every token but the first predicted exactly once.
@@ -34,10 +35,18 @@ def evaluate(
         split: which part of the run's corpus
         stride: slide by N tokens, and count the last N of each window; else no overlap
         batch_size: windows at once, over all devices; the result does not depend on it
+        data_path: other text than the run's: files, or a directory of token files
         json: print one JSON object
     """
     run = load_run(run_dir, checkpoint)
-    corpus, config = load_corpus(run.config, log_line)
+    data = run.config.data
+    if data_path:
+        data = dataclasses.replace(data, path=data_path, sha256="")
+    if not (len(data.path) == 1 and Path(data.path[0]).is_dir()):
+        text_tokenizer(run)
+    corpus, config = load_corpus(
+        dataclasses.replace(run.config, data=data), log_line, run.tokenizer
+    )
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(

@@ -1,11 +1,11 @@
 """A run becomes text, as it is drawn."""
 
+import codecs
 from collections.abc import Iterator
 
 from jaxgpt.config import SamplingConfig
 from jaxgpt.generation.decode import generate_tokens
-from jaxgpt.run import Run
-from jaxgpt.text.tokenizer import CharTokenizer
+from jaxgpt.run import Run, text_tokenizer
 
 
 def generate(run: Run, prompt: str, **options: object) -> list[str]:
@@ -31,45 +31,44 @@ def stream_text(
 
     Args:
       run: from `load_run`.
-      prompt: empty stands for `empty_prompt`; the model sees its last tokens only.
+      prompt: empty stands for the tokenizer's `start`; the model sees its last tokens.
       max_new_tokens: to draw for each sample.
       num_samples: continuations to draw at once.
       sampling: how tokens are drawn.
       seed: the same seed gives the same text.
       stop: a sample ends before this text, once it is drawn; empty never ends one.
 
-    Yields lists of num_samples strings. Raises ValueError where an argument is out of
-    range, a character is not in the vocabulary, or the run has no tokenizer.
+    Yields lists of num_samples strings. A character whose tokens are not all drawn yet
+    waits for them; bytes that never become one are U+FFFD, as in `decode`. Raises
+    ValueError where an argument is out of range, a character is not in the vocabulary,
+    or the run has no tokenizer.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1")
-    if run.tokenizer is None:
-        raise ValueError(
-            "the run has no tokenizer.json, and can't read a prompt or write text; one "
-            "trained on text gets it back with `python train.py --resume`"
-        )
-    ids = run.tokenizer.encode(prompt or empty_prompt(run.tokenizer)).tolist()
-    run.tokenizer.encode(stop)  # which it could never meet, were a character unknown
+    tokenizer = text_tokenizer(run)
+    ids = tokenizer.encode(prompt or tokenizer.start).tolist()
+    tokenizer.encode(stop)  # which it could never meet, were a character unknown
     tokens = generate_tokens(
         run.model, run.params, [ids] * num_samples, max_new_tokens, sampling, seed
     )
+    utf8 = [
+        codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)
+    ]
     held, done = [""] * num_samples, [False] * num_samples
     for piece in tokens:
         texts = []
         for row in range(num_samples):
-            new = "" if done[row] else run.tokenizer.decode(piece[row])
+            drawn = b"" if done[row] else tokenizer.decode_bytes(piece[row])
+            new = utf8[row].decode(drawn)
             text, held[row], found = _until_stop(held[row] + new, stop)
             done[row] = done[row] or found
             texts.append(text)
         yield texts
         if all(done):
             break
+    for row, decoder in enumerate(utf8):
+        held[row] += "" if done[row] else decoder.decode(b"", final=True)
     yield held
-
-
-def empty_prompt(tokenizer: CharTokenizer) -> str:
-    """What an empty prompt stands for: a newline, or else the first character known."""
-    return "\n" if "\n" in tokenizer.characters else tokenizer.characters[0]
 
 
 def _until_stop(text: str, stop: str) -> tuple[str, str, bool]:

@@ -18,6 +18,19 @@ def build_model(config: ModelConfig) -> nn.Module:
     return models[config.architecture](config)
 
 
+def crop_block_size(params: Any, block_size: int) -> Any:
+    """The parameters with the first `block_size` position embeddings only.
+
+    Source: nanoGPT model.py, crop_block_size.
+    """
+    cropped = dict(params)
+    for name in ("wpe", "position_embedding"):
+        if name in params:
+            table = params[name]["embedding"]
+            cropped[name] = {"embedding": table[:block_size]}
+    return cropped
+
+
 def parameter_shapes(config: ModelConfig) -> Any:
     """Shapes and dtypes of the model's parameters, without their memory."""
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)

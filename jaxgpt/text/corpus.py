@@ -7,6 +7,7 @@ map, so neither the text nor its tokens need fit in memory.
 import codecs
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +19,26 @@ import numpy as np
 from jaxgpt import runtime
 from jaxgpt.config import Config, DataConfig
 from jaxgpt.text import tinyshakespeare
-from jaxgpt.text.tokenizer import CharTokenizer, codepoints, load_nanogpt_meta
+from jaxgpt.text.pretrained import (
+    GPT2_VOCAB_SIZE,
+    find_tokenizer,
+    gpt2_tokenizer,
+    load_nanogpt_meta,
+    tokenizer_in,
+)
+from jaxgpt.text.tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    codepoints,
+    fits,
+    load_tokenizer,
+)
 
 SPLITS = ("train", "val")
 TRAIN_FRACTION = 0.9
 _CHUNK_BYTES = 1 << 24
+_SIZES = "sizes.json"
 
 
 @dataclass(frozen=True)
@@ -36,22 +52,52 @@ class Corpus:
 
     train: np.ndarray
     val: np.ndarray
-    tokenizer: CharTokenizer | None
+    tokenizer: Tokenizer | None
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What one reading of a text tells.
+
+    Attributes:
+      length: in characters.
+      characters: the distinct ones, sorted.
+    """
+
+    paths: Sequence[Path]
+    sha256: str
+    length: int
+    characters: str
+
+    def split(self, name: str) -> Iterator[str]:
+        """Yields a split's characters, a chunk at a time."""
+        cut = int(TRAIN_FRACTION * self.length)
+        start, stop = {"train": (0, cut), "val": (cut, self.length)}[name]
+        position = 0
+        for chunk in _read_text(self.paths):
+            yield chunk[max(start - position, 0) : max(stop - position, 0)]
+            position += len(chunk)
 
 
 def named_vocab_size(data: DataConfig) -> int | None:
-    """Vocabulary of a corpus known by name, which needs no look at its text."""
-    return None if data.path else tinyshakespeare.VOCAB_SIZE
+    """Vocabulary of what is known by name, which needs no look at any text."""
+    if data.tokenizer == "gpt2":
+        return GPT2_VOCAB_SIZE
+    known = data.tokenizer == "char" and not data.path
+    return tinyshakespeare.VOCAB_SIZE if known else None
 
 
 def load_corpus(
-    config: Config, log: Callable[[str], None] = print
+    config: Config,
+    log: Callable[[str], None] = print,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[Corpus, Config]:
     """Finds the text (fetches Tiny Shakespeare if need be) and tokenizes it once.
 
     Args:
-      config: its data section says where the text comes from.
+      config: its data section says where text and tokenizer come from.
       log: called with a line on each thing that takes a while.
+      tokenizer: a run's own, which then rules.
 
     Returns the corpus, and the config with what it settles filled in: vocab_size, the
     sha256 (of the text, or of the token files where they are all there is) and absolute
@@ -59,38 +105,59 @@ def load_corpus(
     fit the config.
     """
     data, vocab_size = config.data, config.model.vocab_size
-    paths = [Path(path).resolve() for path in data.path]
-    data = dataclasses.replace(data, path=tuple(map(str, paths)))
-    paths = paths or [{"tinyshakespeare": _tinyshakespeare_path}[data.corpus](log)]
-    folder, sha256 = _token_folder(paths, log)
+    paths = tuple(str(Path(path).resolve()) for path in data.path)
+    data = dataclasses.replace(data, path=paths)
+    if Path(data.tokenizer).exists():
+        data = dataclasses.replace(data, tokenizer=str(Path(data.tokenizer).resolve()))
+    files = [Path(path) for path in paths]
+    files = files or [{"tinyshakespeare": _tinyshakespeare_path}[data.corpus](log)]
+    if len(files) == 1 and files[0].is_dir():
+        folder, sha256 = files[0], _sha256(_token_files(files[0]))
+        _check_unchanged(data, sha256)
+        tokenizer = tokenizer or _tokenizer_beside(folder, data.tokenizer, log)
+    else:
+        text = _survey(files)
+        sha256 = text.sha256
+        _check_unchanged(data, sha256)
+        tokenizer = tokenizer or _make_tokenizer(text, data.tokenizer, vocab_size, log)
+        _check_fits(tokenizer, vocab_size)  # before it is put to long use
+        folder = _tokenize(text, tokenizer, log)
+    _check_fits(tokenizer, vocab_size)
+    known = tokenizer.vocab_size if tokenizer else vocab_size
+    if known is None:
+        raise ValueError(
+            f"{folder} says nothing of its vocabulary (there is no meta.pkl); give its "
+            "--data.tokenizer, as in --data.tokenizer gpt2, or its size, as in "
+            "--model.vocab-size 50257"
+        )
+    train, val = (
+        _open_tokens(path, known, config.model.block_size)
+        for path in _token_files(folder)
+    )
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=vocab_size or known),
+        data=dataclasses.replace(data, sha256=sha256),
+    )
+    return Corpus(train, val, tokenizer), config
+
+
+def _check_unchanged(data: DataConfig, sha256: str) -> None:
     if data.sha256 not in ("", sha256):
         raise ValueError(
             f"the corpus has changed: the run was trained on sha256 {data.sha256}, "
             f"{', '.join(data.path) or data.corpus} now has {sha256}; "
             "bring the old text back, or train a new run"
         )
-    tokenizer = _find_tokenizer(folder)
-    found_size = tokenizer.vocab_size if tokenizer else vocab_size
-    if found_size is None:
+
+
+def _check_fits(tokenizer: Tokenizer | None, vocab_size: int | None) -> None:
+    if tokenizer and vocab_size and not fits(tokenizer, vocab_size):
         raise ValueError(
-            f"{folder} says nothing of its vocabulary (there is no meta.pkl); "
-            "give its size, as in --model.vocab-size 50257"
+            f"vocab_size={vocab_size}, but the tokenizer has {tokenizer.vocab_size} "
+            "tokens; leave --model.vocab-size out to take the tokenizer's own, or give "
+            "the --data.tokenizer that the model was trained with"
         )
-    if vocab_size not in (None, found_size):
-        raise ValueError(
-            f"vocab_size={vocab_size}, but the corpus has {found_size} distinct "
-            "tokens; leave --model.vocab-size out to take the corpus's own"
-        )
-    train, val = (
-        _open_tokens(folder / f"{split}.bin", found_size, config.model.block_size)
-        for split in SPLITS
-    )
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, vocab_size=found_size),
-        data=dataclasses.replace(data, sha256=sha256),
-    )
-    return Corpus(train, val, tokenizer), config
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -107,7 +174,7 @@ def _tinyshakespeare_path(log: Callable[[str], None]) -> Path:
                 "it will be fetched again"
             )
         return path
-    text = tinyshakespeare.fetch(log)
+    text = tinyshakespeare.fetch_text(log)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}")
     aside.write_bytes(text)
@@ -115,14 +182,10 @@ def _tinyshakespeare_path(log: Callable[[str], None]) -> Path:
     return path
 
 
-def _token_folder(paths: list[Path], log: Callable[[str], None]) -> tuple[Path, str]:
-    """The folder of token files that nanoGPT or we have made, and the sha256."""
-    if len(paths) == 1 and paths[0].is_dir():
-        files = [paths[0] / f"{split}.bin" for split in SPLITS]
-        _check_files(files)
-        return paths[0], _sha256(files)
-    _check_files(paths)
-    return _tokenize(paths, log)
+def _token_files(folder: Path) -> list[Path]:
+    files = [folder / f"{split}.bin" for split in SPLITS]
+    _check_files(files)
+    return files
 
 
 def _check_files(paths: Sequence[Path]) -> None:
@@ -165,8 +228,9 @@ def _read_text(paths: Sequence[Path]) -> Iterator[str]:
                     break
 
 
-def _tokenize(paths: list[Path], log: Callable[[str], None]) -> tuple[Path, str]:
-    """Makes the folder of token files, or finds it made; returns it and the sha256."""
+def _survey(paths: Sequence[Path]) -> _Text:
+    """Reads the text once; raises OSError or ValueError if it is of no use."""
+    _check_files(paths)
     seen = np.zeros(0x110000, bool)  # indexed by code point
     digest, length = hashlib.sha256(), 0
     for text in _read_text(paths):
@@ -175,60 +239,90 @@ def _tokenize(paths: list[Path], log: Callable[[str], None]) -> tuple[Path, str]
         length += len(text)
     if not length:
         raise ValueError(f"{', '.join(map(str, paths))}: no text, the corpus is empty")
-    sha256 = digest.hexdigest()
-    folder = runtime.cache_dir() / "tokens" / sha256
-    tokenizer = CharTokenizer("".join(map(chr, np.flatnonzero(seen))))
-    itemsize = np.dtype(token_dtype(tokenizer.vocab_size)).itemsize
-    if _holds(folder, length * itemsize):
-        return folder, sha256
+    characters = "".join(map(chr, np.flatnonzero(seen)))
+    return _Text(paths, digest.hexdigest(), length, characters)
+
+
+def _make_tokenizer(
+    text: _Text, name: str, vocab_size: int | None, log: Callable[[str], None]
+) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names; BPE is trained on the train split."""
+    if name == "char":
+        return CharTokenizer(text.characters)
+    if name != "bpe":
+        return find_tokenizer(name, log)
+    assert vocab_size is not None  # Config checks it
+    folder = runtime.cache_dir() / "tokenizers"
+    path = folder / f"{text.sha256}-bpe-{vocab_size}.json"
+    if path.exists():
+        return load_tokenizer(path)
+    log(f"training a tokenizer of {vocab_size:,} tokens")
+    tokenizer = BPETokenizer.train(text.split("train"), vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}")
+    tokenizer.save(aside)
+    os.replace(aside, path)
+    return tokenizer
+
+
+def _tokenizer_beside(
+    folder: Path, name: str, log: Callable[[str], None]
+) -> Tokenizer | None:
+    """The tokenizer of a directory of token files: the one `name` tells, or in it."""
+    if name == "bpe":
+        raise ValueError(
+            f"tokenizer=bpe is trained on text, and {folder} has tokens; give the "
+            "--data.tokenizer that made them"
+        )
+    if name == "gpt2":
+        try:
+            return gpt2_tokenizer(log)
+        except OSError as error:
+            log(f"going on without a tokenizer, which only text needs: {error}")
+            return None
+    if name != "char":
+        return find_tokenizer(name, log)
+    if (folder / "meta.pkl").exists():
+        return load_nanogpt_meta(folder / "meta.pkl")
+    return tokenizer_in(folder)
+
+
+def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> Path:
+    """Makes the folder of token files, or finds it made."""
+    fingerprint = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+    folder = runtime.cache_dir() / "tokens" / f"{text.sha256}-{fingerprint[:16]}"
+    if _is_whole(folder):
+        return folder
     shutil.rmtree(folder, ignore_errors=True)  # of files that were cut or lost since
-    log(f"tokenizing {length:,} characters into {folder}")
+    log(f"tokenizing {text.length:,} characters into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_suffix(f".{os.getpid()}")
     aside.mkdir(exist_ok=True)
     try:
-        _write_tokens(paths, tokenizer, int(TRAIN_FRACTION * length), aside)
-        tokenizer.save(aside / "tokenizer.json")
+        dtype, sizes = token_dtype(tokenizer.vocab_size), {}
+        for split in SPLITS:
+            with (aside / f"{split}.bin").open("wb") as file:
+                for ids in tokenizer.encode_chunks(text.split(split)):
+                    file.write(ids.astype(dtype).tobytes())
+                sizes[split] = file.tell()
+        (aside / _SIZES).write_text(json.dumps(sizes))
         aside.rename(folder)
     except OSError:
         if not folder.exists():  # else another process was first: its files are these
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return folder, sha256
+    return folder
 
 
-def _holds(folder: Path, size: int) -> bool:
-    """Whether the folder has a vocabulary, and token files of `size` bytes together."""
-    if not (folder / "tokenizer.json").is_file():
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder has all the bytes that were written."""
+    if not (folder / _SIZES).is_file():
         return False
-    files = [folder / f"{split}.bin" for split in SPLITS]
-    return size == sum(path.stat().st_size for path in files if path.exists())
-
-
-def _write_tokens(
-    paths: list[Path], tokenizer: CharTokenizer, train_length: int, folder: Path
-) -> None:
-    """Writes `train_length` characters to train.bin and the others to val.bin."""
-    dtype, position = token_dtype(tokenizer.vocab_size), 0
-    with (
-        (folder / "train.bin").open("wb") as train,
-        (folder / "val.bin").open("wb") as val,
-    ):
-        for text in _read_text(paths):
-            ids = tokenizer.encode(text).astype(dtype)
-            cut = min(max(train_length - position, 0), len(ids))
-            train.write(ids[:cut].tobytes())
-            val.write(ids[cut:].tobytes())
-            position += len(ids)
-
-
-def _find_tokenizer(folder: Path) -> CharTokenizer | None:
-    if (folder / "tokenizer.json").exists():
-        return CharTokenizer.load(folder / "tokenizer.json")
-    if (folder / "meta.pkl").exists():
-        return load_nanogpt_meta(folder / "meta.pkl")
-    return None
+    files = {split: folder / f"{split}.bin" for split in SPLITS}
+    return json.loads((folder / _SIZES).read_text()) == {
+        split: path.stat().st_size for split, path in files.items() if path.exists()
+    }
 
 
 def _open_tokens(path: Path, vocab_size: int, block_size: int) -> np.ndarray:

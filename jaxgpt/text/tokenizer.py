@@ -1,12 +1,19 @@
-"""Characters to token ids and back."""
+"""Text to token ids and back: a character a token, or byte-level BPE."""
 
 import json
-import pickle
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+# Where no token crosses, whatever stands before and after.
+_BOUNDARY = re.compile(r"(?<=\S)(?=[ \n])")
+_PIECE = 1 << 16  # characters; the pieces of a text are encoded in parallel
 
 
 def codepoints(text: str) -> np.ndarray:
@@ -18,6 +25,9 @@ class CharTokenizer:
     """One token per character; a token's id is the character's place in `characters`.
 
     Source: the lecture's `stoi` and `itos`.
+
+    Attributes:
+      start: what an empty prompt stands for: a newline, or else the first character.
     """
 
     def __init__(self, characters: str):
@@ -28,6 +38,7 @@ class CharTokenizer:
                 f"a vocabulary needs distinct characters, not {characters!r:.80}"
             )
         self.characters = characters
+        self.start = "\n" if "\n" in characters else characters[0]
         self._codepoints = codepoints(characters)
         self._ids = np.full(0x110000, -1, np.int32)  # indexed by code point
         self._ids[self._codepoints] = np.arange(len(characters))
@@ -56,6 +67,10 @@ class CharTokenizer:
             )
         return ids
 
+    def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yields the ids of a text that comes in chunks; together they are its own."""
+        return map(self.encode, chunks)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; raises ValueError on an id outside the vocabulary."""
         array = np.asarray(list(ids), np.int64)
@@ -66,47 +81,225 @@ class CharTokenizer:
             )
         return self._codepoints[array].tobytes().decode("utf-32-le", "surrogatepass")
 
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """As `decode`, in UTF-8."""
+        return self.decode(ids).encode("utf-8", "surrogatepass")
+
+    def to_json(self) -> str:
+        """The tokenizer as JSON."""
+        return json.dumps({"type": "char", "characters": self.characters})
+
     def save(self, path: Path) -> None:
-        """Writes the tokenizer as JSON."""
-        content = {"type": "char", "characters": self.characters}
-        path.write_text(json.dumps(content), encoding="utf-8")
+        """Writes the tokenizer as JSON, which `load_tokenizer` reads."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
+
+class BPETokenizer:
+    """Byte-level byte pair encoding, as GPT-2's: any text, and no unknown token.
+
+    Encoding is tiktoken's `encode_ordinary`: END_OF_TEXT in a text is text like any
+    other. A token may be part of a character.
+
+    Source: Sennrich et al. 2016, section 3.2; GPT-2, section 2.2.
+
+    Attributes:
+      start: what an empty prompt stands for: a newline.
+      end_of_text: id of END_OF_TEXT, which parts documents; None if there is none.
+      vocab_size: number of token ids.
+    """
+
+    start = "\n"
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        """Takes a tokenizer of the form that `from_tables` makes."""
+        tokenizer.encode_special_tokens = True
+        added = tokenizer.get_added_tokens_decoder()
+        vocab = tokenizer.get_vocab()
+        self.vocab_size = max(vocab.values()) + 1
+        self.end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+        self._tokenizer = tokenizer
+        self._bytes = [b""] * self.vocab_size
+        alphabet = _byte_alphabet()
+        for token, id_ in vocab.items():
+            self._bytes[id_] = (
+                token.encode()
+                if id_ in added
+                else bytes(alphabet[letter] for letter in token)
+            )
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Reads what `save` wrote; raises ValueError that names a file of another form.
+    def from_tables(cls, vocab: Path, merges: Path) -> Self:
+        """The tokenizer of two files: vocab.json and merges.txt, by any name.
 
-        The same characters in the same order give the same ids.
+        Raises ValueError if they are of another form.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["type"] != "char":
-                raise ValueError(f"type {content['type']!r} is not known")
-            return cls(content["characters"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a tokenizer of jaxgpt: {error}") from error
+            tokenizer = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
+            if tokenizer.token_to_id(END_OF_TEXT) is not None:
+                tokenizer.add_special_tokens([END_OF_TEXT])
+            return cls(tokenizer)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(
+                f"{vocab} and {merges} are no tables of byte-level BPE: {error}"
+            ) from error
+
+    @classmethod
+    def train(cls, chunks: Iterable[str], vocab_size: int) -> Self:
+        """Learns the merges of a text: the commonest pair of tokens, again and again.
+
+        Args:
+          chunks: the text, in order.
+          vocab_size: tokens in all: 256 bytes, the merges, and END_OF_TEXT at last.
+
+        Raises ValueError if the text has not as many merges, or they are negative.
+        """
+        if vocab_size < 257:
+            raise ValueError(
+                f"vocab_size={vocab_size} must be at least 257: every byte and "
+                f"{END_OF_TEXT}"
+            )
+        tokenizer = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        pieces = (piece for batch in _pieces(chunks) for piece in batch)
+        tokenizer.train_from_iterator(pieces, trainer)
+        tokenizer.add_special_tokens([END_OF_TEXT])
+        if (found := tokenizer.get_vocab_size()) < vocab_size:
+            raise ValueError(
+                f"the text gives {found} tokens and no more, not vocab_size="
+                f"{vocab_size}; give --model.vocab-size {found} or less"
+            )
+        return cls(tokenizer)
+
+    @classmethod
+    def from_json(cls, content: str) -> Self:
+        """The tokenizer of a tokenizer.json as the library `tokenizers` writes it.
+
+        Raises ValueError if it is not GPT-2's kind.
+        """
+        found = json.loads(content)
+        model, before = found["model"], found["pre_tokenizer"] or {}
+        options = ("dropout", "ignore_merges", "byte_fallback")
+        affixes = ("continuing_subword_prefix", "end_of_word_suffix")
+        gpt2s = {
+            "model": model["type"] == "BPE"
+            and not any(model.get(option) for option in (*options, *affixes)),
+            "normalizer": found["normalizer"] is None,
+            "pre_tokenizer": before.get("type") == "ByteLevel"
+            and before.get("use_regex", True)
+            and not before["add_prefix_space"],
+            "decoder": (found["decoder"] or {}).get("type") == "ByteLevel",
+        }
+        for part, holds in gpt2s.items():
+            if not holds:
+                raise ValueError(f"its {part} is not that of GPT-2's byte-level BPE")
+        return cls(tokenizers.Tokenizer.from_str(content))
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of `text`, i32 [tokens]; half a surrogate pair becomes U+FFFD."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return np.concatenate(list(self.encode_chunks([text])))
+
+    def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yields the ids of a text that comes in chunks; together they are its own."""
+        for pieces in _pieces(chunks):
+            encodings = self._tokenizer.encode_batch_fast(
+                pieces, add_special_tokens=False
+            )
+            yield np.concatenate([np.array(e.ids, np.int32) for e in encodings])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; bytes that are no whole character become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """UTF-8 of token ids, which may begin and end inside a character.
+
+        An id that no token has, but an embedding table with rows to spare has, gives
+        U+FFFD.
+        """
+        unknown = "\ufffd".encode()
+        return b"".join(
+            self._bytes[id_] if 0 <= id_ < self.vocab_size else unknown for id_ in ids
+        )
+
+    def to_json(self) -> str:
+        """The tokenizer as JSON, in the form of the library `tokenizers`."""
+        return self._tokenizer.to_str()
+
+    def save(self, path: Path) -> None:
+        """Writes the tokenizer as JSON, which `load_tokenizer` reads."""
+        path.write_text(self.to_json(), encoding="utf-8")
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, numbers and strings; refuses a pickle that names code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+Tokenizer = CharTokenizer | BPETokenizer
 
 
-def load_nanogpt_meta(path: Path) -> CharTokenizer:
-    """The tokenizer in the meta.pkl of a prepared nanoGPT data directory.
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Reads a tokenizer.json; raises ValueError that names a file of another form.
 
-    Raises ValueError if the file is not one, or would run code.
-    Source: nanoGPT data/shakespeare_char/prepare.py.
+    The same tokens in the same order give the same ids.
     """
     try:
-        with path.open("rb") as file:
-            itos = _PlainUnpickler(file).load()["itos"]
-        characters = [itos[i] for i in range(len(itos))]
-        if any(len(character) != 1 for character in characters):
-            raise ValueError("a token of other than one character")
-        return CharTokenizer("".join(characters))
+        content = path.read_text(encoding="utf-8")
+        values = json.loads(content)
+        if "model" in values:
+            return BPETokenizer.from_json(content)
+        if values["type"] != "char":
+            raise ValueError(f"type {values['type']!r} is not known")
+        return CharTokenizer(values["characters"])
     except OSError:
         raise
-    except Exception as error:  # unpickling a damaged file may raise anything
-        raise ValueError(f"{path} holds no character vocabulary: {error}") from error
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is not a tokenizer of jaxgpt: {error}") from error
+
+
+def fits(tokenizer: Tokenizer, vocab_size: int | None) -> bool:
+    """Whether a model of `vocab_size` tokens can use the tokenizer.
+
+    An embedding table may have rows to spare for BPE: nanoGPT's has 50,304 for GPT-2's
+    50,257 tokens.
+    """
+    if isinstance(tokenizer, CharTokenizer):
+        return tokenizer.vocab_size == vocab_size
+    return vocab_size is not None and tokenizer.vocab_size <= vocab_size
+
+
+def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Which byte each letter of a token stands for.
+
+    Source: GPT-2 encoder.py. Printable bytes are their own letters; the others come
+    after all of them, so that no token holds a space or a control character.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _pieces(chunks: Iterable[str]) -> Iterator[list[str]]:
+    """Cuts a text into pieces whose tokens, one after the other, are the text's own.
+
+    Yields lists of them; only a text without blanks and newlines is held in full.
+    """
+    held = ""
+    for chunk in chunks:
+        held, pieces = held + chunk, []
+        start = 0
+        while match := _BOUNDARY.search(held, start + _PIECE):
+            pieces.append(held[start : match.start()])
+            start = match.start()
+        held = held[start:]
+        if pieces:
+            yield pieces
+    yield [held]

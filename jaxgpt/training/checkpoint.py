@@ -85,6 +85,18 @@ def save_state(
     )
 
 
+def save_params(checkpoints: ocp.CheckpointManager, step: int, params: Any) -> None:
+    """Starts to save parameters that have no optimizer state, of another program's."""
+    args = ocp.args.Composite(params=ocp.args.StandardSave(params))
+    checkpoints.save(step, args=args)
+
+
+def has_progress(checkpoints: ocp.CheckpointManager, step: int) -> bool:
+    """Whether the checkpoint has what a resume needs, besides the parameters."""
+    with _naming_damage(checkpoints.directory / str(step)):
+        return checkpoints.item_metadata(step).get("progress") is not None
+
+
 def restore_state(
     checkpoints: ocp.CheckpointManager,
     step: int,
@@ -94,8 +106,14 @@ def restore_state(
 ) -> TrainState:
     """Reads the state saved at `step`, placed on the mesh.
 
-    Raises ValueError that names the first parameter of another shape than the config's.
+    Raises ValueError if it has parameters only, or names the first of another shape
+    than the config's.
     """
+    if not has_progress(checkpoints, step):
+        raise ValueError(
+            f"{checkpoints.directory / str(step)} has parameters but no optimizer "
+            "state; start a new run from them with --init-from"
+        )
     abstract = abstract_state(model, config, mesh)
     _check_shapes(checkpoints, step, abstract.params)
     with _naming_damage(checkpoints.directory / str(step)):
@@ -156,13 +174,25 @@ def _progress(state: TrainState) -> dict[str, Any]:
 def _check_shapes(
     checkpoints: ocp.CheckpointManager, step: int, abstract_params: Any
 ) -> None:
-    with _naming_damage(checkpoints.directory / str(step)):
-        found = _shapes(checkpoints.item_metadata(step)["params"])
-    expected = _shapes(abstract_params)
+    folder = checkpoints.directory / str(step)
+    with _naming_damage(folder):
+        metadata = checkpoints.item_metadata(step)["params"]
+    check_shapes(metadata, abstract_params, str(folder))
+
+
+def check_shapes(params: Any, abstract_params: Any, checkpoint: str) -> None:
+    """Raises ValueError that names the first parameter of another shape.
+
+    Args:
+      params: arrays, or what tells their shapes.
+      abstract_params: what the config makes of them.
+      checkpoint: name of where they come from.
+    """
+    found, expected = _shapes(params), _shapes(abstract_params)
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise ValueError(
-                f"checkpoint {checkpoints.directory / str(step)} is of another config: "
+                f"checkpoint {checkpoint} is of another config: "
                 f"{name} is {found.get(name, 'missing')} there, "
                 f"{expected.get(name, 'missing')} by config.json"
             )

@@ -48,15 +48,24 @@ def init_state(
     """The state before the first update, of `seed` (of `train.seed` if left out)."""
     init_key, _ = _keys(config, seed)
     tokens_BT = jnp.zeros((1, config.model.block_size), jnp.int32)
-    params = model.init(init_key, tokens_BT)["params"]
+    return state_of(config, model.init(init_key, tokens_BT)["params"])
+
+
+def state_of(config: Config, params: Any) -> TrainState:
+    """The state before the first update of `params`."""
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def create_state(model: nn.Module, config: Config, mesh: Mesh) -> TrainState:
-    """`init_state`, placed on the mesh."""
-    init = partial(init_state, model, config)
-    return jax.jit(init, out_shardings=replicated(mesh))()
+def create_state(
+    model: nn.Module, config: Config, mesh: Mesh, params: Any = None
+) -> TrainState:
+    """`init_state`, or `state_of` the params where they are given, on the mesh."""
+    if params is None:
+        init = partial(init_state, model, config)
+        return jax.jit(init, out_shardings=replicated(mesh))()
+    params = jax.device_put(params, replicated(mesh))
+    return jax.jit(partial(state_of, config), out_shardings=replicated(mesh))(params)
 
 
 def abstract_state(model: nn.Module, config: Config, mesh: Mesh) -> TrainState:

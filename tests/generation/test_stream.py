@@ -1,11 +1,13 @@
 import dataclasses
+import itertools
 
+import numpy as np
 import pytest
 from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgpt import CharTokenizer, Run, SamplingConfig, generate
+from jaxgpt import BPETokenizer, CharTokenizer, Run, SamplingConfig, generate
 from jaxgpt.generation import stream
 from jaxgpt.generation.stream import stream_text
 
@@ -29,7 +31,7 @@ def test_streamed_pieces_are_the_whole_text(run):
 
 def test_the_empty_prompt_stands_for_a_newline(run):
     assert generate(run, "", **OPTIONS) == generate(run, "\n", **OPTIONS)
-    assert stream.empty_prompt(CharTokenizer("xyz")) == "x"
+    assert CharTokenizer("xyz").start == "x"
 
 
 def test_a_sample_ends_before_the_stop_text_and_the_others_go_on(run):
@@ -46,6 +48,27 @@ def test_text_that_only_begins_the_stop_is_not_lost(run):
     (text,) = generate(run, "abc", **OPTIONS)
     unmet = next(c for c in run.tokenizer.characters if c != text[-1]) * 3
     assert generate(run, "abc", stop=text[-1] + unmet, **OPTIONS) == [text]
+
+
+BYTES = BPETokenizer.train(["a"], 257)  # every byte a token
+
+
+@given(st.text("a é€🙂", max_size=12), st.lists(st.integers(1, 5)), st.integers(0, 3))
+def test_streamed_pieces_never_hold_half_a_character(tiny_model, text, sizes, missing):
+    ids = BYTES.encode(text)
+    ids = ids[: max(len(ids) - missing, 0)]
+    cuts = np.cumsum([0, *sizes, 60])
+
+    def pieces(*args):
+        for start, stop in itertools.pairwise(cuts):
+            yield ids[None, start:stop]
+
+    bytes_run = Run(TINY, BYTES, *tiny_model, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "generate_tokens", pieces)
+        *drawn, last = (piece[0] for piece in stream_text(bytes_run, "a"))
+    assert "\ufffd" not in "".join(drawn)
+    assert "".join([*drawn, last]) == BYTES.decode(ids)
 
 
 @given(

