@@ -7,6 +7,8 @@ import tyro
 
 from jaxgpt import runtime
 from jaxgpt.commands.attention import attention
+from jaxgpt.commands.compare import compare
+from jaxgpt.commands.convert import export, import_
 from jaxgpt.commands.evaluate import evaluate
 from jaxgpt.commands.lecture import lecture
 
@@ -14,6 +16,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "lecture": lecture,
     "attention": attention,
+    "import": import_,
+    "export": export,
+    "compare": compare,
 }
 
 

@@ -66,7 +66,7 @@ def plain_errors() -> Iterator[None]:
     except BrokenPipeError:  # the reader of a pipe has gone, as in `generate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
+    except (ValueError, ArithmeticError, ImportError, OSError, RuntimeError) as error:
         out_of_memory = "RESOURCE_EXHAUSTED" in str(error)  # XLA's RuntimeError
         ours = not isinstance(error, RuntimeError)
         if os.environ.get("JAXGPT_TRACEBACK") or not (ours or out_of_memory):

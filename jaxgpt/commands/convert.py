@@ -1,0 +1,138 @@
+"""Foreign weights become a run, and a run foreign weights: import and export."""
+
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+from tyro.conf import FlagCreatePairsOff, Positional
+
+from jaxgpt.config import Config
+from jaxgpt.interop.huggingface import find_model, read_huggingface, write_huggingface
+from jaxgpt.interop.nanogpt import read_nanogpt, write_nanogpt
+from jaxgpt.run import (
+    CHECKPOINTS,
+    claim_run,
+    clear_run,
+    load_run,
+    load_state,
+    save_config,
+    saved_tokenizer,
+)
+from jaxgpt.runtime import log_line
+from jaxgpt.text.pretrained import (
+    GPT2_VOCAB_SIZE,
+    find_tokenizer,
+    load_nanogpt_meta,
+    save_nanogpt_meta,
+)
+from jaxgpt.text.tokenizer import CharTokenizer, Tokenizer, fits
+from jaxgpt.training.checkpoint import open_checkpoints, save_params, save_state
+from jaxgpt.training.step import TrainState
+
+Format = Literal["nanogpt", "huggingface"]
+
+
+def import_(
+    format: Positional[Format],
+    source: Positional[str],
+    run_dir: Positional[Path],
+    meta: Path | None = None,
+    tokenizer: str | None = None,
+    overwrite: FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Makes a run of weights from PyTorch, to sample, evaluate and train further.
+
+    Args:
+        format: whose weights they are
+        source: ckpt.pt, or a directory of Hugging Face's GPT-2, or its name on the hub
+        run_dir: run directory to make
+        meta: meta.pkl of nanoGPT's data directory, which has the characters
+        tokenizer: gpt2, or a path to a saved one; for weights that come without
+        overwrite: replace the run in run-dir
+    """
+    if meta and (tokenizer or format == "huggingface"):
+        raise ValueError("--meta is nanoGPT's tokenizer; leave it out, or --tokenizer")
+    own_tokenizer: Tokenizer | None = None
+    if format == "nanogpt":
+        config, state, val_loss = read_nanogpt(Path(source), log_line)
+    else:
+        model, params, own_tokenizer = read_huggingface(find_model(source))
+        config, val_loss = Config(model=model), None
+        state = TrainState(jnp.zeros((), jnp.int32), params, None)
+    found = own_tokenizer
+    if meta:
+        found = load_nanogpt_meta(meta)
+    elif tokenizer:
+        found = find_tokenizer(tokenizer, log_line)
+    vocab_size = config.model.known_vocab_size()
+    if found and not fits(found, vocab_size):
+        raise ValueError(
+            f"the tokenizer has {found.vocab_size} tokens, and the embedding table "
+            f"{vocab_size} rows; give the one that the model was trained with"
+        )
+    with claim_run(run_dir, resume=False, overwrite=overwrite):
+        clear_run(run_dir)
+        with open_checkpoints(run_dir / CHECKPOINTS, create=True) as checkpoints:
+            if state.opt_state is None:
+                save_params(checkpoints, int(state.step), state.params)
+            else:
+                save_state(checkpoints, state, val_loss)
+        save_config(run_dir, config, found)
+    if not found:
+        log_line(
+            "it has no tokenizer, which text needs; import it again with --meta "
+            "meta.pkl, --tokenizer gpt2 or --tokenizer DIR"
+        )
+    print(run_dir)
+    return 0
+
+
+def export(
+    format: Positional[Format],
+    run_dir: Positional[Path],
+    target: Positional[Path],
+    checkpoint: str = "best",
+    overwrite: FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Writes a run's model for PyTorch: what nanoGPT or transformers load.
+
+    Args:
+        format: who shall load it
+        run_dir: as train.py --out-dir made it
+        target: nanoGPT's ckpt.pt, or a directory for Hugging Face
+        checkpoint: best (lowest val loss), latest, or a step
+        overwrite: replace the target
+    """
+    filled = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    if filled and not overwrite:
+        raise FileExistsError(f"{target} is there already; --overwrite replaces it")
+    if format == "huggingface":
+        run = load_run(run_dir, checkpoint)
+        write_huggingface(target, run.config.model, run.params, run.tokenizer)
+    else:
+        _export_nanogpt(run_dir, checkpoint, target, overwrite)
+    print(target)
+    return 0
+
+
+def _export_nanogpt(
+    run_dir: Path, checkpoint: str, target: Path, overwrite: bool
+) -> None:
+    """Writes ckpt.pt, and for characters the meta.pkl that nanoGPT samples with."""
+    config, state, val_loss = load_state(run_dir, checkpoint)
+    tokenizer, dataset = saved_tokenizer(run_dir), run_dir.resolve().name
+    if isinstance(tokenizer, CharTokenizer):
+        meta = target.with_name("meta.pkl")
+        if meta.exists() and not overwrite:
+            raise FileExistsError(f"{meta} is there already; --overwrite replaces it")
+        if not config.data.path:
+            dataset = "shakespeare_char"
+        save_nanogpt_meta(meta, tokenizer)
+        log_line(f"for nanoGPT's sample.py, put {meta} into its data/{dataset}/")
+    elif tokenizer and tokenizer.vocab_size != GPT2_VOCAB_SIZE:
+        log_line("nanoGPT's sample.py can't read its tokenizer, only GPT-2's")
+    if config.model.gelu == "tanh":
+        log_line(
+            "nanoGPT has the exact GELU, not this model's tanh: logits will differ"
+        )
+    write_nanogpt(target, config, state, val_loss, dataset)

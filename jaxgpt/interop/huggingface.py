@@ -1,0 +1,250 @@
+"""Hugging Face's GPT-2: a directory of config.json, safetensors and a tokenizer.
+
+Source: transformers, models/gpt2 (configuration_gpt2.py, modeling_gpt2.py).
+"""
+
+import dataclasses
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxgpt.config import ModelConfig
+from jaxgpt.interop.state_dict import from_state_dict, parameter_names, to_state_dict
+from jaxgpt.text.fetch import download
+from jaxgpt.text.pretrained import tokenizer_in
+from jaxgpt.text.tokenizer import (
+    END_OF_TEXT,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+)
+
+ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+# What a GPT-2 may set otherwise in its config, and our model cannot.
+_FIXED = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_INDEX = (
+    f"{_WEIGHTS}.index.json"  # which file has which tensor, where there are several
+)
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+
+
+def find_model(source: str) -> Path:
+    """The directory of a model, or of the hub's model of that name, fetched once.
+
+    Raises OSError if there is neither, and soon where the hub cannot be reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists():
+        raise NotADirectoryError(f"{source} is a file; give the directory of a model")
+    import huggingface_hub  # slow to import, and only needed here
+
+    reason = None
+    try:
+        download(huggingface_hub.hf_hub_url(source, _CONFIG))
+    except HTTPError:
+        pass  # the hub is there, and its own client tells best what it minds
+    except (OSError, ValueError) as error:
+        reason = error
+    try:
+        folder = huggingface_hub.snapshot_download(
+            source,
+            allow_patterns=[_CONFIG, "*.safetensors", _INDEX, *_TOKENIZER_FILES],
+            local_files_only=reason is not None,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"{source} is no directory here, and the hub gave no model of that name: "
+            + str(reason or error).splitlines()[0]
+        ) from error
+    return Path(folder)
+
+
+def read_huggingface(folder: Path) -> tuple[ModelConfig, Any, Tokenizer | None]:
+    """Reads the model in a directory, and its tokenizer if it has one.
+
+    Returns the config, the parameters, f32, and the tokenizer. Raises OSError or
+    ValueError that says what is missing or does not fit.
+    """
+    config = _read_config(folder / _CONFIG)
+    with ExitStack() as stack:
+        try:
+            files = [
+                stack.enter_context(safe_open(path, framework="numpy"))
+                for path in _weight_files(folder)
+            ]
+            home = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+            params = from_state_dict(
+                {name: tuple(home[name].get_slice(name).get_shape()) for name in home},
+                lambda name: home[name].get_tensor(name),
+                config,
+                out_in=False,
+            )
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder}: {error}") from error
+    return config, jax.tree.map(jnp.asarray, params), _read_tokenizer(folder)
+
+
+def write_huggingface(
+    folder: Path, config: ModelConfig, params: Any, tokenizer: Tokenizer | None
+) -> None:
+    """Writes what transformers' AutoModelForCausalLM and AutoTokenizer load.
+
+    A GPT without biases gets biases of zero, which GPT-2 cannot do without.
+
+    Args:
+      folder: to write into; it is made if need be.
+      config, params: of a GPT, f32.
+      tokenizer: None writes none.
+
+    Raises ValueError if GPT-2 is no such model.
+    """
+    if config.architecture != "gpt":
+        raise ValueError(f"GPT-2 is no {config.architecture} model, only a gpt")
+    tensors = to_state_dict(params, config, out_in=False)
+    for name in parameter_names(dataclasses.replace(config, bias=True)):
+        if name not in tensors:
+            width = tensors[name.replace(".bias", ".weight")].shape[-1]
+            tensors[name] = np.zeros(width, np.float32)
+    end = tokenizer.end_of_text if isinstance(tokenizer, BPETokenizer) else None
+    content = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": {"tanh": "gelu_new", "exact": "gelu"}[config.gelu],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
+        **_FIXED,
+        "initializer_range": 0.02,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "dtype": "float32",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    if tokenizer:
+        _write_tokenizer(folder, tokenizer, config.block_size)
+    _write_json(folder / _CONFIG, content)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_config(path: Path) -> ModelConfig:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is no model: it has no {path.name}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kind = found["model_type"]
+        if kind != "gpt2":
+            raise ValueError(f"a {kind} model is not supported; GPT-2 (gpt2) is")
+        activation = found.get("activation_function", "gelu_new")
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation_function={activation} is not supported; "
+                f"{', '.join(ACTIVATIONS)} are"
+            )
+        fixed = _FIXED | {"n_inner": None}
+        if found.get("n_inner") == 4 * found["n_embd"]:
+            found["n_inner"] = None
+        for name, ours in fixed.items():
+            if (theirs := found.get(name, ours)) != ours:
+                raise ValueError(f"{name}={theirs} is not supported; {ours} is")
+        return ModelConfig(
+            block_size=found["n_positions"],
+            vocab_size=found["vocab_size"],
+            n_layer=found["n_layer"],
+            n_head=found["n_head"],
+            n_embd=found["n_embd"],
+            dropout=found.get("resid_pdrop", 0.1),
+            bias=True,
+            gelu=ACTIVATIONS[activation],  # type: ignore[arg-type] # it is one of two
+        )
+    except KeyError as error:
+        raise ValueError(
+            f"{path} is not a config of GPT-2: it has no {error}"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    names = [_WEIGHTS]
+    if (folder / _INDEX).is_file():
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}; weights in another format can be written as "
+                "safetensors by transformers' save_pretrained"
+            )
+    return [folder / name for name in names]
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+    }
+    if isinstance(tokenizer, BPETokenizer):
+        content = tokenizer.to_json()
+        if tokenizer.end_of_text is not None:
+            special = ("bos_token", "eos_token", "unk_token")
+            settings |= dict.fromkeys(special, END_OF_TEXT)
+    else:
+        content = _characters_as_words(tokenizer).to_str()
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _characters_as_words(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
+    """The character tokenizer in the library's terms: each character a word."""
+    ids = {character: i for i, character in enumerate(tokenizer.characters)}
+    words = tokenizers.Tokenizer(models.WordLevel(ids))
+    any_character = tokenizers.Regex(r"[\s\S]")
+    words.pre_tokenizer = pre_tokenizers.Split(any_character, "isolated")
+    words.decoder = decoders.Fuse()
+    return words
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer | None:
+    path = folder / "tokenizer.json"
+    if path.is_file() and (characters := _exported_characters(path)):
+        return CharTokenizer(characters)
+    return tokenizer_in(folder)
+
+
+def _exported_characters(path: Path) -> str:
+    """The characters of a CharTokenizer that was exported; of another file, none."""
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        words: dict[str, int] = model["vocab"] if model["type"] == "WordLevel" else {}
+    except (ValueError, KeyError, TypeError):
+        return ""  # load_tokenizer tells what is wrong with it
+    if any(len(word) != 1 for word in words):
+        return ""
+    return "".join(sorted(words, key=words.__getitem__))

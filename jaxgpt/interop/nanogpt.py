@@ -1,0 +1,266 @@
+"""nanoGPT's checkpoints, ckpt.pt: read them, and write what nanoGPT resumes from.
+
+Source: nanoGPT train.py, and model.py (`configure_optimizers`).
+"""
+
+import dataclasses
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgpt.config import Config, ModelConfig
+from jaxgpt.interop import required
+from jaxgpt.interop.state_dict import from_state_dict, parameter_names, to_state_dict
+from jaxgpt.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxgpt.training.step import TrainState
+
+_MODEL = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+# Settings that nanoGPT's train.py has under the same name, by our section.
+_SAME = {
+    "data": ("gradient_accumulation_steps",),
+    "optimizer": (
+        "learning_rate",
+        "min_lr",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "grad_clip",
+    ),
+    "train": ("eval_interval", "eval_iters", "log_interval"),
+}
+_NO_LOSS_YET = 1e9  # nanoGPT's best_val_loss before its first evaluation
+
+
+def read_nanogpt(
+    path: Path, log: Callable[[str], None]
+) -> tuple[Config, TrainState, float | None]:
+    """Reads a ckpt.pt; its optimizer state too, where it has one.
+
+    Args:
+      path: of the file. It is read as tensors and plain values; no code in it is run.
+      log: called with a line on what cannot be taken over.
+
+    Returns the config, with nanoGPT's settings for training; the state, whose opt_state
+    is None if the checkpoint has none; and the best validation loss, if it tells.
+    Raises ImportError without torch, OSError or ValueError if it is no such checkpoint.
+    """
+    checkpoint = _load(path)
+    try:
+        config = _config(checkpoint, log)
+        tensors = checkpoint["model"]
+        step = int(checkpoint["iter_num"])
+        params = _params(tensors, config.model)
+        opt_state = None
+        if "optimizer" in checkpoint:
+            opt_state = _read_optimizer(checkpoint["optimizer"], config, params, log)
+        val_loss = float(checkpoint.get("best_val_loss", _NO_LOSS_YET))
+    except KeyError as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of nanoGPT: it has no {error}"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    state = TrainState(jnp.asarray(step, jnp.int32), params, opt_state)
+    return config, state, val_loss if val_loss < _NO_LOSS_YET else None
+
+
+def write_nanogpt(
+    path: Path,
+    config: Config,
+    state: TrainState,
+    val_loss: float | None,
+    dataset: str,
+) -> None:
+    """Writes a ckpt.pt that nanoGPT's sample.py and `train.py --init_from=resume` load.
+
+    Args:
+      path: of the file.
+      config: of the run; its model must be a GPT.
+      state: its opt_state may be None: nanoGPT then begins with fresh moments.
+      val_loss: the best so far, in nats per token.
+      dataset: nanoGPT looks for the vocabulary in data/DATASET/meta.pkl.
+
+    Raises ImportError without torch, ValueError if nanoGPT has no such model.
+    """
+    torch = required("torch")
+    model = config.model
+    if model.architecture != "gpt":
+        raise ValueError(f"nanoGPT has no {model.architecture} model, only a gpt")
+    tensors = _tensors(state.params, model)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    content = {
+        "model": tensors,
+        "optimizer": _write_optimizer(config, state),
+        "model_args": {name: getattr(model, name) for name in _MODEL}
+        | {"bias": model.bias, "dropout": float(model.dropout)},
+        "iter_num": int(state.step),
+        "best_val_loss": _NO_LOSS_YET if val_loss is None else float(val_loss),
+        "config": _settings(config) | {"dataset": dataset},
+    }
+    torch.save(content, path)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    torch = required("torch")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; give a ckpt.pt of nanoGPT")
+    try:
+        checkpoint = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, or is no checkpoint; "
+            f"it was not read: {str(error).splitlines()[0]}"
+        ) from error
+    except Exception as error:  # of many kinds, for a file that is damaged
+        raise ValueError(f"{path} is not a checkpoint of PyTorch: {error}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(
+            f"{path} is not a checkpoint of nanoGPT, but one {checkpoint!r:.40}"
+        )
+    return checkpoint
+
+
+def _params(tensors: dict[str, Any], config: ModelConfig) -> Any:
+    """A tree like the parameters, of tensors that are [out, in]."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+
+    def read(name: str) -> np.ndarray:
+        return tensors[name].float().numpy()  # NumPy has no bfloat16
+
+    params = from_state_dict(shapes, read, config, out_in=True)
+    return jax.tree.map(jnp.asarray, params)
+
+
+def _config(checkpoint: dict[str, Any], log: Callable[[str], None]) -> Config:
+    args = checkpoint["model_args"]
+    model = ModelConfig(
+        **{name: args[name] for name in _MODEL},
+        bias=args.get(
+            "bias", True
+        ),  # nanoGPT's own defaults, which old files leave out
+        dropout=args.get("dropout", 0.0),
+    )
+    settings = checkpoint.get("config", {})
+    try:
+        return _trained_as(settings, model)
+    except (ValueError, TypeError) as error:
+        log(f"its settings for training are not taken over: {error}")
+        return Config(model=model)
+
+
+def _trained_as(settings: dict[str, Any], model: ModelConfig) -> Config:
+    """The config of nanoGPT's settings; what they leave out keeps our defaults."""
+    sections: dict[str, dict[str, Any]] = {
+        section: {name: settings[name] for name in names if name in settings}
+        for section, names in _SAME.items()
+    }
+    if "batch_size" in settings:
+        pieces = settings.get("gradient_accumulation_steps", 1)
+        sections["data"]["batch_size"] = settings["batch_size"] * pieces
+    if "max_iters" in settings:
+        sections["train"]["max_steps"] = settings["max_iters"]
+    if "warmup_iters" in settings:
+        sections["optimizer"]["warmup_steps"] = settings["warmup_iters"]
+    if not settings.get("decay_lr", True):
+        constant = {"min_lr": settings["learning_rate"], "warmup_steps": 0}
+        sections["optimizer"] |= constant
+    config = Config.from_dict(sections)
+    return dataclasses.replace(config, model=model)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """The config under nanoGPT's names."""
+    settings: dict[str, Any] = {
+        name: getattr(getattr(config, section), name)
+        for section, names in _SAME.items()
+        for name in names
+    }
+    return settings | {
+        "batch_size": config.data.rows_at_once,
+        "block_size": config.model.block_size,
+        "max_iters": config.train.max_steps,
+        "lr_decay_iters": config.train.max_steps,
+        "warmup_iters": config.optimizer.warmup_steps,
+        "decay_lr": True,
+    }
+
+
+def _tensors(tree: Any, config: ModelConfig) -> dict[str, Any]:
+    """A tree like the parameters as tensors of their own, [out, in]."""
+    torch = required("torch")
+    arrays = to_state_dict(tree, config, out_in=True)
+    return {name: torch.tensor(array) for name, array in arrays.items()}
+
+
+def _in_groups(config: ModelConfig) -> tuple[list[str], list[str]]:
+    """Names of the parameters that nanoGPT's AdamW decays, and of the others.
+
+    It numbers them in this order, and decays those of two dimensions.
+    """
+    names = parameter_names(config)
+    decayed = [name for name in names if not (name.endswith(".bias") or ".ln_" in name)]
+    return decayed, [name for name in names if name not in set(decayed)]
+
+
+def _read_optimizer(
+    saved: dict[str, Any], config: Config, params: Any, log: Callable[[str], None]
+) -> Any:
+    decayed, others = _in_groups(config.model)
+    names = dict(
+        zip([*decayed, *others], range(len(decayed) + len(others)), strict=True)
+    )
+    states = saved["state"]
+    if not states:
+        return None
+    if sorted(states) != sorted(names.values()):
+        log("its optimizer state is not taken over: it has other groups than nanoGPT's")
+        return None
+
+    def moments(kind: str) -> Any:
+        tensors = {name: states[index][kind] for name, index in names.items()}
+        return _params(tensors, config.model)
+
+    optimizer = make_optimizer(config.optimizer, config.train.max_steps)
+    empty = jax.eval_shape(optimizer.init, params)
+    count = np.asarray(int(states[0]["step"]), np.int32)
+    return optax.tree.set(
+        empty, count=count, mu=moments("exp_avg"), nu=moments("exp_avg_sq")
+    )
+
+
+def _write_optimizer(config: Config, state: TrainState) -> dict[str, Any]:
+    """The `state_dict` of torch's AdamW."""
+    torch = required("torch")
+    groups = _in_groups(config.model)
+    optimizer, schedule = config.optimizer, learning_rate_schedule
+    placeholders = [
+        {"params": [torch.zeros(0) for _ in names], "weight_decay": decay}
+        for names, decay in zip(groups, (optimizer.weight_decay, 0.0), strict=True)
+    ]
+    saved = torch.optim.AdamW(
+        placeholders,
+        lr=float(schedule(optimizer, config.train.max_steps)(int(state.step))),
+        betas=(optimizer.beta1, optimizer.beta2),
+    ).state_dict()
+    if state.opt_state is None:
+        return saved
+    adam = optax.tree.get(state.opt_state, "ScaleByAdamState")
+    mu, nu = _tensors(adam.mu, config.model), _tensors(adam.nu, config.model)
+    saved["state"] = {
+        index: {
+            "step": torch.tensor(float(adam.count)),
+            "exp_avg": mu[name],
+            "exp_avg_sq": nu[name],
+        }
+        for index, name in enumerate([*groups[0], *groups[1]])
+    }
+    return saved
