@@ -1,0 +1,465 @@
+"""The same weights and batches in JAX and in PyTorch, and how far the two part.
+
+The other side is transformers' GPT-2, trained with torch's AdamW as nanoGPT does.
+
+B batch   T time   V vocab
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from jaxgpt.config import (
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from jaxgpt.generation.decode import generate_tokens
+from jaxgpt.interop import required
+from jaxgpt.interop.huggingface import ACTIVATIONS
+from jaxgpt.interop.state_dict import from_state_dict, to_state_dict
+from jaxgpt.models import build_model
+from jaxgpt.text.batches import batch
+from jaxgpt.training.objective import token_losses
+from jaxgpt.training.step import Batch, make_train_step, state_of
+
+# Tolerances in float32: of norms (activations, gradients), of the largest difference
+# (logits) and in nats (losses). Where the root mean square of the logits is above 1,
+# those of the logits and of the first loss grow with it.
+NORM = 1e-5
+LOGITS = 2e-5
+LOSS = 1e-6
+STEP_LOSS = 1e-4
+FINAL_PARAMETERS = 1e-3
+# A gradient is judged as if its norm were at least this much of the global one.
+SMALLEST_NORM = 1e-3
+# A bfloat16 has 8 bits: each layer rounds several times, by up to 2**-9 of the number,
+# and independent errors add up as the root of their count.
+BFLOAT16_PER_ROOT_LAYER = 2**-7
+_PROMPT_LENGTH = 8
+_LAYERS = ("drop", "h", "attn", "mlp", "ln_f")  # modules whose outputs are compared
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far one quantity parts.
+
+    Attributes:
+      section: the kind of quantity.
+      name: of the quantity.
+      absolute: largest absolute difference.
+      relative: norm of the difference, over the norm of PyTorch's.
+      error: the figure that is judged: one of the two, or a scaled one.
+      tolerance: what `error` may be; None if it is not judged.
+    """
+
+    section: str
+    name: str
+    absolute: float
+    relative: float
+    error: float
+    tolerance: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is a number within the tolerance, if there is one."""
+        return self.tolerance is None or self.error <= self.tolerance
+
+
+def random_gpt2(config: ModelConfig, seed: int) -> tuple[Any, Any]:
+    """Parameters as transformers draws them for a GPT-2, and that GPT-2."""
+    required("torch").manual_seed(seed)
+    reference = _build(config)
+    tensors = {name: t.detach().numpy() for name, t in reference.named_parameters()}
+    shapes = {name: array.shape for name, array in tensors.items()}
+    params = from_state_dict(shapes, tensors.__getitem__, config, out_in=False)
+    return jax.tree.map(jnp.asarray, params), reference
+
+
+def gpt2_of_params(config: ModelConfig, params: Any) -> Any:
+    """A GPT-2 of transformers' with our parameters; ValueError if ours is no GPT."""
+    if config.architecture != "gpt":
+        raise ValueError(f"GPT-2 is no {config.architecture} model, only a gpt")
+    torch = required("torch")
+    tensors = to_state_dict(params, config, out_in=False)
+    return _fill(config, {name: torch.tensor(a) for name, a in tensors.items()})
+
+
+def gpt2_of_nanogpt(config: ModelConfig, path: Path) -> Any:
+    """A GPT-2 of transformers' with the weights of a ckpt.pt, which it transposes."""
+    torch = required("torch")
+    tensors = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    tensors = {name.removeprefix("_orig_mod."): t for name, t in tensors.items()}
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return _fill(
+        config,
+        {
+            name: tensor.T if name.endswith(linear) else tensor
+            for name, tensor in tensors.items()
+            if not name.endswith(".attn.bias")  # the mask
+        },
+    )
+
+
+def gpt2_of_directory(folder: Path) -> Any:
+    """transformers' own reading of a directory of Hugging Face's GPT-2."""
+    transformers = required("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.GPT2LMHeadModel.from_pretrained(
+        folder, attn_implementation="eager", dtype="float32"
+    )
+
+
+def compare(
+    config: ModelConfig,
+    params: Any,
+    reference: Any,
+    *,
+    batch_size: int = 4,
+    length: int | None = None,
+    steps: int = 50,
+    new_tokens: int | None = None,
+    seed: int = 1337,
+) -> Iterator[Check]:
+    """Puts a GPT beside its PyTorch rendering, one quantity after the other.
+
+    Args:
+      config, params: of the GPT; it is run in float32 and without dropout.
+      reference: PyTorch's, with the same weights; it is trained, so of no use after.
+      batch_size: rows of every batch, of random tokens.
+      length: tokens of every row; block_size if left out.
+      steps: AdamW updates; 0 makes none.
+      new_tokens: greedy ones; 3 x block_size if left out, and 0 makes none.
+      seed: of the tokens.
+
+    Yields a Check of each activation, of logits and loss, of each gradient, of logits
+    in bfloat16, of each step's loss, of the final parameters and of the greedy text.
+    Raises ValueError where an argument is out of range.
+    """
+    T = config.block_size if length is None else length
+    if not 1 <= T <= config.block_size:
+        raise ValueError(f"length={T} must be from 1 to block_size={config.block_size}")
+    count = 3 * config.block_size if new_tokens is None else new_tokens
+    if batch_size < 1 or steps < 0 or count < 0:
+        raise ValueError(
+            f"batch_size={batch_size} must be at least 1, steps={steps} and the count "
+            f"of greedy tokens, {count}, at least 0"
+        )
+    config = dataclasses.replace(
+        config, dropout=0.0, compute_dtype="float32", remat=False
+    )
+    reference = reference.float().eval()
+    for name, parameter in reference.named_parameters():
+        parameter.requires_grad_(config.bias or not name.endswith(".bias"))
+    rng = np.random.default_rng(seed)
+    text = rng.integers(config.known_vocab_size(), size=16 * (T + 1))
+    batches: list[Batch] = [
+        batch(text, seed, step, batch_size=batch_size, block_size=T)
+        for step in range(max(steps, 1))
+    ]
+    prompt = batches[0][0][0, :_PROMPT_LENGTH].tolist()
+    with jax.default_matmul_precision("highest"):
+        norm = yield from _one_pass(config, params, reference, batches[0])
+        yield from _bfloat16(config, params, reference, batches[0][0])
+        # Now, before training changes PyTorch's weights.
+        texts = _greedy(config, params, reference, prompt, count) if count else None
+        if steps:
+            # So that warmup, decay and clipping are all at work.
+            optimizer = OptimizerConfig(warmup_steps=steps // 5, grad_clip=norm / 2)
+            yield from _training(config, optimizer, params, reference, batches)
+        if texts:
+            yield texts
+
+
+def _build(config: ModelConfig) -> Any:
+    transformers = required("transformers")
+    activations = {gelu: name for name, gelu in reversed(ACTIVATIONS.items())}
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.block_size,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            activation_function=activations[config.gelu],
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="eager",
+        )
+    )
+
+
+def _fill(config: ModelConfig, tensors: dict[str, Any]) -> Any:
+    """A GPT-2 with these weights; biases that they lack stay zero."""
+    reference = _build(config)
+    missing, unexpected = reference.load_state_dict(tensors, strict=False)
+    allowed = ("lm_head.weight",) if config.bias else ("lm_head.weight", ".bias")
+    wrong = [*unexpected, *(name for name in missing if not name.endswith(allowed))]
+    if wrong:
+        raise ValueError(f"PyTorch's GPT-2 has other weights: {', '.join(wrong)}")
+    return reference
+
+
+def _check(
+    section: str,
+    name: str,
+    ours: Any,
+    theirs: Any,
+    tolerance: float | None,
+    smallest_norm: float | None = None,
+) -> Check:
+    """Judges the largest difference; or, given a smallest norm, that of norms."""
+    theirs = np.asarray(theirs, np.float64)
+    apart = np.asarray(ours, np.float64) - theirs
+    largest = float(np.abs(apart).max())
+    distance, norm = float(np.linalg.norm(apart)), float(np.linalg.norm(theirs))
+    relative = distance / norm if norm else math.inf if distance else 0.0
+    error = largest
+    if smallest_norm is not None:
+        scale = max(norm, smallest_norm)
+        error = distance / scale if scale else relative
+    return Check(section, name, largest, relative, error, tolerance)
+
+
+def _one_pass(
+    config: ModelConfig, params: Any, reference: Any, pair: Batch
+) -> Generator[Check, None, float]:
+    """Checks one batch, forward and backward; returns the global gradient norm."""
+    inputs_BT, targets_BT = pair
+    model = build_model(config)
+
+    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+        logits_BTV, variables = model.apply(
+            {"params": params},
+            inputs_BT,
+            capture_intermediates=lambda module, _: module.name in _LAYERS,
+            mutable="intermediates",
+        )
+        losses_BT = token_losses(logits_BTV, targets_BT)
+        return losses_BT.mean(), (logits_BTV, losses_BT, variables["intermediates"])
+
+    (_, (logits_BTV, losses_BT, captured)), grads = jax.jit(
+        jax.value_and_grad(loss_fn, has_aux=True)
+    )(params)
+    ours = _by_torch_name(captured)
+    their_losses, their_logits, theirs = _torch_pass(reference, inputs_BT, targets_BT)
+
+    for name, activation in theirs.items():
+        yield _check("activations", name, ours[name], activation, NORM, 0.0)
+    size = max(1.0, float(np.sqrt(np.mean(their_logits**2))))
+    yield _check("logits", "float32", logits_BTV, their_logits, LOGITS * size)
+    # The float32 sum of a few hundred losses alone would be off by more.
+    loss, their_loss = (
+        np.asarray(losses, np.float64).mean() for losses in (losses_BT, their_losses)
+    )
+    yield _check("loss", "first batch", loss, their_loss, LOSS * size)
+    their_grads = {name: p.grad for name, p in _trained(reference)}
+    norm = math.sqrt(sum(float((grad**2).sum()) for grad in their_grads.values()))
+    our_grads = to_state_dict(grads, config, out_in=False)
+    yield from _each("gradients", our_grads, their_grads, NORM, SMALLEST_NORM * norm)
+    return norm
+
+
+def _by_torch_name(captured: Any) -> dict[str, jax.Array]:
+    """What our layers gave, by the names of PyTorch's modules."""
+    outputs: dict[str, jax.Array] = {}
+    for (*modules, method), (output, *_) in flatten_dict(captured).items():
+        if method != "__call__":  # the attention weights, which are sown
+            continue
+        if modules[0] != "h":
+            outputs[modules[0]] = output
+            continue
+        for layer, of_layer in enumerate(output):
+            outputs[".".join(["h", str(layer), *modules[1:]])] = of_layer
+    return outputs
+
+
+def _torch_pass(
+    reference: Any, inputs_BT: Any, targets_BT: Any
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Losses, logits and activations by module, in PyTorch; leaves the gradients."""
+    torch, seen = required("torch"), {}
+
+    def watch(name: str) -> Any:
+        def note(module: Any, inputs: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            seen[name] = output.detach().numpy()
+
+        return note
+
+    handles = [
+        module.register_forward_hook(watch(name))
+        for name, module in reference.transformer.named_modules()
+        if name.split(".")[-1] in _LAYERS or name.split(".")[-1].isdecimal()
+    ]
+    reference.zero_grad()
+    logits_BTV = reference(torch.tensor(inputs_BT), use_cache=False).logits
+    losses = _torch_losses(logits_BTV, targets_BT)
+    losses.mean().backward()
+    for handle in handles:
+        handle.remove()
+    return losses.detach().numpy(), logits_BTV.detach().numpy(), seen
+
+
+def _torch_losses(logits_BTV: Any, targets_BT: Any) -> Any:
+    torch = required("torch")
+    targets = torch.tensor(targets_BT, dtype=torch.int64).flatten()
+    return torch.nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1), targets, reduction="none"
+    )
+
+
+def _trained(reference: Any) -> list[tuple[str, Any]]:
+    """Names and tensors of PyTorch's parameters; without biases if ours has none."""
+    return [pair for pair in reference.named_parameters() if pair[1].requires_grad]
+
+
+def _each(
+    section: str,
+    ours: dict[str, np.ndarray],
+    theirs: dict[str, Any],
+    tolerance: float,
+    smallest_norm: float,
+) -> Iterator[Check]:
+    """Checks every parameter's array, q, k and v packed as they are.
+
+    The keys' bias is only reported: softmax ignores it, its gradient is zero but for
+    rounding, and Adam makes steps of that noise.
+    """
+    for name, array in ours.items():
+        other = theirs[name].detach().numpy()
+        if name.endswith("c_attn.bias"):
+            (array, keys), (other, other_keys) = _split_keys(array), _split_keys(other)
+            yield _check(
+                section, f"{name}, keys", keys, other_keys, None, smallest_norm
+            )
+        yield _check(section, name, array, other, tolerance, smallest_norm)
+
+
+def _split_keys(bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The packed bias of q, k and v without k's, and k's."""
+    q, k, v = bias.reshape(3, -1)
+    return np.concatenate([q, v]), k
+
+
+def _bfloat16(
+    config: ModelConfig, params: Any, reference: Any, inputs_BT: Any
+) -> Iterator[Check]:
+    """Checks logits computed in bfloat16 against PyTorch's in float32.
+
+    What PyTorch's own bfloat16 makes of them is reported beside it.
+    """
+    torch = required("torch")
+    half = build_model(dataclasses.replace(config, compute_dtype="bfloat16"))
+    ours = jax.jit(half.apply)({"params": params}, inputs_BT)
+    with torch.no_grad():
+        tokens = torch.tensor(inputs_BT)
+        exact = reference(tokens, use_cache=False).logits.numpy()
+        rounded = copy.deepcopy(reference).to(torch.bfloat16)
+        theirs = rounded(tokens, use_cache=False).logits.float().numpy()
+    tolerance = BFLOAT16_PER_ROOT_LAYER * math.sqrt(config.n_layer)
+    yield _check("logits", "bfloat16", ours, exact, tolerance, 0.0)
+    yield _check("logits", "bfloat16, PyTorch's own", theirs, exact, None, 0.0)
+
+
+def _greedy(
+    config: ModelConfig, params: Any, reference: Any, prompt: list[int], count: int
+) -> Check:
+    """Checks that both write the same tokens, each the likeliest of all."""
+    torch = required("torch")
+    greedy = SamplingConfig(temperature=0.0)
+    pieces = generate_tokens(build_model(config), params, [prompt], count, greedy)
+    ours = np.concatenate(list(pieces), axis=1)[0]
+    tokens, leads = list(prompt), []
+    with torch.no_grad():
+        for _ in range(count):
+            window = torch.tensor([tokens[-config.block_size :]])
+            logits_V = reference(window, use_cache=False).logits[0, -1]
+            first, second = logits_V.topk(2).values.tolist()
+            leads.append(first - second)
+            tokens.append(int(logits_V.argmax()))
+    different = ours != np.array(tokens[len(prompt) :])
+    name = f"{count} tokens"
+    if different.any():
+        at = int(different.argmax())
+        name += f", the first other is no. {at + 1}, by {leads[at]:.0e} the likeliest"
+    wrong = float(different.sum())
+    return Check("greedy text", name, wrong, wrong / count, wrong, 0.0)
+
+
+def _training(
+    config: ModelConfig,
+    optimizer: OptimizerConfig,
+    params: Any,
+    reference: Any,
+    batches: list[Batch],
+) -> Iterator[Check]:
+    """Checks the loss of every AdamW step, and the parameters after the last."""
+    inputs_NBT, targets_NBT = map(np.stack, zip(*batches, strict=True))
+    whole = Config(
+        model=config, optimizer=optimizer, train=TrainConfig(max_steps=len(batches))
+    )
+    train_step = make_train_step(build_model(config), whole)
+    state, metrics = jax.jit(lambda *args: jax.lax.scan(train_step, *args))(
+        state_of(whole, params), (inputs_NBT, targets_NBT)
+    )
+    their_losses = _torch_training(reference, optimizer, batches)
+    for step, (ours, theirs) in enumerate(
+        zip(metrics["loss"], their_losses, strict=True), start=1
+    ):
+        yield _check("loss", f"AdamW step {step}", ours, theirs, STEP_LOSS)
+    yield from _each(
+        "final parameters",
+        to_state_dict(state.params, config, out_in=False),
+        dict(_trained(reference)),
+        FINAL_PARAMETERS,
+        0.0,
+    )
+
+
+def _torch_training(
+    reference: Any, config: OptimizerConfig, batches: list[Batch]
+) -> list[float]:
+    """Trains as nanoGPT does; returns each step's loss. Source: nanoGPT train.py."""
+    torch = required("torch")
+    parameters = [parameter for _, parameter in _trained(reference)]
+    groups = [
+        {
+            "params": [p for p in parameters if (p.dim() >= 2) == decayed],
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for decayed in (True, False)
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
+    losses = []
+    for step, (inputs_BT, targets_BT) in enumerate(batches):
+        for group in adamw.param_groups:
+            group["lr"] = _nanogpt_rate(step, config, len(batches))
+        reference.zero_grad()
+        logits_BTV = reference(torch.tensor(inputs_BT), use_cache=False).logits
+        loss = _torch_losses(logits_BTV, targets_BT).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        adamw.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def _nanogpt_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
+    """The learning rate of update `step`, from 0. Source: nanoGPT train.py, get_lr."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / (max_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
