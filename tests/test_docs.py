@@ -8,13 +8,18 @@ import shlex
 
 import PIL.Image
 import pytest
+import torch_gpt2
+import torch_nanogpt
 from conftest import ROOT
 from rich.console import Console
+from torch_nanogpt import CHARACTERS
 
+from jaxgpt import CharTokenizer
 from jaxgpt.commands import lecture
 from jaxgpt.models import lecture as models
 from jaxgpt.presets import PRESETS, lecture_bigram
 from jaxgpt.text.corpus import load_corpus
+from jaxgpt.text.pretrained import save_nanogpt_meta
 
 LECTURE = (ROOT / "docs" / "lecture.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +30,7 @@ SHORTER = {
     "--model.n-layer 1 --model.n-embd 48 --data.batch-size 8",
     "generate.py": "--max-new-tokens 20",
     "jaxgpt lecture": "--steps-scale 0.001",
+    "jaxgpt compare": "--steps 2 --length 8 --greedy-tokens 9",
 }
 
 
@@ -41,6 +47,9 @@ def test_every_command_of_the_lectures_page_works(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lecture, "RUNGS", lecture.RUNGS[:1])
     monkeypatch.setattr(lecture, "SCALED", lecture.RUNGS[0])
+    torch_nanogpt.make(tmp_path / "ckpt.pt")
+    save_nanogpt_meta(tmp_path / "meta.pkl", CharTokenizer(CHARACTERS))
+    torch_gpt2.make(tmp_path / "gpt2")  # stands for the hub's
     on_the_page = commands(LECTURE, "train.py", "generate.py", "jaxgpt")
     assert len(on_the_page) > 10
     for words in on_the_page + commands(README, "jaxgpt"):
