@@ -14,6 +14,7 @@ from jaxgpt.config import SamplingConfig
 from jaxgpt.generation.stream import stream_text
 from jaxgpt.run import Run, load_run, text_tokenizer
 from jaxgpt.runtime import log_line
+from jaxgpt.text.tokenizer import encode_prompt
 
 SEPARATOR = "-" * 40
 
@@ -70,7 +71,7 @@ def read_prompt(prompt: str, run: Run) -> str:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     tokenizer = text_tokenizer(run)
     prompt = prompt or tokenizer.start
-    count, window = len(tokenizer.encode(prompt)), run.config.model.block_size
+    count, window = len(encode_prompt(tokenizer, prompt)), run.config.model.block_size
     if count > window:
         log_line(f"the prompt has {count} tokens; the model sees the last {window}")
     return prompt

@@ -21,8 +21,8 @@ from jaxgpt.run import (
     clear_run,
     load_run,
     load_start,
+    own_tokenizer,
     save_config,
-    saved_tokenizer,
 )
 from jaxgpt.runtime import log_line
 from jaxgpt.text.batches import stack_batches
@@ -68,8 +68,8 @@ def main() -> None:
 def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> int:
     """Runs the experiment; returns the signal that stopped it early, or 0."""
     with claim_run(run_dir, resume=resume, overwrite=overwrite):
-        own_tokenizer = saved_tokenizer(run_dir) if resume else None
-        corpus, config = load_corpus(config, log_line, own_tokenizer)
+        tokenizer = own_tokenizer(run_dir, config) if resume else None
+        corpus, config = load_corpus(config, log_line, tokenizer)
         mesh = make_mesh(config, log_line)
         model = build_model(config.model)
         eval_step = compile_eval_step(model, mesh)

@@ -15,6 +15,8 @@ from jaxgpt.presets import PRESETS, default_preset
 from jaxgpt.run import TOKENIZER, find_checkpoint, has_run, load_config
 from jaxgpt.runtime import log_line
 
+_OF_TRAINING = ("dropout", "compute_dtype", "remat")  # fields that leave weights alone
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -59,11 +61,12 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
             "--resume goes on with the run's own parameters, and --init-from begins "
             "with another's; choose one"
         )
-    if options.checkpoint != "best" and not options.init_from:
+    name = preset or default_preset(jax.default_backend())
+    init_from = options.init_from or PRESETS[name]().train.init_from
+    if options.checkpoint != "best" and not init_from:
         raise ValueError(
             f"--checkpoint {options.checkpoint} is one of --init-from's run; give that"
         )
-    name = preset or default_preset(jax.default_backend())
     run_dir = options.out_dir or Path("runs") / name
     if options.resume and has_run(run_dir):
         saved = load_config(run_dir)
@@ -75,8 +78,8 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
             f"there is no run in {run_dir} to resume; give the --out-dir of one, or a "
             "preset to start"
         )
-    if options.init_from:
-        start = _start_from(options.init_from, options.checkpoint, PRESETS[name]())
+    if init_from:
+        start = _start_from(Path(init_from), options.checkpoint, PRESETS[name]())
         config = _parse(flags, start)
         _check_start(start, config, run_dir)
     else:
@@ -112,9 +115,16 @@ def _check_preset(name: str) -> None:
 
 
 def _start_from(run_dir: Path, checkpoint: str, preset: Config) -> Config:
-    """The preset, with the model, the parameters and the tokenizer of a run."""
+    """The preset, with the model, the parameters and the tokenizer of a run.
+
+    How the model is trained (dropout, precision) is the preset's.
+    """
     model, folder = load_config(run_dir).model, find_checkpoint(run_dir, checkpoint)
     log_line(f"starting from {folder}")
+    of_training = set(_OF_TRAINING) - set(model.not_read())
+    model = dataclasses.replace(
+        model, **{name: getattr(preset.model, name) for name in of_training}
+    )
     data, tokenizer = preset.data, (run_dir / TOKENIZER).resolve()
     if tokenizer.exists():
         data = dataclasses.replace(data, tokenizer=str(tokenizer))
@@ -133,9 +143,13 @@ def _check_start(start: Config, config: Config, run_dir: Path) -> None:
             f"--model.block-size {config.model.block_size} is more than the "
             f"{start.model.block_size} positions that the run has learnt; give fewer"
         )
-    _check_same_model(
-        start, config, but=("block_size", "dropout", "compute_dtype", "remat")
-    )
+    _check_same_model(start, config, but=("block_size", *_OF_TRAINING))
+    before, after = start.data.tokenizer, config.data.tokenizer
+    if after != before and (after == "bpe" or Path(before).is_file()):
+        raise ValueError(
+            f"--data.tokenizer {after} is not the one that the run was trained with; "
+            "leave it out"
+        )
 
 
 def _check_same_model(saved: Config, config: Config, but: Sequence[str] = ()) -> None:

@@ -10,6 +10,7 @@ import difflib
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import tyro
@@ -101,12 +102,12 @@ class ModelConfig:
         for setting in dataclasses.fields(self):
             value = getattr(self, setting.name)
             _check(
-                setting.name not in self._not_read() or value == setting.default,
+                setting.name not in self.not_read() or value == setting.default,
                 f"{setting.name}={value} changes nothing with architecture="
                 f"{self.architecture}; leave it at {setting.default}",
             )
 
-    def _not_read(self) -> tuple[str, ...]:
+    def not_read(self) -> tuple[str, ...]:
         """Fields that the architecture has no use for."""
         if self.architecture == "gpt":
             return ()
@@ -139,6 +140,11 @@ class DataConfig:
     batch_size: int = 12  # sequences per update, over all devices
     gradient_accumulation_steps: int = 1  # pieces a batch is cut into, to save memory
     sha256: str = ""  # of the corpus, filled in by the first run; a resume must match
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the path is one directory, of token files."""
+        return len(self.path) == 1 and Path(self.path[0]).is_dir()
 
     @property
     def rows_at_once(self) -> int:
@@ -195,7 +201,7 @@ class TrainConfig:
     checkpoint_interval: int = 250  # updates between checkpoints
     steps_per_call: int = 1  # updates per dispatch; aim at about a second
     seed: int = 1337  # of initialisation, batches and dropout
-    # folder of the checkpoint whose parameters come first; --init-from finds it
+    # run to start from, as --init-from names it; then the folder of its checkpoint
     init_from: tyro.conf.Suppress[str] = ""
 
     def __post_init__(self) -> None:

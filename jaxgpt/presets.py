@@ -217,17 +217,19 @@ def gpt2_124m() -> Config:
 def finetune_shakespeare() -> Config:
     """nanoGPT's fine-tuning of GPT-2; not measured, for want of GPT-2's weights.
 
-    python train.py finetune-shakespeare --init-from runs/gpt2
+    python train.py finetune-shakespeare
 
-    runs/gpt2 is what `python -m jaxgpt import huggingface gpt2 runs/gpt2` makes.
+    It starts from runs/gpt2, which `python -m jaxgpt import huggingface gpt2 runs/gpt2`
+    makes, or from another run that --init-from names.
     """
     return Config(
         model=dataclasses.replace(gpt2_124m().model, bias=True, gelu="tanh"),
-        data=DataConfig(
-            tokenizer="gpt2", batch_size=32, gradient_accumulation_steps=32
+        data=DataConfig(batch_size=32, gradient_accumulation_steps=32),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-5, min_lr=3e-5, warmup_steps=0, beta2=0.95
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-5, min_lr=3e-5, warmup_steps=0),
         train=TrainConfig(
+            init_from="runs/gpt2",
             max_steps=20,
             eval_interval=5,
             eval_iters=40,

@@ -6,9 +6,8 @@ loss.png   attention.png
 
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ except ImportError:  # Windows has no flock: there, nothing keeps a second train
 
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.models import build_model, crop_block_size, parameter_shapes
+from jaxgpt.runtime import ASIDE, replace_file
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
@@ -44,7 +44,6 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 LOCK = "lock"
 ATTENTION = "attention.png"
-_ASIDE = ".tmp"  # suffix of files being written
 _OWN = (CONFIG, TOKENIZER, CHECKPOINTS, METRICS, CURVE, LOCK, ATTENTION)
 
 
@@ -121,6 +120,22 @@ def saved_tokenizer(run_dir: Path) -> Tokenizer | None:
     return load_tokenizer(path) if path.exists() else None
 
 
+def own_tokenizer(run_dir: Path, config: Config) -> Tokenizer | None:
+    """The tokenizer of a run that goes on; None if its text is still to tell it.
+
+    Raises ValueError if that text would tell it wrong: for a run that was imported, and
+    has not seen a corpus yet.
+    """
+    tokenizer, data = saved_tokenizer(run_dir), config.data
+    imported = not data.sha256
+    if not tokenizer and imported and data.tokenizer == "char" and not data.has_tokens:
+        raise ValueError(
+            f"{run_dir} was imported without a tokenizer, so its text can't be read; "
+            "give --data.tokenizer, or import it again with --tokenizer or --meta"
+        )
+    return tokenizer
+
+
 def text_tokenizer(run: Run) -> Tokenizer:
     """The run's tokenizer; raises ValueError that says how to supply one."""
     if run.tokenizer is None:
@@ -181,14 +196,15 @@ def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]
     found = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
     if run_dir.exists() and not run_dir.is_dir():
         raise FileExistsError(f"{run_dir} is a file; choose another --out-dir")
-    if {CONFIG, CHECKPOINTS} & found:
+    ours = {LOCK, CHECKPOINTS} & found  # others have a config.json too
+    if ours and {CONFIG, CHECKPOINTS} & found:
         if not (resume or overwrite):
             raise FileExistsError(
                 f"{run_dir} already holds a run; go on with --resume, replace it with "
                 "--overwrite, or choose another --out-dir"
             )
     elif foreign := sorted(
-        name for name in found - set(_OWN) if not name.endswith(_ASIDE)
+        name for name in found - set(_OWN if ours else ()) if not name.endswith(ASIDE)
     ):
         raise FileExistsError(
             f"{run_dir} is not a run, it has {foreign[0]}; choose another --out-dir"
@@ -220,9 +236,9 @@ def clear_run(run_dir: Path) -> None:
 def save_config(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
     """Writes config.json and tokenizer.json, the config last: it makes the run one."""
     if tokenizer:
-        _replace(run_dir / TOKENIZER, tokenizer.save)
+        replace_file(run_dir / TOKENIZER, tokenizer.save)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
-    _replace(run_dir / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(run_dir / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def load_config(run_dir: Path) -> Config:
@@ -231,16 +247,9 @@ def load_config(run_dir: Path) -> Config:
     if not path.exists():
         raise FileNotFoundError(
             f"{run_dir} is not a run: it has no {CONFIG}; runs are made by "
-            "`python train.py --out-dir DIR`"
+            "`python train.py --out-dir DIR` and `python -m jaxgpt import`"
         )
     try:
         return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a config of jaxgpt: {error}") from error
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes aside, then renames: the file is whole or not there."""
-    aside = path.with_suffix(_ASIDE)
-    write(aside)
-    os.replace(aside, path)

@@ -7,10 +7,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+ASIDE = ".tmp"  # suffix of what is being written
 
 
 def cache_dir() -> Path:
@@ -45,6 +47,20 @@ def _cpu_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has `write` write aside, then renames: the file at `path` is whole or not there.
+
+    Makes the folder if need be.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def log_line(line: str) -> None:

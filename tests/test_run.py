@@ -81,9 +81,23 @@ def test_a_folder_of_other_files_is_never_made_a_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.tmp", "lock"])
 def test_what_a_killed_start_leaves_does_not_bar_the_next(tmp_path, name):
+    (tmp_path / "lock").write_text("")
     (tmp_path / name).write_text("")
     with claim(tmp_path):
         pass
+
+
+def test_another_programs_config_does_not_make_a_folder_a_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = contents(tmp_path)
+    for overwrite in (False, True):
+        with (
+            pytest.raises(FileExistsError, match=r"not a run, it has config\.json"),
+            claim(tmp_path, overwrite=overwrite),
+        ):
+            pass
+    assert contents(tmp_path) == before
 
 
 def test_two_trainings_never_share_a_directory(run_dir):

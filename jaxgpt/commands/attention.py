@@ -14,6 +14,7 @@ import numpy as np
 from jaxgpt.models import GPT
 from jaxgpt.run import ATTENTION, load_run, text_tokenizer
 from jaxgpt.runtime import log_line
+from jaxgpt.text.tokenizer import encode_prompt
 
 
 def attention(
@@ -31,7 +32,7 @@ def attention(
         raise ValueError(f"--out {out} must be a .png file in a folder that exists")
     run = load_run(run_dir, checkpoint)
     tokenizer = text_tokenizer(run)
-    ids, window = tokenizer.encode(prompt), run.config.model.block_size
+    ids, window = encode_prompt(tokenizer, prompt), run.config.model.block_size
     if not len(ids):
         raise ValueError("--prompt is empty; give the text to look at")
     if len(ids) > window:

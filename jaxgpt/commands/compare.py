@@ -43,7 +43,8 @@ def compare(
     """Runs the same weights in JAX and in PyTorch, and compares every number.
 
     The weights are those of --hf, --nanogpt or --run-dir, or else a random GPT-2's. The
-    exit status is 0 if all that is judged is within its tolerance, and 1 if not.
+    exit status is 0 if all that is judged is within its tolerance, and 1 if not. For a
+    model of GPT-2's size give few --steps and --greedy-tokens, and a --length.
 
     Args:
         hf: directory of Hugging Face's GPT-2, or its name on the hub
@@ -63,18 +64,20 @@ def compare(
         hf, nanogpt, run_dir, checkpoint, seed
     )
     log_line(f"comparing {name} with transformers' GPT-2, in float32")
-    checks = list(
-        torch_parity.compare(
-            config,
-            params,
-            reference,
-            batch_size=batch_size,
-            length=length,
-            steps=steps,
-            new_tokens=greedy_tokens,
-            seed=seed,
-        )
-    )
+    checks: list[Check] = []
+    for check in torch_parity.compare(
+        config,
+        params,
+        reference,
+        batch_size=batch_size,
+        length=length,
+        steps=steps,
+        new_tokens=greedy_tokens,
+        seed=seed,
+    ):
+        if not checks or checks[-1].section != check.section:
+            log_line(f"  {check.section}")
+        checks.append(check)
     failed = [check for check in checks if not check.passed]
     if json:
         report = {
@@ -126,7 +129,7 @@ def _both_sides(
     """What is compared: its name, our config and parameters, and PyTorch's model."""
     if hf is not None:
         folder = find_model(hf)
-        config, params, _ = read_huggingface(folder)
+        config, params = read_huggingface(folder)
         return hf, config, params, torch_parity.gpt2_of_directory(folder)
     if nanogpt is not None:
         whole, state, _ = read_nanogpt(nanogpt, log_line)

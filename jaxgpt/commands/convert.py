@@ -1,5 +1,6 @@
 """Foreign weights become a run, and a run foreign weights: import and export."""
 
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -7,10 +8,14 @@ import jax.numpy as jnp
 from tyro.conf import FlagCreatePairsOff, Positional
 
 from jaxgpt.config import Config
-from jaxgpt.interop.huggingface import find_model, read_huggingface, write_huggingface
+from jaxgpt.interop.huggingface import (
+    find_model,
+    read_huggingface,
+    read_tokenizer,
+    write_huggingface,
+)
 from jaxgpt.interop.nanogpt import read_nanogpt, write_nanogpt
 from jaxgpt.run import (
-    CHECKPOINTS,
     claim_run,
     clear_run,
     load_run,
@@ -18,7 +23,8 @@ from jaxgpt.run import (
     save_config,
     saved_tokenizer,
 )
-from jaxgpt.runtime import log_line
+from jaxgpt.runtime import ASIDE, log_line
+from jaxgpt.text import tinyshakespeare
 from jaxgpt.text.pretrained import (
     GPT2_VOCAB_SIZE,
     find_tokenizer,
@@ -26,7 +32,12 @@ from jaxgpt.text.pretrained import (
     save_nanogpt_meta,
 )
 from jaxgpt.text.tokenizer import CharTokenizer, Tokenizer, fits
-from jaxgpt.training.checkpoint import open_checkpoints, save_params, save_state
+from jaxgpt.training.checkpoint import (
+    CHECKPOINTS,
+    open_checkpoints,
+    save_params,
+    save_state,
+)
 from jaxgpt.training.step import TrainState
 
 Format = Literal["nanogpt", "huggingface"]
@@ -52,18 +63,20 @@ def import_(
     """
     if meta and (tokenizer or format == "huggingface"):
         raise ValueError("--meta is nanoGPT's tokenizer; leave it out, or --tokenizer")
-    own_tokenizer: Tokenizer | None = None
     if format == "nanogpt":
         config, state, val_loss = read_nanogpt(Path(source), log_line)
     else:
-        model, params, own_tokenizer = read_huggingface(find_model(source))
+        folder = find_model(source)
+        model, params = read_huggingface(folder)
         config, val_loss = Config(model=model), None
         state = TrainState(jnp.zeros((), jnp.int32), params, None)
-    found = own_tokenizer
+    found: Tokenizer | None = None
     if meta:
         found = load_nanogpt_meta(meta)
     elif tokenizer:
         found = find_tokenizer(tokenizer, log_line)
+    elif format == "huggingface":
+        found = _its_tokenizer(folder)
     vocab_size = config.model.known_vocab_size()
     if found and not fits(found, vocab_size):
         raise ValueError(
@@ -71,12 +84,15 @@ def import_(
             f"{vocab_size} rows; give the one that the model was trained with"
         )
     with claim_run(run_dir, resume=False, overwrite=overwrite):
-        clear_run(run_dir)
-        with open_checkpoints(run_dir / CHECKPOINTS, create=True) as checkpoints:
+        aside = run_dir / f"{CHECKPOINTS}{ASIDE}"
+        shutil.rmtree(aside, ignore_errors=True)
+        with open_checkpoints(aside, create=True) as checkpoints:
             if state.opt_state is None:
                 save_params(checkpoints, int(state.step), state.params)
             else:
                 save_state(checkpoints, state, val_loss)
+        clear_run(run_dir)  # only now that the new one is there
+        aside.rename(run_dir / CHECKPOINTS)
         save_config(run_dir, config, found)
     if not found:
         log_line(
@@ -87,11 +103,19 @@ def import_(
     return 0
 
 
+def _its_tokenizer(folder: Path) -> Tokenizer | None:
+    try:
+        return read_tokenizer(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; --tokenizer takes another instead") from error
+
+
 def export(
     format: Positional[Format],
     run_dir: Positional[Path],
     target: Positional[Path],
     checkpoint: str = "best",
+    dataset: str | None = None,
     overwrite: FlagCreatePairsOff[bool] = False,
 ) -> int:
     """Writes a run's model for PyTorch: what nanoGPT or transformers load.
@@ -101,32 +125,47 @@ def export(
         run_dir: as train.py --out-dir made it
         target: nanoGPT's ckpt.pt, or a directory for Hugging Face
         checkpoint: best (lowest val loss), latest, or a step
+        dataset: nanoGPT's data directory for the run's characters; else the run's name
         overwrite: replace the target
     """
-    filled = target.is_file() or (target.is_dir() and any(target.iterdir()))
-    if filled and not overwrite:
-        raise FileExistsError(f"{target} is there already; --overwrite replaces it")
+    if dataset and format == "huggingface":
+        raise ValueError("--dataset is nanoGPT's; leave it out")
+    _check_target(target, overwrite, is_folder=format == "huggingface")
     if format == "huggingface":
         run = load_run(run_dir, checkpoint)
         write_huggingface(target, run.config.model, run.params, run.tokenizer)
     else:
-        _export_nanogpt(run_dir, checkpoint, target, overwrite)
+        _export_nanogpt(run_dir, checkpoint, target, dataset, overwrite)
     print(target)
     return 0
 
 
+def _check_target(target: Path, overwrite: bool, *, is_folder: bool) -> None:
+    """Raises OSError if the target is of another kind, a run, or not to be replaced."""
+    if is_folder and target.is_file():
+        raise NotADirectoryError(f"{target} is a file; give a directory")
+    if not is_folder and target.is_dir():
+        raise IsADirectoryError(f"{target} is a directory; give a file, as in ckpt.pt")
+    if (target / CHECKPOINTS).exists():
+        raise FileExistsError(f"{target} is a run; give another directory")
+    filled = any(target.iterdir()) if target.is_dir() else target.exists()
+    if filled and not overwrite:
+        raise FileExistsError(f"{target} is there already; --overwrite replaces it")
+
+
 def _export_nanogpt(
-    run_dir: Path, checkpoint: str, target: Path, overwrite: bool
+    run_dir: Path, checkpoint: str, target: Path, dataset: str | None, overwrite: bool
 ) -> None:
     """Writes ckpt.pt, and for characters the meta.pkl that nanoGPT samples with."""
     config, state, val_loss = load_state(run_dir, checkpoint)
-    tokenizer, dataset = saved_tokenizer(run_dir), run_dir.resolve().name
+    tokenizer, meta = saved_tokenizer(run_dir), target.with_name("meta.pkl")
+    if isinstance(tokenizer, CharTokenizer) and meta.exists() and not overwrite:
+        raise FileExistsError(f"{meta} is there already; --overwrite replaces it")
+    if not dataset and config.data.sha256 == tinyshakespeare.SHA256:
+        dataset = "shakespeare_char"
+    dataset = dataset or run_dir.resolve().name
+    write_nanogpt(target, config, state, val_loss, dataset)
     if isinstance(tokenizer, CharTokenizer):
-        meta = target.with_name("meta.pkl")
-        if meta.exists() and not overwrite:
-            raise FileExistsError(f"{meta} is there already; --overwrite replaces it")
-        if not config.data.path:
-            dataset = "shakespeare_char"
         save_nanogpt_meta(meta, tokenizer)
         log_line(f"for nanoGPT's sample.py, put {meta} into its data/{dataset}/")
     elif tokenizer and tokenizer.vocab_size != GPT2_VOCAB_SIZE:
@@ -135,4 +174,3 @@ def _export_nanogpt(
         log_line(
             "nanoGPT has the exact GELU, not this model's tanh: logits will differ"
         )
-    write_nanogpt(target, config, state, val_loss, dataset)

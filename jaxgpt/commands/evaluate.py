@@ -42,8 +42,11 @@ def evaluate(
     data = run.config.data
     if data_path:
         data = dataclasses.replace(data, path=data_path, sha256="")
-    if not (len(data.path) == 1 and Path(data.path[0]).is_dir()):
+    if not data.has_tokens:
         text_tokenizer(run)
+    log_line(
+        f"evaluating on the {split} split of {', '.join(data.path) or data.corpus}"
+    )
     corpus, config = load_corpus(
         dataclasses.replace(run.config, data=data), log_line, run.tokenizer
     )

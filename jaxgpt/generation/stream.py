@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from jaxgpt.config import SamplingConfig
 from jaxgpt.generation.decode import generate_tokens
 from jaxgpt.run import Run, text_tokenizer
+from jaxgpt.text.tokenizer import encode_prompt
 
 
 def generate(run: Run, prompt: str, **options: object) -> list[str]:
@@ -32,6 +33,7 @@ def stream_text(
     Args:
       run: from `load_run`.
       prompt: empty stands for the tokenizer's `start`; the model sees its last tokens.
+        In it <|endoftext|> is a token, as nanoGPT reads it, where the tokenizer has it.
       max_new_tokens: to draw for each sample.
       num_samples: continuations to draw at once.
       sampling: how tokens are drawn.
@@ -46,7 +48,7 @@ def stream_text(
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1")
     tokenizer = text_tokenizer(run)
-    ids = tokenizer.encode(prompt or tokenizer.start).tolist()
+    ids = encode_prompt(tokenizer, prompt or tokenizer.start).tolist()
     tokenizer.encode(stop)  # which it could never meet, were a character unknown
     tokens = generate_tokens(
         run.model, run.params, [ids] * num_samples, max_new_tokens, sampling, seed

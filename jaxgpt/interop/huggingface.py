@@ -19,7 +19,13 @@ from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.interop.state_dict import from_state_dict, parameter_names, to_state_dict
+from jaxgpt.interop.state_dict import (
+    check_gpt,
+    from_state_dict,
+    parameter_names,
+    to_state_dict,
+)
+from jaxgpt.runtime import replace_file
 from jaxgpt.text.fetch import download
 from jaxgpt.text.pretrained import tokenizer_in
 from jaxgpt.text.tokenizer import (
@@ -43,6 +49,16 @@ _INDEX = (
     f"{_WEIGHTS}.index.json"  # which file has which tensor, where there are several
 )
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+# What would be mixed with an exported model if it lay there before.
+_OF_ANOTHER_MODEL = (
+    _INDEX,
+    "model-*-of-*.safetensors",
+    "generation_config.json",
+    *_TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 def find_model(source: str) -> Path:
@@ -77,11 +93,11 @@ def find_model(source: str) -> Path:
     return Path(folder)
 
 
-def read_huggingface(folder: Path) -> tuple[ModelConfig, Any, Tokenizer | None]:
-    """Reads the model in a directory, and its tokenizer if it has one.
+def read_huggingface(folder: Path) -> tuple[ModelConfig, Any]:
+    """Reads the model in a directory.
 
-    Returns the config, the parameters, f32, and the tokenizer. Raises OSError or
-    ValueError that says what is missing or does not fit.
+    Returns the config, whose dropout is GPT-2's `resid_pdrop`, and the parameters, f32.
+    Raises OSError or ValueError that says what is missing or does not fit.
     """
     config = _read_config(folder / _CONFIG)
     with ExitStack() as stack:
@@ -99,7 +115,18 @@ def read_huggingface(folder: Path) -> tuple[ModelConfig, Any, Tokenizer | None]:
             )
         except (ValueError, SafetensorError) as error:
             raise ValueError(f"{folder}: {error}") from error
-    return config, jax.tree.map(jnp.asarray, params), _read_tokenizer(folder)
+    return config, jax.tree.map(jnp.asarray, params)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """Reads the tokenizer in a model's directory, or None where there is none.
+
+    Raises ValueError if it is neither GPT-2's kind nor one of characters.
+    """
+    path = folder / "tokenizer.json"
+    if path.is_file() and (characters := _exported_characters(path)):
+        return CharTokenizer(characters)
+    return tokenizer_in(folder)
 
 
 def write_huggingface(
@@ -116,8 +143,7 @@ def write_huggingface(
 
     Raises ValueError if GPT-2 is no such model.
     """
-    if config.architecture != "gpt":
-        raise ValueError(f"GPT-2 is no {config.architecture} model, only a gpt")
+    check_gpt(config, "GPT-2")
     tensors = to_state_dict(params, config, out_in=False)
     for name in parameter_names(dataclasses.replace(config, bias=True)):
         if name not in tensors:
@@ -141,15 +167,21 @@ def write_huggingface(
         "eos_token_id": end,
         "dtype": "float32",
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    replace_file(
+        folder / _WEIGHTS,
+        lambda aside: save_file(tensors, aside, metadata={"format": "pt"}),
+    )
+    for pattern in _OF_ANOTHER_MODEL:
+        for path in folder.glob(pattern):
+            path.unlink()
     if tokenizer:
         _write_tokenizer(folder, tokenizer, config.block_size)
     _write_json(folder / _CONFIG, content)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _read_config(path: Path) -> ModelConfig:
@@ -166,10 +198,11 @@ def _read_config(path: Path) -> ModelConfig:
                 f"activation_function={activation} is not supported; "
                 f"{', '.join(ACTIVATIONS)} are"
             )
-        fixed = _FIXED | {"n_inner": None}
-        if found.get("n_inner") == 4 * found["n_embd"]:
-            found["n_inner"] = None
-        for name, ours in fixed.items():
+        if found.get("n_inner") not in (None, 4 * found["n_embd"]):
+            raise ValueError(
+                f"n_inner={found['n_inner']} is not 4 x n_embd, as it must"
+            )
+        for name, ours in _FIXED.items():
             if (theirs := found.get(name, ours)) != ours:
                 raise ValueError(f"{name}={theirs} is not supported; {ours} is")
         return ModelConfig(
@@ -192,9 +225,12 @@ def _read_config(path: Path) -> ModelConfig:
 
 def _weight_files(folder: Path) -> list[Path]:
     names = [_WEIGHTS]
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
+    if not (folder / _WEIGHTS).is_file() and (folder / _INDEX).is_file():
+        try:
+            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+            names = sorted(set(index["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{_INDEX} is damaged: {error!r}") from error
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -217,8 +253,11 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
             settings |= dict.fromkeys(special, END_OF_TEXT)
     else:
         content = _characters_as_words(tokenizer).to_str()
-    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", settings)
+    replace_file(
+        folder / "tokenizer.json",
+        lambda aside: aside.write_text(content, encoding="utf-8"),
+    )
 
 
 def _characters_as_words(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
@@ -229,13 +268,6 @@ def _characters_as_words(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
     words.pre_tokenizer = pre_tokenizers.Split(any_character, "isolated")
     words.decoder = decoders.Fuse()
     return words
-
-
-def _read_tokenizer(folder: Path) -> Tokenizer | None:
-    path = folder / "tokenizer.json"
-    if path.is_file() and (characters := _exported_characters(path)):
-        return CharTokenizer(characters)
-    return tokenizer_in(folder)
 
 
 def _exported_characters(path: Path) -> str:

@@ -17,7 +17,13 @@ import optax
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.interop import required
-from jaxgpt.interop.state_dict import from_state_dict, parameter_names, to_state_dict
+from jaxgpt.interop.state_dict import (
+    check_gpt,
+    from_state_dict,
+    parameter_names,
+    to_state_dict,
+)
+from jaxgpt.runtime import replace_file
 from jaxgpt.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxgpt.training.step import TrainState
 
@@ -57,9 +63,7 @@ def read_nanogpt(
         tensors = checkpoint["model"]
         step = int(checkpoint["iter_num"])
         params = _params(tensors, config.model)
-        opt_state = None
-        if "optimizer" in checkpoint:
-            opt_state = _read_optimizer(checkpoint["optimizer"], config, params, log)
+        opt_state = _read_optimizer(checkpoint, config, params, log)
         val_loss = float(checkpoint.get("best_val_loss", _NO_LOSS_YET))
     except KeyError as error:
         raise ValueError(
@@ -91,8 +95,7 @@ def write_nanogpt(
     """
     torch = required("torch")
     model = config.model
-    if model.architecture != "gpt":
-        raise ValueError(f"nanoGPT has no {model.architecture} model, only a gpt")
+    check_gpt(model, "nanoGPT")
     tensors = _tensors(state.params, model)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     content = {
@@ -104,7 +107,7 @@ def write_nanogpt(
         "best_val_loss": _NO_LOSS_YET if val_loss is None else float(val_loss),
         "config": _settings(config) | {"dataset": dataset},
     }
-    torch.save(content, path)
+    replace_file(path, lambda aside: torch.save(content, aside))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -142,14 +145,17 @@ def _params(tensors: dict[str, Any], config: ModelConfig) -> Any:
 
 def _config(checkpoint: dict[str, Any], log: Callable[[str], None]) -> Config:
     args = checkpoint["model_args"]
-    model = ModelConfig(
-        **{name: args[name] for name in _MODEL},
-        bias=args.get(
-            "bias", True
-        ),  # nanoGPT's own defaults, which old files leave out
-        dropout=args.get("dropout", 0.0),
-    )
+    # Old files leave out what has nanoGPT's own default.
+    optional = {"bias": True, "dropout": 0.0}
+    given = {name: args.get(name, value) for name, value in optional.items()}
+    model = ModelConfig(**{name: args[name] for name in _MODEL}, **given)
     settings = checkpoint.get("config", {})
+    end, last = (settings.get(name) for name in ("lr_decay_iters", "max_iters"))
+    if end != last and settings.get("decay_lr", True):
+        log(
+            f"its lr_decay_iters={end} is not taken over: here the learning rate "
+            f"reaches min_lr at max_steps={last}"
+        )
     try:
         return _trained_as(settings, model)
     except (ValueError, TypeError) as error:
@@ -212,43 +218,46 @@ def _in_groups(config: ModelConfig) -> tuple[list[str], list[str]]:
 
 
 def _read_optimizer(
-    saved: dict[str, Any], config: Config, params: Any, log: Callable[[str], None]
+    checkpoint: dict[str, Any], config: Config, params: Any, log: Callable[[str], None]
 ) -> Any:
+    """AdamW's state in optax's form, or None; log hears why one is left."""
     decayed, others = _in_groups(config.model)
-    names = dict(
-        zip([*decayed, *others], range(len(decayed) + len(others)), strict=True)
-    )
-    states = saved["state"]
-    if not states:
-        return None
-    if sorted(states) != sorted(names.values()):
-        log("its optimizer state is not taken over: it has other groups than nanoGPT's")
-        return None
+    numbers = {name: number for number, name in enumerate([*decayed, *others])}
+    try:
+        states = checkpoint.get("optimizer", {"state": {}})["state"]
+        if not states:
+            return None
 
-    def moments(kind: str) -> Any:
-        tensors = {name: states[index][kind] for name, index in names.items()}
-        return _params(tensors, config.model)
+        def moments(kind: str) -> Any:
+            tensors = {name: states[number][kind] for name, number in numbers.items()}
+            return _params(tensors, config.model)
 
+        mu, nu = moments("exp_avg"), moments("exp_avg_sq")
+        updates = jnp.asarray(int(states[0]["step"]), jnp.int32)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        log(f"its optimizer state is not taken over, it is not nanoGPT's: {error}")
+        return None
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
     empty = jax.eval_shape(optimizer.init, params)
-    count = np.asarray(int(states[0]["step"]), np.int32)
-    return optax.tree.set(
-        empty, count=count, mu=moments("exp_avg"), nu=moments("exp_avg_sq")
-    )
+    # The schedule counts iterations, of which AdamW may have skipped some.
+    step = jnp.asarray(checkpoint["iter_num"], jnp.int32)
+    state = optax.tree.set(empty, count=step, mu=mu, nu=nu)
+    adam = optax.tree.get(state, "ScaleByAdamState")._replace(count=updates)
+    return optax.tree.set(state, ScaleByAdamState=adam)
 
 
 def _write_optimizer(config: Config, state: TrainState) -> dict[str, Any]:
     """The `state_dict` of torch's AdamW."""
     torch = required("torch")
-    groups = _in_groups(config.model)
-    optimizer, schedule = config.optimizer, learning_rate_schedule
+    groups, optimizer = _in_groups(config.model), config.optimizer
+    rate = learning_rate_schedule(optimizer, config.train.max_steps)(int(state.step))
     placeholders = [
         {"params": [torch.zeros(0) for _ in names], "weight_decay": decay}
         for names, decay in zip(groups, (optimizer.weight_decay, 0.0), strict=True)
     ]
     saved = torch.optim.AdamW(
         placeholders,
-        lr=float(schedule(optimizer, config.train.max_steps)(int(state.step))),
+        lr=float(rate),
         betas=(optimizer.beta1, optimizer.beta2),
     ).state_dict()
     if state.opt_state is None:

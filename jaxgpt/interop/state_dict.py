@@ -19,6 +19,12 @@ _MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # buffers, no parameters
 _WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"  # one and the same tensor
 
 
+def check_gpt(config: ModelConfig, program: str) -> None:
+    """Raises ValueError if the model is none that `program` has."""
+    if config.architecture != "gpt":
+        raise ValueError(f"{program} has no {config.architecture} model, only a gpt")
+
+
 def parameter_names(config: ModelConfig) -> list[str]:
     """Names of the parameters, in the order of PyTorch's `named_parameters`."""
     kinds = ("weight", "bias") if config.bias else ("weight",)

@@ -28,7 +28,7 @@ from jaxgpt.config import (
 from jaxgpt.generation.decode import generate_tokens
 from jaxgpt.interop import required
 from jaxgpt.interop.huggingface import ACTIVATIONS
-from jaxgpt.interop.state_dict import from_state_dict, to_state_dict
+from jaxgpt.interop.state_dict import check_gpt, from_state_dict, to_state_dict
 from jaxgpt.models import build_model
 from jaxgpt.text.batches import batch
 from jaxgpt.training.objective import token_losses
@@ -89,8 +89,7 @@ def random_gpt2(config: ModelConfig, seed: int) -> tuple[Any, Any]:
 
 def gpt2_of_params(config: ModelConfig, params: Any) -> Any:
     """A GPT-2 of transformers' with our parameters; ValueError if ours is no GPT."""
-    if config.architecture != "gpt":
-        raise ValueError(f"GPT-2 is no {config.architecture} model, only a gpt")
+    check_gpt(config, "GPT-2")
     torch = required("torch")
     tensors = to_state_dict(params, config, out_in=False)
     return _fill(config, {name: torch.tensor(a) for name, a in tensors.items()})
@@ -174,7 +173,7 @@ def compare(
         yield from _bfloat16(config, params, reference, batches[0][0])
         # Now, before training changes PyTorch's weights.
         texts = _greedy(config, params, reference, prompt, count) if count else None
-        if steps:
+        if steps and math.isfinite(norm):
             # So that warmup, decay and clipping are all at work.
             optimizer = OptimizerConfig(warmup_steps=steps // 5, grad_clip=norm / 2)
             yield from _training(config, optimizer, params, reference, batches)

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxgpt import runtime
 from jaxgpt.config import Config, DataConfig
+from jaxgpt.runtime import replace_file
 from jaxgpt.text import tinyshakespeare
 from jaxgpt.text.pretrained import (
     GPT2_VOCAB_SIZE,
@@ -107,14 +108,14 @@ def load_corpus(
     data, vocab_size = config.data, config.model.vocab_size
     paths = tuple(str(Path(path).resolve()) for path in data.path)
     data = dataclasses.replace(data, path=paths)
-    if Path(data.tokenizer).exists():
+    if data.tokenizer not in ("char", "bpe", "gpt2"):
         data = dataclasses.replace(data, tokenizer=str(Path(data.tokenizer).resolve()))
     files = [Path(path) for path in paths]
     files = files or [{"tinyshakespeare": _tinyshakespeare_path}[data.corpus](log)]
-    if len(files) == 1 and files[0].is_dir():
+    if data.has_tokens:
         folder, sha256 = files[0], _sha256(_token_files(files[0]))
         _check_unchanged(data, sha256)
-        tokenizer = tokenizer or _tokenizer_beside(folder, data.tokenizer, log)
+        tokenizer = _tokenizer_of_tokens(folder, tokenizer, data.tokenizer, log)
     else:
         text = _survey(files)
         sha256 = text.sha256
@@ -175,10 +176,7 @@ def _tinyshakespeare_path(log: Callable[[str], None]) -> Path:
             )
         return path
     text = tinyshakespeare.fetch_text(log)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}")
-    aside.write_bytes(text)
-    os.replace(aside, path)
+    replace_file(path, lambda aside: aside.write_bytes(text))
     return path
 
 
@@ -251,40 +249,42 @@ def _make_tokenizer(
         return CharTokenizer(text.characters)
     if name != "bpe":
         return find_tokenizer(name, log)
-    assert vocab_size is not None  # Config checks it
-    folder = runtime.cache_dir() / "tokenizers"
-    path = folder / f"{text.sha256}-bpe-{vocab_size}.json"
+    if vocab_size is None:
+        raise ValueError("tokenizer=bpe needs --model.vocab-size")
+    name = f"{text.sha256}-bpe-{vocab_size}.json"
+    path = runtime.cache_dir() / "tokenizers" / name
     if path.exists():
         return load_tokenizer(path)
     log(f"training a tokenizer of {vocab_size:,} tokens")
     tokenizer = BPETokenizer.train(text.split("train"), vocab_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}")
-    tokenizer.save(aside)
-    os.replace(aside, path)
+    replace_file(path, tokenizer.save)
     return tokenizer
 
 
-def _tokenizer_beside(
-    folder: Path, name: str, log: Callable[[str], None]
+def _tokenizer_of_tokens(
+    folder: Path, own: Tokenizer | None, name: str, log: Callable[[str], None]
 ) -> Tokenizer | None:
-    """The tokenizer of a directory of token files: the one `name` tells, or in it."""
-    if name == "bpe":
+    """The tokenizer of a directory of token files: a run's own, or named, or in it."""
+    if name == "bpe" and not own:
         raise ValueError(
             f"tokenizer=bpe is trained on text, and {folder} has tokens; give the "
             "--data.tokenizer that made them"
         )
-    if name == "gpt2":
+    meta, tokenizer = folder / "meta.pkl", own
+    beside = load_nanogpt_meta(meta) if meta.exists() else tokenizer_in(folder)
+    if not own and name == "gpt2":
         try:
-            return gpt2_tokenizer(log)
+            tokenizer = gpt2_tokenizer(log)
         except OSError as error:
             log(f"going on without a tokenizer, which only text needs: {error}")
-            return None
-    if name != "char":
-        return find_tokenizer(name, log)
-    if (folder / "meta.pkl").exists():
-        return load_nanogpt_meta(folder / "meta.pkl")
-    return tokenizer_in(folder)
+    elif not own and name != "char":
+        tokenizer = find_tokenizer(name, log)
+    if tokenizer and beside and tokenizer.to_json() != beside.to_json():
+        raise ValueError(
+            f"the tokens in {folder} are of the tokenizer beside them, and not of this "
+            "model's; tokenize the text anew"
+        )
+    return tokenizer or beside
 
 
 def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> Path:

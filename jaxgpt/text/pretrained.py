@@ -1,12 +1,13 @@
 """Tokenizers made elsewhere: GPT-2's, a saved one, nanoGPT's vocabulary."""
 
-import os
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxgpt import runtime
+from jaxgpt.runtime import replace_file
 from jaxgpt.text.fetch import download, fetch, read_wheel, verified
 from jaxgpt.text.tokenizer import (
     BPETokenizer,
@@ -37,6 +38,8 @@ def find_tokenizer(name: str, log: Callable[[str], None] = print) -> Tokenizer:
 
     Raises OSError if it cannot be had, ValueError if it is of another kind.
     """
+    if name == "gpt2":
+        return gpt2_tokenizer(log)
     path = Path(name)
     if path.is_dir():
         if tokenizer := tokenizer_in(path):
@@ -46,8 +49,6 @@ def find_tokenizer(name: str, log: Callable[[str], None] = print) -> Tokenizer:
         )
     if path.is_file():
         return load_tokenizer(path)
-    if name == "gpt2":
-        return gpt2_tokenizer(log)
     raise FileNotFoundError(
         f"there is no tokenizer {name!r}; give gpt2, a tokenizer.json, or a directory "
         "that has one"
@@ -78,11 +79,8 @@ def gpt2_tokenizer(log: Callable[[str], None] = print) -> BPETokenizer:
             log,
             "Give --data.tokenizer a directory with vocab.json and merges.txt",
         )
-        folder.mkdir(parents=True, exist_ok=True)
         for path, table in zip(paths, tables, strict=True):
-            aside = path.with_suffix(f".{os.getpid()}")
-            aside.write_bytes(table)
-            os.replace(aside, path)
+            replace_file(path, partial(Path.write_bytes, data=table))
     for path, sha256 in zip(paths, _TABLES.values(), strict=True):
         try:
             verified(path.read_bytes(), sha256, str(path))
@@ -115,7 +113,7 @@ def save_nanogpt_meta(path: Path, tokenizer: CharTokenizer) -> None:
     itos = dict(enumerate(tokenizer.characters))
     stoi = {character: i for i, character in itos.items()}
     meta = {"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": stoi}
-    path.write_bytes(pickle.dumps(meta))
+    replace_file(path, lambda aside: aside.write_bytes(pickle.dumps(meta)))
 
 
 class _PlainUnpickler(pickle.Unpickler):

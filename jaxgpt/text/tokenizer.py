@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 # Where no token crosses, whatever stands before and after.
-_BOUNDARY = re.compile(r"(?<=\S)(?=[ \n])")
+_BOUNDARY = re.compile(r"(?<=\S)(?=[ \t\r\n])")
 _PIECE = 1 << 16  # characters; the pieces of a text are encoded in parallel
 
 
@@ -112,7 +112,9 @@ class BPETokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         """Takes a tokenizer of the form that `from_tables` makes."""
-        tokenizer.encode_special_tokens = True
+        tokenizer.encode_special_tokens = True  # as if they were ordinary text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         added = tokenizer.get_added_tokens_decoder()
         vocab = tokenizer.get_vocab()
         self.vocab_size = max(vocab.values()) + 1
@@ -185,7 +187,7 @@ class BPETokenizer:
         options = ("dropout", "ignore_merges", "byte_fallback")
         affixes = ("continuing_subword_prefix", "end_of_word_suffix")
         gpt2s = {
-            "model": model["type"] == "BPE"
+            "model": model.get("type", "BPE") == "BPE"  # GPT-2's own has no type
             and not any(model.get(option) for option in (*options, *affixes)),
             "normalizer": found["normalizer"] is None,
             "pre_tokenizer": before.get("type") == "ByteLevel"
@@ -255,6 +257,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} is not a tokenizer of jaxgpt: {error}") from error
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """As `encode`, but END_OF_TEXT is the token that parts documents, if there is one.
+
+    Source: nanoGPT sample.py.
+    """
+    if isinstance(tokenizer, CharTokenizer) or tokenizer.end_of_text is None:
+        return tokenizer.encode(text)
+    first, *others = map(tokenizer.encode, text.split(END_OF_TEXT))
+    end = np.array([tokenizer.end_of_text], np.int32)
+    return np.concatenate([first, *(part for ids in others for part in (end, ids))])
 
 
 def fits(tokenizer: Tokenizer, vocab_size: int | None) -> bool:

@@ -92,9 +92,10 @@ def save_params(checkpoints: ocp.CheckpointManager, step: int, params: Any) -> N
 
 
 def has_progress(checkpoints: ocp.CheckpointManager, step: int) -> bool:
-    """Whether the checkpoint has what a resume needs, besides the parameters."""
+    """Whether the checkpoint was saved with what a resume needs besides parameters."""
     with _naming_damage(checkpoints.directory / str(step)):
-        return checkpoints.item_metadata(step).get("progress") is not None
+        parts = checkpoints.metadata(step).item_handlers
+    return not parts or "progress" in parts
 
 
 def restore_state(
@@ -109,13 +110,13 @@ def restore_state(
     Raises ValueError if it has parameters only, or names the first of another shape
     than the config's.
     """
+    abstract = abstract_state(model, config, mesh)
+    _check_shapes(checkpoints, step, abstract.params)
     if not has_progress(checkpoints, step):
         raise ValueError(
             f"{checkpoints.directory / str(step)} has parameters but no optimizer "
             "state; start a new run from them with --init-from"
         )
-    abstract = abstract_state(model, config, mesh)
-    _check_shapes(checkpoints, step, abstract.params)
     with _naming_damage(checkpoints.directory / str(step)):
         saved = checkpoints.restore(
             step,

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxgpt.config import Config
-from jaxgpt.runtime import log_line
+from jaxgpt.runtime import log_line, replace_file
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -192,9 +192,8 @@ def rewind(path: Path, step: int) -> list[dict[str, Any]]:
     rows = [
         row for row in read_rows(path) if row["step"] <= step and row["event"] != "done"
     ]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, path)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     return rows
 
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 import torch_gpt2
 import torch_nanogpt
+from safetensors.numpy import load_file, save_file
 
 from jaxgpt.commands import compare
 from jaxgpt.interop import huggingface, torch_parity
@@ -83,6 +84,15 @@ def test_every_source_of_weights_is_compared(call, tmp_path, tiny_run, gpt2, sou
     assert ("ln_f.bias" in out) == (source in ("hf", "nanogpt"))
 
 
+def nan_weight(patch):
+    def read(folder):
+        config, params = huggingface.read_huggingface(folder)
+        params["h"]["mlp"]["c_fc"]["bias"] *= np.nan
+        return config, params
+
+    patch.setattr(compare, "read_huggingface", read)
+
+
 def other_gelu(patch):
     patch.setitem(huggingface.ACTIVATIONS, "gelu_new", "exact")
 
@@ -97,9 +107,9 @@ def other_epsilon(patch):
 
 def other_weight(patch):
     def read(folder):
-        config, params, tokenizer = huggingface.read_huggingface(folder)
+        config, params = huggingface.read_huggingface(folder)
         params["h"]["mlp"]["c_fc"]["bias"] *= 1 + 1e-4
-        return config, params, tokenizer
+        return config, params
 
     patch.setattr(compare, "read_huggingface", read)
 
@@ -130,6 +140,7 @@ def other_tokens(patch):
         (other_gelu, "logits"),
         (other_epsilon, "activations"),
         (other_weight, "gradients"),
+        (nan_weight, "gradients"),
         (decayed_norms, "final parameters"),
         (no_clipping, "final parameters"),
         (no_warmup, "loss"),
@@ -145,6 +156,18 @@ def test_a_difference_is_found_and_named(call, gpt2, monkeypatch, breakage, sect
     assert section in {check["section"] for check in failed}
     if section == "greedy text":
         assert re.search(r"the first other is no. \d+, by \d", failed[0]["name"])
+
+
+def test_without_a_difference_the_same_is_all_within_tolerance(call, gpt2):
+    checks(call, "--hf", gpt2, "--steps", "30")
+
+
+def test_weights_of_pytorchs_that_are_no_numbers_are_found_too(call, gpt2):
+    path = gpt2 / "model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer.ln_f.bias"] *= np.nan
+    save_file(tensors, path)
+    checks(call, "--hf", gpt2, status=1)
 
 
 def test_a_number_that_is_none_is_no_agreement():
@@ -172,5 +195,5 @@ def test_bad_input_is_an_error_that_names_it(call, arguments, message):
 
 def test_only_a_gpt_is_compared(call, bigram):
     model, params = bigram
-    with pytest.raises(ValueError, match="GPT-2 is no bigram model, only a gpt"):
+    with pytest.raises(ValueError, match="GPT-2 has no bigram model, only a gpt"):
         torch_parity.gpt2_of_params(model.config, params)

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from torch_nanogpt import CHARACTERS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxgpt import BPETokenizer, CharTokenizer, load_run
+from jaxgpt.commands import convert
 from jaxgpt.text.pretrained import save_nanogpt_meta
 
 
@@ -92,6 +94,21 @@ def test_without_a_tokenizer_text_says_how_to_supply_one(call, ckpt, tmp_path):
     assert load_run(run_dir).tokenizer.characters == CHARACTERS
 
 
+def test_an_import_without_tokenizer_is_given_none_by_chance(
+    call, ckpt, text_file, tmp_path
+):
+    text = (CHARACTERS + TEXT) * 2
+    text_file.write_text(re.sub(r"\d", "", text))  # as many characters as the model has
+    call("jaxgpt", "import", "nanogpt", ckpt, tmp_path / "run")
+    flags = ["--out-dir", tmp_path / "run", "--resume", "--data.path", text_file]
+    flags += ["--train.max-steps", "6"]
+    with pytest.raises(ValueError, match=r"imported without .* give --data\.tokenizer"):
+        call("train.py", *flags)
+    CharTokenizer(CHARACTERS).save(tmp_path / "own.json")
+    call("train.py", *flags, "--data.tokenizer", tmp_path / "own.json")
+    assert load_run(tmp_path / "run").tokenizer.characters == CHARACTERS
+
+
 def test_a_run_of_characters_goes_to_nanogpt_with_its_vocabulary(
     call, tiny_run, tmp_path
 ):
@@ -104,6 +121,11 @@ def test_a_run_of_characters_goes_to_nanogpt_with_its_vocabulary(
     assert "".join(itos.values()) == run.tokenizer.characters
     model = torch_nanogpt.GPT(**checkpoint["model_args"] | {"dropout": 0})
     model.load_state_dict(checkpoint["model"])
+    flags = ["--overwrite", "--dataset", "enwik8_char"]
+    target = tmp_path / "ckpt.pt"
+    _, err = call("jaxgpt", "export", "nanogpt", tiny_run, target, *flags)
+    assert "into its data/enwik8_char/" in err
+    assert torch.load(target)["config"]["dataset"] == "enwik8_char"
     tokens = run.tokenizer.encode("To be, o")[None]
     theirs = model(torch.tensor(tokens)).detach().numpy()
     ours = run.model.apply({"params": run.params}, tokens)
@@ -165,6 +187,90 @@ def test_a_run_goes_to_transformers_and_back(call, tiny_run, tmp_path):
     assert all(one[name].tobytes() == other[name].tobytes() for name in one)
 
 
+def test_tiny_shakespeare_has_nanogpts_name_for_it(call, smoke, tmp_path):
+    _, err = call("jaxgpt", "export", "nanogpt", smoke[0], tmp_path / "ckpt.pt")
+    assert "into its data/shakespeare_char/" in err
+
+
+def test_another_model_that_lay_there_leaves_nothing_behind(call, tiny_run, tmp_path):
+    folder = tmp_path / "out"
+    torch_gpt2.make(folder, max_shard_size="10KB")
+    for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json"):
+        (folder / name).write_text("{}")
+    (folder / "README.md").write_text("mine")
+    call("jaxgpt", "export", "huggingface", tiny_run, folder, "--overwrite")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.vocab_size == len(tokenizer) == 11
+    assert tokenizer.model_max_length == 8
+
+
+def test_a_tokenizer_of_another_kind_can_be_replaced(call, gpt2, tmp_path):
+    content = json.loads((gpt2 / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFC"}
+    BPETokenizer.train([TEXT], 290).save(tmp_path / "own.json")
+    (gpt2 / "tokenizer.json").write_text(json.dumps(content))
+    arguments = ["import", "huggingface", gpt2, tmp_path / "run"]
+    with pytest.raises(
+        ValueError, match=r"its normalizer is not .*; --tokenizer takes"
+    ):
+        call("jaxgpt", *arguments)
+    call("jaxgpt", *arguments, "--tokenizer", tmp_path / "own.json")
+    assert load_run(tmp_path / "run").tokenizer.vocab_size == 290
+    flags = ["--hf", gpt2, "--steps", "0", "--greedy-tokens", "0"]
+    call("jaxgpt", "compare", *flags)  # which needs no tokenizer
+
+
+def test_a_run_and_a_target_of_another_kind_are_never_written_over(
+    call, tiny_run, tmp_path, gpt2
+):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for arguments, message in (
+        (["export", "huggingface", tiny_run, tiny_run], "is a run; give another"),
+        (["export", "huggingface", tiny_run, tmp_path / "file"], "is a file; give a"),
+        (["export", "nanogpt", tiny_run, tmp_path / "folder"], "is a directory; give"),
+        (["import", "huggingface", gpt2, gpt2], "is not a run, it has config.json"),
+    ):
+        with pytest.raises(OSError, match=message):
+            call("jaxgpt", *arguments, "--overwrite")
+    assert load_run(tiny_run).step == 8
+    assert (tmp_path / "file").read_text() == "mine"
+    assert (gpt2 / "model.safetensors").exists()
+
+
+def test_what_cannot_be_exported_writes_nothing(call, text_file, tmp_path):
+    run_dir = tmp_path / "run"
+    flags = ["--out-dir", run_dir, "--data.path", text_file, "--train.max-steps", "1"]
+    flags += ["--train.eval-iters", "1"]
+    call("train.py", "lecture-bigram", *flags)
+    for format in ("nanogpt", "huggingface"):
+        with pytest.raises(ValueError, match="has no bigram model, only a gpt"):
+            call("jaxgpt", "export", format, run_dir, tmp_path / "target")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", text_file.name]
+
+
+def test_an_import_that_fails_half_way_keeps_the_run(
+    call, tiny_run, gpt2, tmp_path, monkeypatch
+):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    shutil.copytree(tiny_run, tmp_path / "run")
+    monkeypatch.setattr(convert, "save_params", full)
+    with pytest.raises(OSError, match="No space"):
+        call("jaxgpt", "import", "huggingface", gpt2, tmp_path / "run", "--overwrite")
+    assert load_run(tmp_path / "run").step == 8
+    monkeypatch.undo()
+
+
 def test_nothing_is_replaced_unless_asked(call, tiny_run, ckpt, gpt2, tmp_path):
     target = tmp_path / "out.pt"
     call("jaxgpt", "export", "nanogpt", tiny_run, target, "--overwrite")
@@ -199,6 +305,7 @@ def test_weights_that_cannot_be_read_replace_no_run(call, tiny_run, tmp_path, ck
     ("arguments", "message"),
     [
         (["import", "huggingface", "GPT2", "RUN", "--meta", "m"], "leave it out"),
+        (["export", "huggingface", "RUN", "x", "--dataset", "d"], "leave it out"),
         (["import", "nanogpt", "CKPT", "RUN", "--meta", "m", "--tokenizer", "t"], "or"),
         (
             ["import", "nanogpt", "CKPT", "RUN", "--tokenizer", "gpt3"],

@@ -2,6 +2,7 @@ import hashlib
 import http.server
 import json
 import re
+import shutil
 import socketserver
 import threading
 import time
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from jaxgpt.interop import huggingface
 from jaxgpt.interop.huggingface import (
     find_model,
     read_huggingface,
+    read_tokenizer,
     write_huggingface,
 )
 from jaxgpt.models import build_model
@@ -61,8 +64,8 @@ def random_params(config, seed=0):
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu", "gelu_pytorch_tanh"])
 def test_imported_weights_give_transformers_logits(tmp_path, activation):
     model = torch_gpt2.make(tmp_path, activation_function=activation)
-    config, params, tokenizer = read_huggingface(tmp_path)
-    assert tokenizer is None
+    config, params = read_huggingface(tmp_path)
+    assert read_tokenizer(tmp_path) is None
     assert config == ModelConfig(
         block_size=16,
         vocab_size=300,
@@ -93,18 +96,18 @@ def test_weights_in_several_files_are_the_same_weights(folder, tmp_path):
     ],
 )
 def test_other_names_and_the_masks_of_old_files_make_no_difference(folder, change):
-    _, before, _ = read_huggingface(folder)
+    _, before = read_huggingface(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors = {change(name): array for name, array in tensors.items()}
     tensors["h.0.attn.bias"] = np.ones((1, 1, 16, 16), np.float32)
     tensors["h.0.attn.masked_bias"] = np.array(-1e4, np.float32)
     save_file(tensors, folder / "model.safetensors")
-    _, after, _ = read_huggingface(folder)
+    _, after = read_huggingface(folder)
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
 def test_there_and_back_every_tensor_is_the_same(folder, tmp_path):
-    config, params, _ = read_huggingface(folder)
+    config, params = read_huggingface(folder)
     write_huggingface(tmp_path / "out", config, params, None)
     before, after = (
         load_file(f / "model.safetensors") for f in (folder, tmp_path / "out")
@@ -140,7 +143,7 @@ def test_transformers_gives_an_exported_models_logits(tmp_path, bpe, gelu, bias)
     np.testing.assert_allclose(
         our_logits(config, params), their_logits(model), atol=2e-5
     )
-    again, same, _ = read_huggingface(tmp_path)
+    again, same = read_huggingface(tmp_path)
     assert again.bias  # GPT-2 always has them
     np.testing.assert_array_equal(our_logits(again, same), our_logits(config, params))
 
@@ -161,7 +164,10 @@ def test_transformers_tokenizes_as_the_run_did_and_so_do_we_again(tmp_path, bpe,
         ids = theirs(text).input_ids
         assert ids == tokenizer.encode(text).tolist()
         assert theirs.decode(ids) == text
-    _, _, again = read_huggingface(tmp_path)
+    theirs.save_pretrained(tmp_path / "saved")
+    again = read_tokenizer(tmp_path / "saved")
+    assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+    again = read_tokenizer(tmp_path)
     assert type(again) is type(tokenizer)
     assert again.to_json() == tokenizer.to_json()
 
@@ -192,7 +198,7 @@ def test_the_pipeline_of_transformers_writes_our_greedy_text(tmp_path):
         ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx=True is not"),
         ({"scale_attn_weights": False}, "scale_attn_weights=False is not supported"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported"),
-        ({"n_inner": 17}, "n_inner=17 is not supported"),
+        ({"n_inner": 17}, "n_inner=17 is not 4 x n_embd"),
         ({"n_head": 3}, "not divisible by n_head=3"),
         ({"n_embd": "16"}, r"config\.json: "),
         ({"n_layer": 3}, r"transformer\.h\.2\.ln_1\.weight is missing"),
@@ -219,14 +225,49 @@ def test_a_width_that_is_spelt_out_is_no_other_architecture(tmp_path):
         ("config.json", b"{}", "it has no 'model_type'"),
         ("config.json", b"[]", r"config\.json: "),
         ("model.safetensors", b"no tensors", "gpt2: "),
-        ("tokenizer.json", b"{}", "tokenizer"),
-        ("tokenizer.json", b"{", "tokenizer"),
+        ("tokenizer.json", b"{}", r"tokenizer\.json is not a tokenizer"),
+        ("tokenizer.json", b"{", r"tokenizer\.json is not a tokenizer"),
+        ("tokenizer.json", b"[]", r"tokenizer\.json is not a tokenizer"),
     ],
 )
 def test_a_damaged_file_is_named(folder, name, content, message):
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
+        (read_huggingface(folder), read_tokenizer(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(folder, content):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(folder))):
         read_huggingface(folder)
+
+
+def test_one_file_goes_before_an_index_that_is_left_over(folder, tmp_path):
+    torch_gpt2.make(tmp_path / "old", max_shard_size="10KB")
+    _, before = read_huggingface(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for path in (tmp_path / "old").glob("model-*"):
+        shard = {name: 2 * array for name, array in load_file(path).items()}
+        save_file(shard, folder / path.name)
+    shutil.copy(tmp_path / "old" / "model.safetensors.index.json", folder)
+    _, after = read_huggingface(folder)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert tensors["transformer.wte.weight"].any()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_becomes_float32(folder, dtype):
+    tensors = load_file(folder / "model.safetensors")
+    halves = {name: array.astype(dtype) for name, array in tensors.items()}
+    save_file(halves, folder / "model.safetensors")
+    _, params = read_huggingface(folder)
+    table = params["wte"]["embedding"]
+    assert table.dtype == np.float32
+    np.testing.assert_array_equal(
+        table, halves["transformer.wte.weight"].astype(np.float32)
+    )
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -248,12 +289,12 @@ def test_a_tokenizer_of_words_is_not_taken_for_characters(folder):
     content["model"]["vocab"] = {"to": 0, "be": 1}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="its model is not that of GPT-2's"):
-        read_huggingface(folder)
+        read_tokenizer(folder)
 
 
 def test_a_rung_of_the_ladder_is_no_gpt2(tmp_path):
     config = ModelConfig(architecture="bigram", vocab_size=3)
-    with pytest.raises(ValueError, match="GPT-2 is no bigram model, only a gpt"):
+    with pytest.raises(ValueError, match="GPT-2 has no bigram model, only a gpt"):
         write_huggingface(tmp_path, config, {}, None)
 
 
@@ -315,17 +356,34 @@ def hub(monkeypatch, tmp_path):
     return start
 
 
+def as_on_the_hub(tokenizer):
+    """The tokenizer.json in the older form that GPT-2's repositories have."""
+    content = json.loads(tokenizer.to_json())
+    old = ("dropout", "unk_token", "fuse_unk", "vocab", "merges")
+    model = {name: content["model"][name] for name in old}
+    model["merges"] = [" ".join(pair) for pair in model["merges"]]
+    affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return content | {
+        "model": model | affixes,
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level | {"add_prefix_space": True},
+        "post_processor": byte_level | {"trim_offsets": False},
+    }
+
+
 def test_a_model_is_fetched_from_the_hub_by_its_name(hub, folder, bpe, tmp_path):
-    bpe.save(folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_text(json.dumps(as_on_the_hub(bpe)))
     (folder / "pytorch_model.bin").write_bytes(b"the same weights once more")
     Hub.folder = folder
     arguments = ["-m", "jaxgpt", "import", "huggingface", "gpt2", tmp_path / "run"]
     with hub(http.server.ThreadingHTTPServer, Hub):
         finish(start_script(*arguments))
     run = load_run(tmp_path / "run")
-    _, params, _ = read_huggingface(folder)
+    _, params = read_huggingface(folder)
     jax.tree.map(np.testing.assert_array_equal, run.params, params)
-    assert run.tokenizer.to_json() == bpe.to_json()
+    assert run.tokenizer.encode(TEXT).tolist() == bpe.encode(TEXT).tolist()
+    assert run.tokenizer.end_of_text == bpe.end_of_text
     assert not any(path.endswith(".bin") for path in Hub.asked)
     _, err = finish(start_script(*arguments, "--overwrite"))  # from the hub's cache
     assert err == ""

@@ -131,14 +131,21 @@ def test_there_and_back_every_tensor_and_setting_is_the_same(saved, tmp_path):
         lambda c: c["model"].update(
             {name: t.double() for name, t in c["model"].items()}
         ),
+        lambda c: c["model_args"].pop("dropout"),
     ],
-    ids=["compiled", "mask buffer", "float64"],
+    ids=["compiled", "mask buffer", "float64", "no dropout"],
 )
 def test_other_ways_to_save_the_same_weights_make_no_difference(path, change):
     _, before, _ = read(path)
     spoil(path, change)
     _, after, _ = read(path)
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_old_files_that_say_nothing_of_bias_have_it(tmp_path):
+    torch_nanogpt.make(tmp_path / "ckpt.pt", bias=True)
+    spoil(tmp_path / "ckpt.pt", lambda c: c["model_args"].pop("bias"))
+    assert read(tmp_path / "ckpt.pt")[0].model.bias
 
 
 def test_settings_are_taken_over(path):
@@ -182,12 +189,43 @@ def test_without_optimizer_state_nanogpt_begins_with_fresh_moments(
     torch_nanogpt.train(model, optimizer, SETTINGS, range(1), batches(range(1)))
 
 
-def test_an_optimizer_of_another_form_is_left_with_a_word(path):
-    spoil(path, lambda c: c["optimizer"]["state"].pop(0))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["optimizer"]["state"].pop(0),
+        lambda c: c["optimizer"]["state"][0].pop("exp_avg"),
+        lambda c: c["optimizer"]["state"].update({0: c["optimizer"]["state"][1]}),
+        lambda c: c.update(optimizer=None),
+    ],
+    ids=["a parameter less", "no moments", "other order", "none"],
+)
+def test_an_optimizer_of_another_form_is_left_with_a_word(path, change):
+    spoil(path, change)
     lines = []
     _, state, _ = read_nanogpt(path, lines.append)
     assert state.opt_state is None
     assert "optimizer state is not taken over" in lines[0]
+
+
+def test_another_end_of_the_schedule_is_left_with_a_word(path):
+    spoil(path, lambda c: c["config"].update(lr_decay_iters=60))
+    lines = []
+    read_nanogpt(path, lines.append)
+    assert "lr_decay_iters=60 is not taken over" in lines[0]
+
+
+def test_the_schedule_counts_iterations_and_adam_its_updates(path, tmp_path):
+    def skip_two(checkpoint):
+        for state in checkpoint["optimizer"]["state"].values():
+            state["step"] -= 2
+
+    spoil(path, skip_two)
+    config, state, _ = read(path)
+    assert state.step == 5
+    counts = optax.tree.get_all_with_path(state.opt_state, "count")
+    assert [int(count) for _, count in counts] == [3, 5]
+    write_nanogpt(tmp_path / "out.pt", config, state, None, "x")
+    assert torch.load(tmp_path / "out.pt")["optimizer"]["state"][0]["step"] == 3
 
 
 class Malicious:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import TEXT, TINY, changed
 
-from jaxgpt import BPETokenizer
+from jaxgpt import BPETokenizer, CharTokenizer
 from jaxgpt.text import corpus as corpus_module
 from jaxgpt.text import tokenizer as tokenizer_module
 from jaxgpt.text.corpus import load_corpus
@@ -143,6 +143,22 @@ class TestBPE:
         again, _ = load(text_file, tokenizer="bpe", vocab_size=300)
         assert again.train.tolist() == first.train.tolist()
 
+    def test_each_tokenizer_has_tokens_of_its_own(self, text_file):
+        for flags in ({}, *({"tokenizer": "bpe", "vocab_size": n} for n in (300, 280))):
+            corpus, _ = load(text_file, **flags)
+            train = TEXT[: int(0.9 * len(TEXT))]
+            assert corpus.train.tolist() == corpus.tokenizer.encode(train).tolist()
+
+    def test_a_file_of_the_name_of_a_tokenizer_is_not_taken_for_it(
+        self, text_file, tmp_path, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        for name in ("char", "bpe", "gpt2"):
+            (tmp_path / name).mkdir()
+        assert load(text_file)[1].data.tokenizer == "char"
+        _, config = load(text_file, tokenizer="bpe", vocab_size=300)
+        assert config.data.tokenizer == "bpe"
+
     def test_a_runs_own_tokenizer_rules(self, text_file):
         own = BPETokenizer.train(["tells a tale " * 9], 262)
         corpus, _ = load(text_file, vocab_size=262, own_tokenizer=own)
@@ -203,6 +219,17 @@ class TestTokenFiles:
             load(folder, tokenizer="bpe", vocab_size=300)
         corpus.tokenizer.save(folder / "tokenizer.json")
         assert load(folder)[0].tokenizer.to_json() == corpus.tokenizer.to_json()
+
+    def test_tokens_of_another_tokenizer_than_the_models_are_refused(self, folder):
+        itos = {i: chr(200 + i) for i in range(100)}
+        (folder / "meta.pkl").write_bytes(pickle.dumps({"itos": itos}))
+        own = CharTokenizer("".join(itos.values()))
+        assert load(folder, own_tokenizer=own)[0].tokenizer is own
+        other = CharTokenizer("".join(itos.values())[::-1])
+        with pytest.raises(
+            ValueError, match="are of the tokenizer beside them, and not"
+        ):
+            load(folder, own_tokenizer=other)
 
     def test_gpt2s_tokenizer_out_of_reach_stops_no_training(self, folder, monkeypatch):
         def offline(log):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -78,6 +79,19 @@ def test_a_text_in_chunks_has_the_tokens_of_the_whole(gpt2, reference, chunks, s
         patch.setattr(tokenizer, "_PIECE", size)
         ids = [i for part in gpt2.encode_chunks(chunks) for i in part.tolist()]
     assert ids == reference.encode_ordinary("".join(chunks))
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_no_cut_is_seen_in_runs_of_blanks_and_lines(gpt2, reference, monkeypatch, size):
+    text = "a   b\n\n\nc \r\n\t\t d\r\r\n  \n 12\x1c\x1c 'll\u3000 \n\ne\x85\n  "
+    monkeypatch.setattr(tokenizer, "_PIECE", size)
+    assert gpt2.encode(text).tolist() == reference.encode_ordinary(text)
+
+
+def test_lines_that_end_in_any_way_are_cut_into_pieces():
+    for line in ("汉字\r\n", "汉字\n", "汉字\t", "汉字 "):
+        pieces = [p for some in tokenizer._pieces([line * 40_000]) for p in some]
+        assert len(pieces) > 1
 
 
 @given(st.lists(st.integers(0, 50256), max_size=20))
@@ -169,6 +183,25 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path, change):
         ValueError, match=r"tokenizer\.json is not a tokenizer of jaxgpt"
     ):
         load_tokenizer(path)
+
+
+def test_what_a_saved_tokenizer_would_cut_or_fill_up_stays_as_it_is(tmp_path, gpt2):
+    library = tokenizers.Tokenizer.from_str(gpt2.to_json())
+    library.enable_truncation(4)
+    library.enable_padding(length=64)
+    library.save(str(tmp_path / "tokenizer.json"))
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    text = "To be, or not to be: that is the question."
+    assert again.encode(text).tolist() == gpt2.encode(text).tolist()
+
+
+def test_added_tokens_decode_to_their_content(tmp_path, gpt2):
+    library = tokenizers.Tokenizer.from_str(gpt2.to_json())
+    library.add_special_tokens(["<| é |>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    assert again.vocab_size == 50258
+    assert again.decode([50257]) == "<| é |>"
 
 
 def offline(*args):

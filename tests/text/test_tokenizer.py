@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt.text.pretrained import load_nanogpt_meta, save_nanogpt_meta
-from jaxgpt.text.tokenizer import BPETokenizer, CharTokenizer, fits, load_tokenizer
+from jaxgpt.text.tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    encode_prompt,
+    fits,
+    load_tokenizer,
+)
 
 TEXT = "To be, or not to be: that is the question 🙂.\n" * 20
 
@@ -125,6 +131,16 @@ def test_a_vocabulary_that_cannot_be_is_refused(text, vocab_size, message):
 def test_only_bpe_may_leave_rows_of_the_embedding_to_spare(bpe):
     assert [fits(bpe, size) for size in (279, 280, 320, None)] == [0, 1, 1, 0]
     assert [fits(CharTokenizer("ab"), size) for size in (1, 2, 3)] == [0, 1, 0]
+
+
+def test_a_prompt_may_part_documents_and_ordinary_text_may_not(bpe):
+    prompt = "<|endoftext|>to be<|endoftext|><|endoftext|>"
+    inner = bpe.encode("to be").tolist()
+    assert encode_prompt(bpe, prompt).tolist() == [279, *inner, 279, 279]
+    assert encode_prompt(bpe, "to be").tolist() == inner
+    assert 279 not in bpe.encode(prompt)
+    chars = CharTokenizer.from_text(prompt)
+    assert encode_prompt(chars, prompt).tolist() == chars.encode(prompt).tolist()
 
 
 def test_nanogpt_meta_comes_back_as_it_was_written(tmp_path):
