@@ -5,7 +5,13 @@ from conftest import TINY, changed
 
 from jaxgpt import CharTokenizer, load_run
 from jaxgpt.models import build_model
-from jaxgpt.run import claim_run, clear_run, save_config
+from jaxgpt.run import (
+    claim_run,
+    clear_run,
+    find_checkpoint,
+    load_start,
+    save_config,
+)
 from jaxgpt.training.checkpoint import open_checkpoints, save_state
 from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import create_state
@@ -109,6 +115,20 @@ def test_two_trainings_never_share_a_directory(run_dir):
         pass
     with claim(run_dir, resume=True):
         pass
+
+
+def test_a_start_is_from_the_very_checkpoint_that_was_found(run_dir):
+    later = jax.tree.map(lambda leaf: leaf + 1, STATE)
+    with open_checkpoints(run_dir / "checkpoints", create=True) as checkpoints:
+        save_state(checkpoints, later, 2.0)
+    for which, state in (("best", STATE), ("latest", later), ("0", STATE)):
+        checkpoint = find_checkpoint(run_dir, which)
+        config = changed(TINY, train={"init_from": str(checkpoint)})
+        jax.tree.map(np.testing.assert_array_equal, load_start(config), state.params)
+    assert load_start(TINY) is None
+    other = changed(config, model={"n_embd": 32})
+    with pytest.raises(ValueError, match=rf"{checkpoint} is of another config"):
+        load_start(other)
 
 
 def test_what_a_run_lacks_is_named(run_dir, tmp_path):

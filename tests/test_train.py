@@ -20,7 +20,9 @@ def run(config, run_dir, *, resume=False, overwrite=False):
 
 def losses(run_dir):
     rows = read_rows(run_dir / "metrics.jsonl")
-    return [(r["step"], r["loss"]) for r in rows if r["event"] == "train"]
+    found = [(r["step"], r["loss"]) for r in rows if r["event"] == "train"]
+    assert found
+    return found
 
 
 def assert_same_parameters(one_dir, other_dir):
@@ -89,7 +91,8 @@ def test_a_dry_run_needs_no_corpus_and_picks_the_preset_for_the_device(
 @pytest.fixture
 def tales(text_file):
     """A config that trains on the small text in a second, in this process."""
-    config = changed(TINY, model={"vocab_size": None}, train={"checkpoint_interval": 4})
+    often = {"checkpoint_interval": 4, "log_interval": 1}
+    config = changed(TINY, model={"vocab_size": None}, train=often)
     return changed(config, data={"path": (str(text_file),)})
 
 

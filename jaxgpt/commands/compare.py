@@ -60,6 +60,8 @@ def compare(
     """
     if sum(source is not None for source in (hf, nanogpt, run_dir)) > 1:
         raise ValueError("--hf, --nanogpt and --run-dir exclude each other; choose one")
+    if checkpoint != "best" and run_dir is None:
+        raise ValueError(f"--checkpoint {checkpoint} is one of --run-dir's; give that")
     name, config, params, reference = _both_sides(
         hf, nanogpt, run_dir, checkpoint, seed
     )

@@ -2,10 +2,10 @@
 
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
-from tyro.conf import FlagCreatePairsOff, Positional
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from jaxgpt.config import Config
 from jaxgpt.interop.huggingface import (
@@ -45,8 +45,8 @@ Format = Literal["nanogpt", "huggingface"]
 
 def import_(
     format: Positional[Format],
-    source: Positional[str],
-    run_dir: Positional[Path],
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR")],
     meta: Path | None = None,
     tokenizer: str | None = None,
     overwrite: FlagCreatePairsOff[bool] = False,
@@ -112,8 +112,8 @@ def _its_tokenizer(folder: Path) -> Tokenizer | None:
 
 def export(
     format: Positional[Format],
-    run_dir: Positional[Path],
-    target: Positional[Path],
+    run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR")],
+    target: Annotated[Positional[Path], arg(metavar="TARGET")],
     checkpoint: str = "best",
     dataset: str | None = None,
     overwrite: FlagCreatePairsOff[bool] = False,

@@ -6,6 +6,7 @@ Source: transformers, models/gpt2 (configuration_gpt2.py, modeling_gpt2.py).
 import dataclasses
 import json
 from contextlib import ExitStack
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -45,9 +46,8 @@ _FIXED = {
     "tie_word_embeddings": True,
 }
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_INDEX = (
-    f"{_WEIGHTS}.index.json"  # which file has which tensor, where there are several
-)
+# Which file has which tensor, where there are several.
+_INDEX = f"{_WEIGHTS}.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 # What would be mixed with an exported model if it lay there before.
 _OF_ANOTHER_MODEL = (
@@ -72,12 +72,12 @@ def find_model(source: str) -> Path:
         raise NotADirectoryError(f"{source} is a file; give the directory of a model")
     import huggingface_hub  # slow to import, and only needed here
 
-    reason = None
+    reason: Exception | None = None
     try:
         download(huggingface_hub.hf_hub_url(source, _CONFIG))
     except HTTPError:
         pass  # the hub is there, and its own client tells best what it minds
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = error
     try:
         folder = huggingface_hub.snapshot_download(
@@ -88,7 +88,7 @@ def find_model(source: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
             f"{source} is no directory here, and the hub gave no model of that name: "
-            + str(reason or error).splitlines()[0]
+            + str(reason or error).partition("\n")[0]
         ) from error
     return Path(folder)
 

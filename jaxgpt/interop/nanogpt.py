@@ -121,7 +121,7 @@ def _load(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors and plain values, or is no checkpoint; "
-            f"it was not read: {str(error).splitlines()[0]}"
+            "it was not read: " + str(error).partition("\n")[0]
         ) from error
     except Exception as error:  # of many kinds, for a file that is damaged
         raise ValueError(f"{path} is not a checkpoint of PyTorch: {error}") from error

@@ -179,6 +179,7 @@ def test_a_number_that_is_none_is_no_agreement():
     ("arguments", "message"),
     [
         (["--hf", "x", "--run-dir", "y"], "exclude each other; choose one"),
+        (["--checkpoint", "7"], "--checkpoint 7 is one of --run-dir's; give that"),
         (["--length", "65"], "length=65 must be from 1 to block_size=64"),
         (["--length", "0"], "length=0 must be from 1"),
         (["--steps", "-1"], "steps=-1 and"),

@@ -70,6 +70,22 @@ def test_a_stride_reads_the_same_tokens_in_another_way(evaluate):
     assert overlapping["nats_per_token"] != plain["nats_per_token"]
 
 
+def test_other_text_than_the_runs_can_be_given(evaluate, tiny_run, tmp_path):
+    run = load_run(tiny_run)
+    text = tmp_path / "other.txt"
+    text.write_text("be to not or " * 60)
+    out, err = evaluate("--json", "--data-path", text)
+    assert f"evaluating on the val split of {text}" in err
+    report, own = json.loads(out), json.loads(evaluate("--json").out)
+    assert report["tokens"] == 13 * 60 - int(0.9 * 13 * 60) - 1
+    assert report["nats_per_token"] != own["nats_per_token"]
+    tokens = np.resize(run.tokenizer.encode("be to not or "), 400).astype(np.uint16)
+    for split in ("train", "val"):
+        tokens.tofile(tmp_path / f"{split}.bin")
+    report = json.loads(evaluate("--json", "--data-path", tmp_path).out)
+    assert report["tokens"] == 399
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
