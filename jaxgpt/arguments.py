@@ -12,7 +12,13 @@ import tyro
 
 from jaxgpt.config import Config
 from jaxgpt.presets import PRESETS, default_preset
-from jaxgpt.run import TOKENIZER, find_checkpoint, has_run, load_config
+from jaxgpt.run import (
+    TOKENIZER,
+    check_readable,
+    find_checkpoint,
+    has_run,
+    load_config,
+)
 from jaxgpt.runtime import log_line
 
 _OF_TRAINING = ("dropout", "compute_dtype", "remat")  # fields that leave weights alone
@@ -72,6 +78,11 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
         saved = load_config(run_dir)
         config = _parse(flags, saved)
         _check_same_model(saved, config)
+        if (run_dir / TOKENIZER).exists():
+            _check_same_tokenizer(saved, config)
+        if not saved.data.sha256:
+            text = ", ".join(config.data.path) or config.data.corpus
+            log_line(f"{run_dir} was imported; --data.path gives its text, now {text}")
         return config, run_dir, options
     if options.resume and not preset:
         raise FileNotFoundError(
@@ -144,11 +155,17 @@ def _check_start(start: Config, config: Config, run_dir: Path) -> None:
             f"{start.model.block_size} positions that the run has learnt; give fewer"
         )
     _check_same_model(start, config, but=("block_size", *_OF_TRAINING))
-    before, after = start.data.tokenizer, config.data.tokenizer
-    if after != before and (after == "bpe" or Path(before).is_file()):
+    if Path(start.data.tokenizer).is_file() or config.data.tokenizer == "bpe":
+        _check_same_tokenizer(start, config)
+    else:
+        check_readable(Path(start.train.init_from).parent.parent, config.data)
+
+
+def _check_same_tokenizer(saved: Config, config: Config) -> None:
+    if config.data.tokenizer != saved.data.tokenizer:
         raise ValueError(
-            f"--data.tokenizer {after} is not the one that the run was trained with; "
-            "leave it out"
+            f"--data.tokenizer {config.data.tokenizer} can't replace the run's own, "
+            "whose ids the model knows; leave it out"
         )
 
 

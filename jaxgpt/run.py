@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows has no flock: there, nothing keeps a second training out
     fcntl = None  # type: ignore[assignment]
 
-from jaxgpt.config import Config, MeshConfig
+from jaxgpt.config import Config, DataConfig, MeshConfig
 from jaxgpt.models import build_model, crop_block_size, parameter_shapes
 from jaxgpt.runtime import ASIDE, replace_file
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
@@ -128,12 +128,19 @@ def own_tokenizer(run_dir: Path, config: Config) -> Tokenizer | None:
     """
     tokenizer, data = saved_tokenizer(run_dir), config.data
     imported = not data.sha256
-    if not tokenizer and imported and data.tokenizer == "char" and not data.has_tokens:
-        raise ValueError(
-            f"{run_dir} was imported without a tokenizer, so its text can't be read; "
-            "give --data.tokenizer, or import it again with --tokenizer or --meta"
-        )
+    if not tokenizer and imported:
+        check_readable(run_dir, data)
     return tokenizer
+
+
+def check_readable(run_dir: Path, data: DataConfig) -> None:
+    """Raises ValueError if a model without a tokenizer would get one by chance."""
+    if data.tokenizer == "char" and not data.has_tokens:
+        raise ValueError(
+            f"{run_dir} has no tokenizer, so its model can't read text; give the "
+            "--data.tokenizer it was trained with, or import it with --tokenizer or "
+            "--meta"
+        )
 
 
 def text_tokenizer(run: Run) -> Tokenizer:
@@ -150,7 +157,7 @@ def text_tokenizer(run: Run) -> Tokenizer:
 def load_state(
     run_dir: Path, checkpoint: str | int = "best"
 ) -> tuple[Config, TrainState, float | None]:
-    """Reads the config, the state of a checkpoint, and its validation loss if any.
+    """Reads the config, the state of a checkpoint, and the best validation loss if any.
 
     The state's opt_state is None where only parameters were imported. Raises as
     `load_run` does.
@@ -166,7 +173,7 @@ def load_state(
         else:
             run = load_run(run_dir, step)
             state = TrainState(jnp.asarray(step), run.params, None)
-        metrics = checkpoints.metrics(step) or {}
+        metrics = checkpoints.metrics(find_step(checkpoints, "best")) or {}
     return config, state, metrics.get("val_loss")
 
 
@@ -200,8 +207,8 @@ def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]
     if ours and {CONFIG, CHECKPOINTS} & found:
         if not (resume or overwrite):
             raise FileExistsError(
-                f"{run_dir} already holds a run; go on with --resume, replace it with "
-                "--overwrite, or choose another --out-dir"
+                f"{run_dir} already holds a run; go on with `train.py --resume`, "
+                "replace it with --overwrite, or choose another directory"
             )
     elif foreign := sorted(
         name for name in found - set(_OWN if ours else ()) if not name.endswith(ASIDE)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, changed
 
-from jaxgpt import Config
+from jaxgpt import CharTokenizer, Config
 from jaxgpt.arguments import parse_arguments
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import load_config, save_config
@@ -150,7 +150,7 @@ def test_a_start_from_a_run_takes_its_model_and_tokenizer_and_the_presets_rest(
     [
         (["--model.n-layer", "3"], r"--model\.n-layer 3 contradicts the run"),
         (["--model.vocab-size", "12"], r"--model\.vocab-size 12 contradicts the run"),
-        (["--data.tokenizer", "gpt2"], r"--data\.tokenizer gpt2 is not the one"),
+        (["--data.tokenizer", "gpt2"], r"tokenizer gpt2 can't replace the run's own"),
         (["--model.block-size", "9"], "9 is more than the 8 positions"),
         (["--checkpoint", "7"], "checkpoint '7' is not one of: best, latest, 8"),
         (["--out-dir", "RUN"], "is the run to start from; give another --out-dir"),
@@ -161,6 +161,26 @@ def test_a_start_that_contradicts_the_run_is_refused(tiny_run, argv, message):
     argv = [str(tiny_run) if word == "RUN" else word for word in argv]
     with pytest.raises(ValueError, match=message):
         parse_arguments(["smoke", "--init-from", str(tiny_run), *argv])
+
+
+def test_a_resumed_run_keeps_its_tokenizer(tiny_run):
+    argv = ["--out-dir", str(tiny_run), "--resume", "--data.tokenizer", "gpt2"]
+    with pytest.raises(ValueError, match="tokenizer gpt2 can't replace the run's own"):
+        parse_arguments(argv)
+
+
+def test_a_start_without_a_tokenizer_gets_none_by_chance(tiny_run, tmp_path, text_file):
+    shutil.copytree(tiny_run, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    argv = ["smoke", "--init-from", str(tmp_path / "base")]
+    with pytest.raises(
+        ValueError, match=r"base has no tokenizer.* --data\.tokenizer it"
+    ):
+        parse_arguments([*argv, "--data.path", str(text_file)])
+    assert config_of(*argv, "--data.path", str(tmp_path)).data.path == (str(tmp_path),)
+    assert config_of(*argv, "--data.tokenizer", "gpt2").data.tokenizer == "gpt2"
+    with pytest.raises(ValueError, match="bpe can't replace"):
+        parse_arguments([*argv, "--data.tokenizer", "bpe"])
 
 
 def test_a_start_needs_a_run(tmp_path, run_dir):
@@ -194,7 +214,7 @@ def test_the_fine_tuning_preset_starts_from_the_run_that_its_text_names(
 def test_a_start_from_a_run_that_reads_no_dropout_leaves_it_alone(tmp_path, bigram):
     model, params = bigram
     config = changed(TINY, model=vars(model.config))
-    save_config(tmp_path, config, None)
+    save_config(tmp_path, config, CharTokenizer("abcdefghijk"))
     with open_checkpoints(tmp_path / "checkpoints", create=True) as checkpoints:
         save_params(checkpoints, 0, params)
     assert config_of("smoke", "--init-from", str(tmp_path)).model == model.config

@@ -1,6 +1,7 @@
 """JAX beside PyTorch: the same weights, the same batches, every difference."""
 
 import dataclasses
+import math
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,12 @@ def compare(
             "source": name,
             "passed": not failed,
             "checks": [
-                dataclasses.asdict(check) | {"passed": check.passed} for check in checks
+                {
+                    name: _plain(value)
+                    for name, value in dataclasses.asdict(check).items()
+                }
+                | {"passed": check.passed}
+                for check in checks
             ],
         }
         print(dumps(report))
@@ -94,6 +100,11 @@ def compare(
         Console().print(table(checks))
         print(f"{len(checks) - len(failed)} of {len(checks)} within tolerance")
     return int(bool(failed))
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it, which knows no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(checks: list[Check]) -> Table:

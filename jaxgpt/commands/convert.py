@@ -1,5 +1,6 @@
 """Foreign weights become a run, and a run foreign weights: import and export."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +17,7 @@ from jaxgpt.interop.huggingface import (
 )
 from jaxgpt.interop.nanogpt import read_nanogpt, write_nanogpt
 from jaxgpt.run import (
+    TOKENIZER,
     claim_run,
     clear_run,
     load_run,
@@ -61,8 +63,10 @@ def import_(
         tokenizer: gpt2, or a path to a saved one; for weights that come without
         overwrite: replace the run in run-dir
     """
-    if meta and (tokenizer or format == "huggingface"):
-        raise ValueError("--meta is nanoGPT's tokenizer; leave it out, or --tokenizer")
+    if meta and format == "huggingface":
+        raise ValueError("--meta is of nanoGPT's data; leave it out")
+    if meta and tokenizer:
+        raise ValueError("--meta and --tokenizer exclude each other; choose one")
     if format == "nanogpt":
         config, state, val_loss = read_nanogpt(Path(source), log_line)
     else:
@@ -83,6 +87,10 @@ def import_(
             f"the tokenizer has {found.vocab_size} tokens, and the embedding table "
             f"{vocab_size} rows; give the one that the model was trained with"
         )
+    if found:
+        its_own = str(run_dir.resolve() / TOKENIZER)
+        data = dataclasses.replace(config.data, tokenizer=its_own)
+        config = dataclasses.replace(config, data=data)
     with claim_run(run_dir, resume=False, overwrite=overwrite):
         aside = run_dir / f"{CHECKPOINTS}{ASIDE}"
         shutil.rmtree(aside, ignore_errors=True)

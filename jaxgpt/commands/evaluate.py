@@ -32,7 +32,7 @@ def evaluate(
     Args:
         run_dir: as train.py --out-dir made it
         checkpoint: best (lowest val loss), latest, or a step
-        split: which part of the run's corpus
+        split: which part of the text: the first 90%, or the last 10%
         stride: slide by N tokens, and count the last N of each window; else no overlap
         batch_size: windows at once, over all devices; the result does not depend on it
         data_path: other text than the run's: files, or a directory of token files

@@ -189,6 +189,8 @@ def _read_config(path: Path) -> ModelConfig:
         raise FileNotFoundError(f"{path.parent} is no model: it has no {path.name}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected a JSON object, found {found!r:.40}")
         kind = found["model_type"]
         if kind != "gpt2":
             raise ValueError(f"a {kind} model is not supported; GPT-2 (gpt2) is")
@@ -228,7 +230,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not (folder / _WEIGHTS).is_file() and (folder / _INDEX).is_file():
         try:
             index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            names = sorted(set(index["weight_map"].values()))
+            names = sorted({str(name) for name in index["weight_map"].values()})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{_INDEX} is damaged: {error!r}") from error
     for name in names:
@@ -273,10 +275,13 @@ def _characters_as_words(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
 def _exported_characters(path: Path) -> str:
     """The characters of a CharTokenizer that was exported; of another file, none."""
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model, split = content["model"], content["pre_tokenizer"]["type"] == "Split"
         words: dict[str, int] = model["vocab"] if model["type"] == "WordLevel" else {}
     except (ValueError, KeyError, TypeError):
         return ""  # load_tokenizer tells what is wrong with it
-    if any(len(word) != 1 for word in words):
+    in_order = sorted(words.values()) == list(range(len(words)))
+    alone = all(len(word) == 1 for word in words)
+    if not (split and in_order and alone) or content["normalizer"]:
         return ""
     return "".join(sorted(words, key=words.__getitem__))

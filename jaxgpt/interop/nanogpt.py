@@ -5,6 +5,7 @@ Source: nanoGPT train.py, and model.py (`configure_optimizers`).
 
 import dataclasses
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,8 @@ def read_nanogpt(
         config = _config(checkpoint, log)
         tensors = checkpoint["model"]
         step = int(checkpoint["iter_num"])
+        if step < 0:
+            raise ValueError(f"iter_num={step} must be at least 0")
         params = _params(tensors, config.model)
         opt_state = _read_optimizer(checkpoint, config, params, log)
         val_loss = float(checkpoint.get("best_val_loss", _NO_LOSS_YET))
@@ -114,17 +117,23 @@ def _load(path: Path) -> dict[str, Any]:
     torch = required("torch")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a ckpt.pt of nanoGPT")
+    mapped = zipfile.is_zipfile(path)
     try:
-        checkpoint = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=mapped
+            )
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors and plain values, or is no checkpoint; "
-            "it was not read: " + str(error).partition("\n")[0]
+            f"{path} holds more than tensors and plain values, or is no checkpoint; no "
+            "code in it was run"
         ) from error
     except Exception as error:  # of many kinds, for a file that is damaged
-        raise ValueError(f"{path} is not a checkpoint of PyTorch: {error}") from error
+        raise ValueError(
+            f"{path} is not a checkpoint of PyTorch ({type(error).__name__}: "
+            + str(error).partition("\n")[0]
+            + ")"
+        ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"{path} is not a checkpoint of nanoGPT, but one {checkpoint!r:.40}"
@@ -137,7 +146,7 @@ def _params(tensors: dict[str, Any], config: ModelConfig) -> Any:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
     def read(name: str) -> np.ndarray:
-        return tensors[name].float().numpy()  # NumPy has no bfloat16
+        return tensors[name].detach().float().numpy()  # NumPy has no bfloat16
 
     params = from_state_dict(shapes, read, config, out_in=True)
     return jax.tree.map(jnp.asarray, params)

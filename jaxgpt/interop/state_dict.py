@@ -15,7 +15,7 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.models import parameter_shapes
 
 _BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-_MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # buffers, no parameters
+MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # buffers, no parameters
 _WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"  # one and the same tensor
 
 
@@ -69,7 +69,12 @@ def from_state_dict(
 
     Raises ValueError that names what is missing, too much, or of another shape.
     """
-    found = {_plain_name(name): name for name in shapes if not _MASKS.search(name)}
+    found: dict[str, str] = {}
+    for name in shapes:
+        if not MASKS.search(name) and (plain := plain_name(name)) in found:
+            raise ValueError(f"{found[plain]} and {name} are two tensors for {plain}")
+        if not MASKS.search(name):
+            found[plain] = name
     expected = flatten_dict(parameter_shapes(config))
     leaves = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in expected.items()}
     views = {
@@ -97,7 +102,8 @@ def from_state_dict(
     return unflatten_dict(leaves)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The name without what torch.compile adds, and with what the hub leaves out."""
     name = name.removeprefix("_orig_mod.")
     return (
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"

@@ -28,7 +28,13 @@ from jaxgpt.config import (
 from jaxgpt.generation.decode import generate_tokens
 from jaxgpt.interop import required
 from jaxgpt.interop.huggingface import ACTIVATIONS
-from jaxgpt.interop.state_dict import check_gpt, from_state_dict, to_state_dict
+from jaxgpt.interop.state_dict import (
+    MASKS,
+    check_gpt,
+    from_state_dict,
+    plain_name,
+    to_state_dict,
+)
 from jaxgpt.models import build_model
 from jaxgpt.text.batches import batch
 from jaxgpt.training.objective import token_losses
@@ -99,14 +105,14 @@ def gpt2_of_nanogpt(config: ModelConfig, path: Path) -> Any:
     """A GPT-2 of transformers' with the weights of a ckpt.pt, which it transposes."""
     torch = required("torch")
     tensors = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    tensors = {name.removeprefix("_orig_mod."): t for name, t in tensors.items()}
+    tensors = {plain_name(name): t for name, t in tensors.items()}
     linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     return _fill(
         config,
         {
             name: tensor.T if name.endswith(linear) else tensor
             for name, tensor in tensors.items()
-            if not name.endswith(".attn.bias")  # the mask
+            if not MASKS.search(name)
         },
     )
 

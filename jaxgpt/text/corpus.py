@@ -34,6 +34,7 @@ from jaxgpt.text.tokenizer import (
     codepoints,
     fits,
     load_tokenizer,
+    same_tokens,
 )
 
 SPLITS = ("train", "val")
@@ -279,7 +280,7 @@ def _tokenizer_of_tokens(
             log(f"going on without a tokenizer, which only text needs: {error}")
     elif not own and name != "char":
         tokenizer = find_tokenizer(name, log)
-    if tokenizer and beside and tokenizer.to_json() != beside.to_json():
+    if tokenizer and beside and not same_tokens(tokenizer, beside):
         raise ValueError(
             f"the tokens in {folder} are of the tokenizer beside them, and not of this "
             "model's; tokenize the text anew"
@@ -293,6 +294,13 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
     folder = runtime.cache_dir() / "tokens" / f"{text.sha256}-{fingerprint[:16]}"
     if _is_whole(folder):
         return folder
+    if isinstance(tokenizer, CharTokenizer):
+        lacking = "".join(sorted(set(text.characters) - set(tokenizer.characters)))
+        if lacking:
+            raise ValueError(
+                f"{', '.join(map(str, text.paths))}: characters {lacking!r:.80} are "
+                f"not in the vocabulary of {tokenizer.vocab_size}; give another text"
+            )
     shutil.rmtree(folder, ignore_errors=True)  # of files that were cut or lost since
     log(f"tokenizing {text.length:,} characters into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)

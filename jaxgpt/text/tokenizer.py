@@ -122,6 +122,11 @@ class BPETokenizer:
         self._tokenizer = tokenizer
         self._bytes = [b""] * self.vocab_size
         alphabet = _byte_alphabet()
+        if missing := sorted(alphabet.keys() - vocab.keys()):
+            raise ValueError(
+                f"it has no token for {len(missing)} of the 256 bytes, and would lose "
+                f"text; the first is {missing[0]!r}"
+            )
         for token, id_ in vocab.items():
             self._bytes[id_] = (
                 token.encode()
@@ -153,7 +158,7 @@ class BPETokenizer:
           chunks: the text, in order.
           vocab_size: tokens in all: 256 bytes, the merges, and END_OF_TEXT at last.
 
-        Raises ValueError if the text has not as many merges, or they are negative.
+        Raises ValueError if vocab_size is below 257, or above what the text gives.
         """
         if vocab_size < 257:
             raise ValueError(
@@ -198,7 +203,9 @@ class BPETokenizer:
         for part, holds in gpt2s.items():
             if not holds:
                 raise ValueError(f"its {part} is not that of GPT-2's byte-level BPE")
-        return cls(tokenizers.Tokenizer.from_str(content))
+        for token in found["added_tokens"]:
+            token["special"] = True  # so that `__init__` makes text of them all
+        return cls(tokenizers.Tokenizer.from_str(json.dumps(found)))
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, i32 [tokens]; half a surrogate pair becomes U+FFFD."""
@@ -280,6 +287,14 @@ def fits(tokenizer: Tokenizer, vocab_size: int | None) -> bool:
     if isinstance(tokenizer, CharTokenizer):
         return tokenizer.vocab_size == vocab_size
     return vocab_size is not None and tokenizer.vocab_size <= vocab_size
+
+
+def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether both give every id the same bytes."""
+    return one.vocab_size == other.vocab_size and all(
+        one.decode_bytes([id_]) == other.decode_bytes([id_])
+        for id_ in range(one.vocab_size)
+    )
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

@@ -58,8 +58,10 @@ def test_a_nanogpt_checkpoint_becomes_a_run_like_any_other(
     assert 3.9 < report["nats_per_token"] < 4.5  # ln 65 = 4.17
     # and it goes on training where nanoGPT stopped
     flags = ["--out-dir", run_dir, "--resume", "--data.path", text_file]
-    call("train.py", *flags, "--train.max-steps", "9")
+    _, err = call("train.py", *flags, "--train.max-steps", "9")
+    assert f"--data.path gives its text, now {text_file}" in err
     assert load_run(run_dir, "latest").step == 9
+    assert load_run(run_dir).config.data.tokenizer == str(run_dir / "tokenizer.json")
 
 
 def test_nanogpt_comes_back_out_as_it_went_in(call, ckpt, tmp_path):
@@ -102,7 +104,9 @@ def test_an_import_without_tokenizer_is_given_none_by_chance(
     call("jaxgpt", "import", "nanogpt", ckpt, tmp_path / "run")
     flags = ["--out-dir", tmp_path / "run", "--resume", "--data.path", text_file]
     flags += ["--train.max-steps", "6"]
-    with pytest.raises(ValueError, match=r"imported without .* give --data\.tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"run has no tokenizer.* give the --data\.tokenizer"
+    ):
         call("train.py", *flags)
     CharTokenizer(CHARACTERS).save(tmp_path / "own.json")
     call("train.py", *flags, "--data.tokenizer", tmp_path / "own.json")
@@ -306,7 +310,10 @@ def test_weights_that_cannot_be_read_replace_no_run(call, tiny_run, tmp_path, ck
     [
         (["import", "huggingface", "GPT2", "RUN", "--meta", "m"], "leave it out"),
         (["export", "huggingface", "RUN", "x", "--dataset", "d"], "leave it out"),
-        (["import", "nanogpt", "CKPT", "RUN", "--meta", "m", "--tokenizer", "t"], "or"),
+        (
+            ["import", "nanogpt", "CKPT", "RUN", "--meta", "m", "--tokenizer", "t"],
+            "exclude each other",
+        ),
         (
             ["import", "nanogpt", "CKPT", "RUN", "--tokenizer", "gpt3"],
             "tokenizer 'gpt3'",

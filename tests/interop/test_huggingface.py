@@ -223,7 +223,7 @@ def test_a_width_that_is_spelt_out_is_no_other_architecture(tmp_path):
     [
         ("config.json", b"{", r"config\.json: "),
         ("config.json", b"{}", "it has no 'model_type'"),
-        ("config.json", b"[]", r"config\.json: "),
+        ("config.json", b"[]", r"config\.json: expected a JSON object"),
         ("model.safetensors", b"no tensors", "gpt2: "),
         ("tokenizer.json", b"{}", r"tokenizer\.json is not a tokenizer"),
         ("tokenizer.json", b"{", r"tokenizer\.json is not a tokenizer"),
@@ -286,10 +286,11 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_tokenizer_of_words_is_not_taken_for_characters(folder):
     words = huggingface._characters_as_words(CharTokenizer("ab"))
     content = json.loads(words.to_str())
-    content["model"]["vocab"] = {"to": 0, "be": 1}
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="its model is not that of GPT-2's"):
-        read_tokenizer(folder)
+    for vocab in ({"to": 0, "be": 1}, {"a": 0, "b": 2}):
+        content["model"]["vocab"] = vocab
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="its model is not that of GPT-2's"):
+            read_tokenizer(folder)
 
 
 def test_a_rung_of_the_ladder_is_no_gpt2(tmp_path):

@@ -195,6 +195,24 @@ def test_what_a_saved_tokenizer_would_cut_or_fill_up_stays_as_it_is(tmp_path, gp
     assert again.encode(text).tolist() == gpt2.encode(text).tolist()
 
 
+def test_added_tokens_are_ordinary_text_too(tmp_path, gpt2, reference):
+    content = json.loads(gpt2.to_json())
+    content["added_tokens"][0] |= {"special": False, "lstrip": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    text = "to be <|endoftext|> or"
+    assert again.encode(text).tolist() == reference.encode_ordinary(text)
+
+
+def test_a_vocabulary_that_lacks_a_byte_is_refused(tmp_path, gpt2):
+    content = json.loads(gpt2.to_json())
+    del content["model"]["vocab"]["Z"]
+    content["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"no token for 1 of the 256 bytes.* 'Z'"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
 def test_added_tokens_decode_to_their_content(tmp_path, gpt2):
     library = tokenizers.Tokenizer.from_str(gpt2.to_json())
     library.add_special_tokens(["<| é |>"])
