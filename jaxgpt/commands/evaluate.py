@@ -1,4 +1,4 @@
-"""The exact loss of a run on its corpus."""
+"""The exact loss of a run on its corpus, or on other text."""
 
 import dataclasses
 import math
