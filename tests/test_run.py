@@ -10,6 +10,7 @@ from jaxgpt.run import (
     clear_run,
     find_checkpoint,
     load_start,
+    load_state,
     save_config,
 )
 from jaxgpt.training.checkpoint import open_checkpoints, save_state
@@ -129,6 +130,15 @@ def test_a_start_is_from_the_very_checkpoint_that_was_found(run_dir):
     other = changed(config, model={"n_embd": 32})
     with pytest.raises(ValueError, match=rf"{checkpoint} is of another config"):
         load_start(other)
+
+
+def test_a_state_comes_with_the_runs_best_loss_whichever_step_it_is_of(run_dir):
+    later = STATE.replace(step=STATE.step + 1)
+    with open_checkpoints(run_dir / "checkpoints", create=True) as checkpoints:
+        save_state(checkpoints, later, 2.0)
+    for which, step in (("best", 0), ("latest", 1)):
+        config, state, val_loss = load_state(run_dir, which)
+        assert (config, int(state.step), val_loss) == (TINY, step, 1.0)
 
 
 def test_what_a_run_lacks_is_named(run_dir, tmp_path):
