@@ -223,14 +223,23 @@ class TrainConfig:
 class MeshConfig:
     """How the devices are arranged."""
 
-    data: int = -1  # devices that share each batch; -1: as many as divide it
+    # groups of devices that share each batch; -1: as many as remain and divide it
+    data: int = -1
+    # devices that share the batch and, in parts, the parameters; -1: as many as divide
+    # the batch and n_embd
+    fsdp: int = 1
+    tensor: int = 1  # devices that share the heads and channels of the same rows
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check(
-            self.data == -1 or self.data >= 1,
-            f"mesh.data={self.data} must be -1 (all devices) or at least 1",
-        )
+        for name in ("data", "fsdp"):
+            size = getattr(self, name)
+            _check(
+                size == -1 or size >= 1,
+                f"mesh.{name}={size} must be -1 (the devices that remain) or at least "
+                "1",
+            )
+        _check(self.tensor >= 1, f"mesh.tensor={self.tensor} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -268,6 +277,12 @@ class Config:
             self.data.tokenizer != "bpe" or self.model.vocab_size is not None,
             "tokenizer=bpe is trained to as many tokens as you choose; say how many, "
             "as in --model.vocab-size 1024",
+        )
+        _check(
+            self.model.architecture == "gpt" or self.mesh.fsdp == self.mesh.tensor == 1,
+            f"mesh.fsdp={self.mesh.fsdp} and mesh.tensor={self.mesh.tensor} change "
+            f"nothing with architecture={self.model.architecture}, whose parameters "
+            "every device holds; leave them at 1",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import re
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -76,6 +77,13 @@ def test_a_config_comes_back_from_json_as_it_was(preset):
         (TrainConfig, {"max_steps": 0}, "max_steps=0 must be at least 1"),
         (TrainConfig, {"seed": -1}, "seed=-1 must be from 0 to 4294967295"),
         (MeshConfig, {"data": 0}, "mesh.data=0 must be -1"),
+        (MeshConfig, {"fsdp": -2}, "mesh.fsdp=-2 must be -1"),
+        (MeshConfig, {"tensor": -1}, "mesh.tensor=-1 must be at least 1"),
+        (
+            partial(Config, ModelConfig(architecture="residual")),
+            {"mesh": MeshConfig(fsdp=2)},
+            "mesh.fsdp=2 and mesh.tensor=1 change nothing with architecture=residual",
+        ),
     ],
 )
 def test_a_value_out_of_range_is_named_with_a_way_out(section, fields, message):

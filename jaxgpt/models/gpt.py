@@ -14,9 +14,11 @@ from jaxgpt.config import ModelConfig
 from jaxgpt.models.cache import KVCache
 from jaxgpt.models.layers import (
     INIT_STD,
+    RESIDUAL,
     Block,
     Dropout,
     check_length,
+    constrain,
     dropout_rows,
     layer_norm,
 )
@@ -72,14 +74,14 @@ class GPT(nn.Module):
         rows_B = dropout_rows(B, deterministic, rows_B)
 
         def body(block: Block, x_BTC: jax.Array) -> tuple[jax.Array, None]:
-            return block(x_BTC, rows_B), None
+            return constrain(block(x_BTC, rows_B), RESIDUAL), None
 
         if self.config.remat:
             body = nn.remat(body, prevent_cse=False)
         x_BTC = self.wte(tokens_BT) + self.wpe(jnp.arange(T))
-        x_BTC = self.drop(x_BTC, rows_B)
+        x_BTC = constrain(self.drop(x_BTC, rows_B), RESIDUAL)
         x_BTC, _ = self._over_layers(body)(self.h, x_BTC)
-        return self._head(x_BTC)
+        return constrain(self._head(x_BTC), ("batch", "time", "vocab"))
 
     def decode(
         self, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCache

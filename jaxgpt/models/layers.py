@@ -15,6 +15,10 @@ from jaxgpt.config import ModelConfig
 
 INIT_STD = 0.02
 
+# Says by its axes' names how an activation is cut, if a mesh has rules for the names.
+constrain = nn.with_logical_constraint
+RESIDUAL = ("batch", "time", "embed")
+
 
 def residual_init(config: ModelConfig) -> nn.initializers.Initializer:
     """Initialiser of the projections that end in the residual stream.
@@ -127,7 +131,9 @@ class Attention(nn.Module):
         return self._attend(q_BTHD, k_BSHD, v_BSHD, mask_B1TS, None), k_BSHD, v_BSHD
 
     def _project(self, x_BTC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        qkv_BT3HD = self.c_attn(x_BTC)
+        qkv_BT3HD = constrain(
+            self.c_attn(x_BTC), ("batch", "time", "qkv", "heads", "head_dim")
+        )
         return qkv_BT3HD[:, :, 0], qkv_BT3HD[:, :, 1], qkv_BT3HD[:, :, 2]
 
     def _attend(
@@ -148,6 +154,7 @@ class Attention(nn.Module):
         self.sow("intermediates", "attention", weights_BHTS)
         weights_BHTS = self.attn_dropout(weights_BHTS, rows_B)
         out_BTHD = jnp.einsum("BHTS,BSHD->BTHD", weights_BHTS, v_BSHD)
+        out_BTHD = constrain(out_BTHD, ("batch", "time", "heads", "head_dim"))
         return self.resid_dropout(self.c_proj(out_BTHD), rows_B)
 
 
@@ -174,7 +181,7 @@ class MLP(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def __call__(self, x_BTC: jax.Array, rows_B: jax.Array | None) -> jax.Array:
-        h_BTF = self.c_fc(x_BTC)
+        h_BTF = constrain(self.c_fc(x_BTC), ("batch", "time", "mlp"))
         h_BTF = nn.gelu(h_BTF, approximate=self.config.gelu == "tanh")
         return self.dropout(self.c_proj(h_BTF), rows_B)
 

@@ -17,6 +17,7 @@ def batch(
     *,
     batch_size: int,
     block_size: int,
+    rows: slice = slice(None),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Windows of the corpus, drawn uniformly, and what follows each of their tokens.
 
@@ -25,19 +26,23 @@ def batch(
       seed, step: the only source of randomness.
       batch_size: B.
       block_size: T.
+      rows: which of the B to read; all if left out.
 
     Returns inputs and targets, i32 [B, T]; targets_BT[:, t] == inputs_BT[:, t + 1].
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-    starts = rng.integers(len(tokens) - block_size, size=batch_size)
+    starts = rng.integers(len(tokens) - block_size, size=batch_size)[rows]
     windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int32)
     return windows[:, :-1], windows[:, 1:]
 
 
 def stack_batches(
-    tokens: np.ndarray, steps: range, config: Config
+    tokens: np.ndarray, steps: range, config: Config, rows: slice = slice(None)
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The training batches of several steps, inputs and targets, i32 [steps, B, T]."""
+    """The training batches of several steps, inputs and targets, i32 [steps, B, T].
+
+    `rows` are those of each batch to read, as in `batch`.
+    """
     batches = [
         batch(
             tokens,
@@ -45,6 +50,7 @@ def stack_batches(
             step,
             batch_size=config.data.batch_size,
             block_size=config.model.block_size,
+            rows=rows,
         )
         for step in steps
     ]

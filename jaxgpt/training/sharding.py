@@ -1,42 +1,200 @@
-"""How devices share the work: each takes its rows of the batch."""
+"""How devices share the work: the mesh, and one table of rules for the parameters.
 
-from collections.abc import Callable
+The mesh has three axes. Over "data" the devices share the rows of a batch. Over "fsdp"
+they do too, and each keeps only its part of every matrix and of its moments; a layer's
+matrices are gathered when their turn comes. Over "tensor" they share the heads and the
+MLP's channels of the same rows, and the positions at the head.
 
+L layers   V vocab   T block_size   C n_embd   H heads   D head_dim   F mlp   B batch
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxgpt.config import Config
+from jaxgpt.text.batches import stack_batches
+
+AXES = ("data", "fsdp", "tensor")
+
+# How each parameter is cut, by the end of its path; the first rule that fits counts.
+# Vectors are small: a device holds them whole, but for what belongs to its own heads.
+RULES: tuple[tuple[str, P], ...] = (
+    ("wte/embedding", P(None, ("fsdp", "tensor"))),  # V C
+    ("wpe/embedding", P(None, ("fsdp", "tensor"))),  # T C
+    ("attn/c_attn/kernel", P(None, "fsdp", None, "tensor", None)),  # L C 3 H D
+    ("attn/c_attn/bias", P(None, None, "tensor", None)),  # L 3 H D
+    ("attn/c_proj/kernel", P(None, "tensor", None, "fsdp")),  # L H D C
+    ("mlp/c_fc/kernel", P(None, "fsdp", "tensor")),  # L C F
+    ("mlp/c_fc/bias", P(None, "tensor")),  # L F
+    ("mlp/c_proj/kernel", P(None, "tensor", "fsdp")),  # L F C
+    (r"c_proj/bias|ln_\w/(scale|bias)", P()),
+    # The lecture's own models are small: every device holds them whole.
+    (r"(table|token_embedding|position_embedding)/embedding", P()),
+    (r"(block_\d+|lm_head)/.*", P()),
+)
+
+# How activations are cut, by the names that the models give to their axes.
+ACTIVATIONS = (
+    ("batch", ("data", "fsdp")),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("time", "tensor"),
+)
 
 
-def make_mesh(config: Config, log: Callable[[str], None] = print) -> Mesh:
-    """Arranges `mesh.data` devices along the axis "data"; log hears of idle ones.
+def make_mesh(
+    config: Config,
+    log: Callable[[str], None] = print,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Arranges devices as `config.mesh` says; log hears of idle ones.
 
-    Raises ValueError if there are not as many devices, or they do not divide the rows
-    that run at once.
+    Args:
+      devices: all that JAX has found if left out.
+
+    Raises ValueError if there are not as many, or what they share does not divide.
     """
-    devices = jax.devices()
-    count, rows = config.mesh.data, config.data.rows_at_once
-    if count == -1:
-        count = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
-    if count > len(devices):
-        raise ValueError(f"mesh.data={count}, but there are {len(devices)} devices")
-    if rows % count:
-        raise ValueError(
-            f"{rows} sequences at once (batch_size / gradient_accumulation_steps) do "
-            f"not divide over mesh.data={count} devices; make them a multiple of it"
-        )
+    devices = jax.devices() if devices is None else devices
+    shape = _mesh_shape(config, len(devices))
+    count = math.prod(shape.values())
+    rows = config.data.rows_at_once
     if count < len(devices):
         log(f"using {count} of {len(devices)} devices, for {rows} rows at once")
-    return jax.make_mesh(
-        (count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count]
+    grid = mesh_utils.create_device_mesh(
+        tuple(shape.values()), devices[:count], allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
+    """Sizes of the mesh's axes; one of -1 takes as many devices as can share its part.
+
+    So fsdp takes those that divide the rows and n_embd, then data those that divide the
+    rows.
+    """
+    shape = {axis: getattr(config.mesh, axis) for axis in AXES}
+    rows, block_size = config.data.rows_at_once, config.model.block_size
+    for axis, shared in (("fsdp", config.model.n_embd), ("data", 0)):
+        if shape[axis] == -1:
+            taken = math.prod(size for size in shape.values() if size != -1)
+            sharing = taken // shape["tensor"]
+            shape[axis] = 1
+            for n in range(2, devices // taken + 1):
+                if rows % (sharing * n) == 0 and shared % (shape["tensor"] * n) == 0:
+                    shape[axis] = n
+    asked = " x ".join(f"mesh.{axis}={size}" for axis, size in shape.items())
+    if math.prod(shape.values()) > devices:
+        raise ValueError(f"{asked}, but there are {devices} devices")
+    if rows % (shape["data"] * shape["fsdp"]):
+        raise ValueError(
+            f"{rows} sequences at once (batch_size / gradient_accumulation_steps) do "
+            f"not divide over mesh.data={shape['data']} x mesh.fsdp={shape['fsdp']} "
+            "devices; make them a multiple of it"
+        )
+    if block_size % shape["tensor"]:
+        raise ValueError(
+            f"block_size={block_size} does not divide over mesh.tensor="
+            f"{shape['tensor']} devices"
+        )
+    return shape
+
+
+def one_device() -> Mesh:
+    """A mesh of this process's first device alone."""
+    device = np.array(jax.local_devices()[:1]).reshape((1,) * len(AXES))
+    return Mesh(device, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def placed(shapes: Any, mesh: Mesh) -> Any:
+    """The shapes of parameters or moments with their placements, by `shardings`."""
+    return jax.tree.map(
+        lambda leaf, sharding: leaf.update(sharding=sharding),
+        shapes,
+        shardings(shapes, mesh),
     )
 
 
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The placement of each parameter or moment of a tree, by the table of rules.
+
+    Raises ValueError that names a parameter without a rule, or one with a dimension
+    that does not divide over its devices. Scalars are held by every device.
+    """
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = _rule(name) if leaf.ndim else P()
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            devices = math.prod(mesh.shape[axis] for axis in axes)
+            if size % devices:
+                raise ValueError(
+                    f"{name} {list(leaf.shape)}: {size} does not divide over "
+                    + " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _rule(name: str) -> P:
+    for pattern, spec in RULES:
+        if re.fullmatch(f"(.*/)?({pattern})", name):
+            return spec
+    raise ValueError(f"no rule says how to shard {name}; add one to {__name__}.RULES")
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Placement of what every device holds in full: the train state."""
-    return NamedSharding(mesh, PartitionSpec())
+    """Placement of what every device holds in full."""
+    return NamedSharding(mesh, P())
 
 
 def over_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Placement of batches, whose rows are along `axis`."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    return NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp")))
+
+
+def share_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """Places a batch that every process has in full; each keeps its devices' rows."""
+    return jax.make_array_from_callback(array.shape, over_rows(mesh), array.__getitem__)
+
+
+def read_batches(
+    tokens: np.ndarray, steps: range, config: Config, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+    """The training batches of several steps, inputs and targets, i32 [steps, B, T].
+
+    Each process reads the rows of its own devices, and no others.
+    """
+    B = config.data.batch_size
+    shape, sharding = (len(steps), B, config.model.block_size), over_rows(mesh, axis=1)
+
+    @cache
+    def rows(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        return stack_batches(tokens, steps, config, slice(first, last))
+
+    def place(which: int) -> jax.Array:
+        def read(index: Any) -> np.ndarray:
+            return rows(*index[1].indices(B)[:2])[which]
+
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    return place(0), place(1)
+
+
+@contextmanager
+def activations_over(mesh: Mesh) -> Iterator[None]:
+    """What is traced in this context cuts its activations as the mesh asks for."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATIONS):
+        yield

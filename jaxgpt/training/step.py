@@ -20,7 +20,14 @@ from jax.sharding import Mesh
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.training.objective import token_losses
 from jaxgpt.training.optimizer import learning_rate_schedule, make_optimizer
-from jaxgpt.training.sharding import over_rows, replicated
+from jaxgpt.training.sharding import (
+    activations_over,
+    over_rows,
+    placed,
+    replicated,
+    shardings,
+    share_rows,
+)
 
 Batch = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]  # inputs and targets
 Metrics = dict[str, jax.Array]
@@ -61,17 +68,19 @@ def create_state(
     model: nn.Module, config: Config, mesh: Mesh, params: Any = None
 ) -> TrainState:
     """`init_state`, or `state_of` the params where they are given, on the mesh."""
+    where = _shardings(abstract_state(model, config, mesh))
     if params is None:
-        init = partial(init_state, model, config)
-        return jax.jit(init, out_shardings=replicated(mesh))()
-    params = jax.device_put(params, replicated(mesh))
-    return jax.jit(partial(state_of, config), out_shardings=replicated(mesh))(params)
+        return jax.jit(partial(init_state, model, config), out_shardings=where)()
+    return jax.jit(partial(state_of, config), out_shardings=where)(params)
+
+
+def _shardings(state: TrainState) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
 def abstract_state(model: nn.Module, config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without its memory."""
-    shapes = jax.eval_shape(partial(init_state, model, config))
-    return jax.tree.map(lambda leaf: leaf.update(sharding=replicated(mesh)), shapes)
+    return placed(jax.eval_shape(partial(init_state, model, config)), mesh)
 
 
 def _keys(config: Config, seed: jax.Array | int | None) -> jax.Array:
@@ -184,25 +193,42 @@ def compile_train_steps(
     Returns `train_steps(state, batches) -> state, metrics`, with batches i32 [N, B, T]
     and metrics [N]. It takes over the memory of the state it is given.
     """
+    return trace_train_steps(model, config, mesh, count).lower().compile()
+
+
+def trace_train_steps(
+    model: nn.Module, config: Config, mesh: Mesh, count: int
+) -> jax.stages.Traced:
+    """What `compile_train_steps` compiles; the mesh's devices need not be here."""
     train_step = make_train_step(model, config)
-    rows = over_rows(mesh, axis=1)
+    state = abstract_state(model, config, mesh)
     train_steps = jax.jit(
         lambda state, batches: jax.lax.scan(train_step, state, batches),
         donate_argnums=0,
-        in_shardings=(replicated(mesh), rows),
-        out_shardings=replicated(mesh),
+        out_shardings=(_shardings(state), replicated(mesh)),
     )
     shape = (count, config.data.batch_size, config.model.block_size)
-    tokens_NBT = jax.ShapeDtypeStruct(shape, jnp.int32)
-    state = abstract_state(model, config, mesh)
-    return train_steps.lower(state, (tokens_NBT, tokens_NBT)).compile()
+    rows = over_rows(mesh, axis=1)
+    tokens_NBT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    with activations_over(mesh):
+        return train_steps.trace(state, (tokens_NBT, tokens_NBT))
 
 
 def compile_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
-    """Makes `eval_step(params, batch) -> losses_BT` in nats, f32, without dropout."""
+    """Makes `eval_step(params, batch) -> losses_BT` in nats, f32, without dropout.
 
-    def eval_step(params: Any, batch: Batch) -> jax.Array:
+    Every process gives the whole batch, and gets all its losses.
+    """
+
+    def losses(params: Any, batch: Batch) -> jax.Array:
         inputs_BT, targets_BT = batch
         return token_losses(model.apply({"params": params}, inputs_BT), targets_BT)
 
-    return jax.jit(eval_step, in_shardings=(replicated(mesh), over_rows(mesh)))
+    jitted = jax.jit(losses, out_shardings=replicated(mesh))
+
+    def eval_step(params: Any, batch: Batch) -> jax.Array:
+        params = jax.device_put(params, shardings(params, mesh))  # if need be
+        with activations_over(mesh):
+            return jitted(params, jax.tree.map(partial(share_rows, mesh), batch))
+
+    return eval_step

@@ -153,22 +153,3 @@ def test_no_call_runs_past_what_is_due_and_two_sizes_are_enough():
         step += count
         stops.append(step)
     assert stops == [4, 5, 6, 7, 8, 9, 10, 14, 18, 19, 20, 21, 22, 23]
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"mesh": {"data": 9}}, "mesh.data=9, but there are 8 devices"),
-        ({"mesh": {"data": 3}}, "do not divide over mesh.data=3"),
-    ],
-)
-def test_a_mesh_that_does_not_fit_is_an_error(fields, message):
-    with pytest.raises(ValueError, match=message):
-        make_mesh(changed(TINY, **fields))
-
-
-def test_the_mesh_takes_as_many_devices_as_divide_the_rows_and_says_so():
-    lines = []
-    mesh = make_mesh(changed(TINY, data={"batch_size": 6}), lines.append)
-    assert mesh.size == 6
-    assert lines == ["using 6 of 8 devices, for 6 rows at once"]
