@@ -12,10 +12,11 @@ from pathlib import Path
 import jax
 
 from jaxgpt import runtime
-from jaxgpt.arguments import parse_arguments
+from jaxgpt.arguments import parse_arguments, parse_processes
 from jaxgpt.config import Config
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
+from jaxgpt.processes import check_alike, join_processes
 from jaxgpt.run import (
     claim_run,
     clear_run,
@@ -25,7 +26,6 @@ from jaxgpt.run import (
     save_config,
 )
 from jaxgpt.runtime import log_line
-from jaxgpt.text.batches import stack_batches
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
@@ -36,7 +36,7 @@ from jaxgpt.training.checkpoint import (
 from jaxgpt.training.evaluation import estimate_losses, evaluate_exactly
 from jaxgpt.training.monitor import Monitor, check_finite
 from jaxgpt.training.plan import describe
-from jaxgpt.training.sharding import make_mesh
+from jaxgpt.training.sharding import make_mesh, read_batches
 from jaxgpt.training.step import (
     call_size,
     compile_eval_step,
@@ -50,15 +50,22 @@ STARTED = time.monotonic()
 def main() -> None:
     """Parses the command line, then trains, or tells what training would cost."""
     runtime.start()
+    join_processes(*parse_processes(sys.argv[1:]))
+    if jax.process_count() > 1:
+        log_line(f"{jax.process_count()} processes, {jax.device_count()} devices")
     config, run_dir, options = parse_arguments(sys.argv[1:])
-    if options.dry_run:
-        print("\n".join(describe(config)))
+    if options.dry_run or options.plan:
+        for line in describe(config, options.plan):
+            print(line, flush=True)
         return
     resume, overwrite = options.resume, options.overwrite
     if signal := train(config, run_dir, resume=resume, overwrite=overwrite):
         where = shlex.quote(str(run_dir))
         log_line(f"stopped; go on with: python train.py --out-dir {where} --resume")
         sys.exit(128 + signal)
+    if jax.process_count() > 1:
+        log_line(f"sample it with: python generate.py --run-dir {run_dir}")
+        return
     run = load_run(run_dir)
     if run.tokenizer:
         log_line(f"a sample of the best checkpoint, step {run.step}:")
@@ -70,13 +77,14 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
     with claim_run(run_dir, resume=resume, overwrite=overwrite):
         tokenizer = own_tokenizer(run_dir, config) if resume else None
         corpus, config = load_corpus(config, log_line, tokenizer)
+        check_alike(config)
         mesh = make_mesh(config, log_line)
         model = build_model(config.model)
         eval_step = compile_eval_step(model, mesh)
         evaluate = partial(estimate_losses, eval_step, corpus, config)
 
         if not resume:
-            state = create_state(model, config, mesh, load_start(config))
+            state = create_state(model, config, mesh, load_start(config, mesh))
             clear_run(run_dir)  # only now that the new one can begin
         checkpoints = open_checkpoints(run_dir / CHECKPOINTS, create=True)
         resumed_step = checkpoints.latest_step()
@@ -84,7 +92,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             state = restore_state(checkpoints, resumed_step, model, config, mesh)
             log_line(f"resuming {run_dir} from step {resumed_step}, by its own config")
         elif resume:
-            state = create_state(model, config, mesh, load_start(config))
+            state = create_state(model, config, mesh, load_start(config, mesh))
         step, last_step = resumed_step or 0, config.train.max_steps
         if step > last_step:
             raise ValueError(
@@ -111,10 +119,11 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
 
             if resumed_step is None:
                 monitor.eval(0, **evaluate(state.params))
-            while step < last_step and not interrupt.signal:
+            while step < last_step and not interrupt.reached():
                 count = call_size(step, config.train)
                 run_steps = train_steps(count)
-                batches = stack_batches(corpus.train, range(step, step + count), config)
+                steps = range(step, step + count)
+                batches = read_batches(corpus.train, steps, config, mesh)
                 started = time.monotonic()
                 state, metrics = run_steps(state, batches)
                 monitor.train(step, metrics, started)

@@ -34,7 +34,15 @@ class RunOptions:
     # of --init-from's run: best (lowest val loss), latest, or a step
     checkpoint: str = "best"
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False  # replace the run in out-dir
+    # of several processes that train together, where JAX can't find them by itself
+    coordinator_address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = (
+        None  # of process 0
+    )
+    num_processes: int | None = None
+    process_id: int | None = None  # of this one, from 0
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False  # tell what it costs, and stop
+    # tell what it costs on TPUs that need not be here, such as v5e:2x4, and stop
+    plan: Annotated[str, tyro.conf.arg(metavar="TOPOLOGY")] = ""
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,8 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
     Returns the config, the run directory and the options. Raises ValueError or OSError
     where they contradict each other; exits with a message on what cannot be parsed.
     """
-    preset, flags = "", argv
-    if argv and not argv[0].startswith("-"):
-        preset, flags = argv[0], argv[1:]
+    preset, flags = _split(argv)
+    if preset:
         _check_preset(preset)
     if "-h" in flags or "--help" in flags:
         _parse(flags, PRESETS[preset]() if preset else Config())  # prints and exits
@@ -98,6 +105,22 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
     if not preset:
         log_line(f"no preset given: {name} is the one for {jax.default_backend()}")
     return config, run_dir, options
+
+
+def parse_processes(argv: list[str]) -> tuple[str | None, int | None, int | None]:
+    """What the command line says of the run's processes, for `join_processes`."""
+    _, flags = _split(argv)
+    if "-h" in flags or "--help" in flags:
+        return None, None, None
+    options, _ = tyro.cli(RunOptions, args=flags, return_unknown_args=True)
+    return options.coordinator_address, options.num_processes, options.process_id
+
+
+def _split(argv: list[str]) -> tuple[str, list[str]]:
+    """The preset, "" if left out, and the flags."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    return "", argv
 
 
 def _parse(flags: list[str], default: Config) -> Config:

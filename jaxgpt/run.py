@@ -4,27 +4,27 @@ config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   lock
 loss.png   attention.png
 """
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 try:
     import fcntl
 except ImportError:  # Windows has no flock: there, nothing keeps a second training out
     fcntl = None  # type: ignore[assignment]
 
-from jaxgpt.config import Config, DataConfig, MeshConfig
+from jaxgpt.config import Config, DataConfig
 from jaxgpt.models import build_model, crop_block_size, parameter_shapes
+from jaxgpt.processes import any_failed, is_first_process, wait_for_all
 from jaxgpt.runtime import ASIDE, replace_file
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
@@ -37,7 +37,7 @@ from jaxgpt.training.checkpoint import (
     restore_state,
 )
 from jaxgpt.training.monitor import CURVE, METRICS
-from jaxgpt.training.sharding import make_mesh
+from jaxgpt.training.sharding import one_device, placed
 from jaxgpt.training.step import TrainState
 
 CONFIG = "config.json"
@@ -63,12 +63,15 @@ class Run:
     step: int
 
 
-def load_run(run_dir: str | Path, checkpoint: str | int = "best") -> Run:
+def load_run(
+    run_dir: str | Path, checkpoint: str | int = "best", mesh: Mesh | None = None
+) -> Run:
     """Reads a run back from its directory.
 
     Args:
       run_dir: as `train.py --out-dir` wrote it.
       checkpoint: "best" (lowest validation loss), "latest" or a step.
+      mesh: of the devices that share the parameters; the first has all if left out.
 
     Raises OSError or ValueError that says what is missing or does not fit.
     """
@@ -81,25 +84,26 @@ def load_run(run_dir: str | Path, checkpoint: str | int = "best") -> Run:
             f"{config.model.vocab_size}; is it another run's?"
         )
     model = build_model(config.model)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(
-        lambda leaf: leaf.update(sharding=device), parameter_shapes(config.model)
-    )
+    if mesh is None:
+        mesh = one_device()
+    shapes = placed(parameter_shapes(config.model), mesh)
     with _run_checkpoints(run_dir) as checkpoints:
         step = find_step(checkpoints, checkpoint)
         params = restore_params(checkpoints, step, shapes)
     return Run(config, tokenizer, model, params, step)
 
 
-def load_start(config: Config) -> Any:
+def load_start(config: Config, mesh: Mesh) -> Any:
     """The parameters that `train.init_from` names, cropped to block_size, or None.
+
+    They are placed on the mesh.
 
     Raises ValueError that names the first of another shape than the config's.
     """
     if not config.train.init_from:
         return None
     checkpoint = Path(config.train.init_from)
-    run = load_run(checkpoint.parent.parent, checkpoint.name)
+    run = load_run(checkpoint.parent.parent, checkpoint.name, mesh)
     params = crop_block_size(run.params, config.model.block_size)
     check_shapes(params, parameter_shapes(config.model), str(checkpoint))
     return params
@@ -163,8 +167,7 @@ def load_state(
     `load_run` does.
     """
     config = load_config(run_dir)
-    alone = dataclasses.replace(config, mesh=MeshConfig(data=1))
-    mesh = make_mesh(alone, log=lambda line: None)
+    mesh = one_device()
     with _run_checkpoints(run_dir) as checkpoints:
         step = find_step(checkpoints, checkpoint)
         if has_progress(checkpoints, step):
@@ -197,9 +200,27 @@ def has_run(run_dir: Path) -> bool:
 def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """Makes the directory if need be, and keeps other trainings out of it.
 
-    Raises FileExistsError if it holds a run that is neither to be resumed nor to be
-    overwritten, files that are not a run's, or a training that is going on.
+    Of several processes the first claims it for all. Raises FileExistsError if it holds
+    a run that is neither to be resumed nor to be overwritten, files that are not a
+    run's, or a training that is going on.
     """
+    if not is_first_process():
+        if any_failed(False):
+            raise FileExistsError(f"process 0 could not claim {run_dir}, and says why")
+        yield
+        return
+    try:
+        lock = _claim(run_dir, resume=resume, overwrite=overwrite)
+    except Exception:
+        any_failed(True)
+        raise
+    any_failed(False)
+    with lock:
+        yield
+
+
+def _claim(run_dir: Path, *, resume: bool, overwrite: bool) -> IO[str]:
+    """The lock of the run directory, held until it is closed."""
     found = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
     if run_dir.exists() and not run_dir.is_dir():
         raise FileExistsError(f"{run_dir} is a file; choose another --out-dir")
@@ -217,20 +238,27 @@ def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]
             f"{run_dir} is not a run, it has {foreign[0]}; choose another --out-dir"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK).open("w") as lock:
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"another training is going on in {run_dir}; wait for it to end, or "
-                "choose another --out-dir"
-            ) from None
-        yield
+    lock = (run_dir / LOCK).open("w")
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise FileExistsError(
+            f"another training is going on in {run_dir}; wait for it to end, or "
+            "choose another --out-dir"
+        ) from None
+    return lock
 
 
 def clear_run(run_dir: Path) -> None:
     """Deletes the run's own files, the config last; others stay as they are."""
+    if is_first_process():
+        _clear_run(run_dir)
+    wait_for_all("clear")
+
+
+def _clear_run(run_dir: Path) -> None:
     checkpoints = run_dir / CHECKPOINTS
     if checkpoints.is_symlink():
         checkpoints.unlink()
@@ -242,6 +270,8 @@ def clear_run(run_dir: Path) -> None:
 
 def save_config(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
     """Writes config.json and tokenizer.json, the config last: it makes the run one."""
+    if not is_first_process():
+        return
     if tokenizer:
         replace_file(run_dir / TOKENIZER, tokenizer.save)
     text = json.dumps(config.to_dict(), indent=2) + "\n"

@@ -7,10 +7,14 @@ import logging
 import os
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from jaxgpt.processes import highest, is_first_process, several_processes
 
 ASIDE = ".tmp"  # suffix of what is being written
 
@@ -40,6 +44,10 @@ def start() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if os.environ.get("TPU_SKIP_MDS_QUERY"):  # so JAX says that there is no TPU here
+        # Where libtpu is installed for --plan, it would complain of it at every start.
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
 
 
 def _cpu_cores() -> int:
@@ -64,8 +72,12 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def log_line(line: str) -> None:
-    """Prints a line on stderr, where all goes but a command's product."""
-    print(line, file=sys.stderr, flush=True)
+    """Prints a line on stderr, where all goes but a command's product.
+
+    Of several processes only the first does.
+    """
+    if is_first_process():
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -78,37 +90,79 @@ def plain_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _leave(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe has gone, as in `generate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, ArithmeticError, ImportError, OSError, RuntimeError) as error:
         out_of_memory = "RESOURCE_EXHAUSTED" in str(error)  # XLA's RuntimeError
-        ours = not isinstance(error, RuntimeError)
-        if os.environ.get("JAXGPT_TRACEBACK") or not (ours or out_of_memory):
-            raise
-        hint = "make the batch or the model smaller. " if out_of_memory else ""
+        lost = several_processes() and isinstance(error, (RuntimeError, TimeoutError))
+        unexpected = isinstance(error, RuntimeError) and not (out_of_memory or lost)
+        if os.environ.get("JAXGPT_TRACEBACK") or unexpected:
+            if not several_processes():
+                raise
+            traceback.print_exc()
+            _leave(1)
+        hint = ""
+        if out_of_memory:
+            hint = "make the batch or the model smaller. "
+        elif lost:
+            hint = (
+                "another process of the run has ended, or can't be reached; when all "
+                "have ended, start them again with --resume. "
+            )
         print(f"error: {hint}{error}", file=sys.stderr)
-        sys.exit(1)
+        _leave(1)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the script; one of several processes does not wait for the others to end.
+
+    But as JAX ends the others when the first does, that leaves them time for a word.
+    """
+    if several_processes():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(2 if is_first_process() else 0)
+        os._exit(status)
+    sys.exit(status)
 
 
 class Interrupt:
-    """What `deferred_interrupts` has caught: a signal's number, or 0."""
+    """What `deferred_interrupts` has caught.
+
+    Attributes:
+      signal: its number, or 0.
+    """
 
     signal: int = 0
+    _caught: int = 0
+    _asked: Any = None
+
+    def reached(self) -> bool:
+        """Whether to stop here.
+
+        All processes of a run stop at the same call, the one after the first that knew.
+        """
+        if several_processes():
+            before, self._asked = self._asked, highest(self._caught)
+            self.signal = 0 if before is None else int(before)
+        else:
+            self.signal = self._caught
+        return bool(self.signal)
 
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Interrupt]:
-    """Turns the first Ctrl-C or SIGTERM into a flag; a second one acts as usual.
+    """Notes the first Ctrl-C or SIGTERM; a second one acts as usual.
 
-    A loop that looks at the flag between steps can save before it ends.
+    A loop that asks between steps whether it is `reached` can save before it ends.
     """
     interrupt = Interrupt()
     previous: dict[int, Any] = {}
 
     def note(number: int, frame: object) -> None:
-        interrupt.signal = number
+        interrupt._caught = number
         for each, handler in previous.items():
             signal.signal(each, handler)
 

@@ -58,11 +58,12 @@ def changed(config: Config, **sections: dict[str, object]) -> Config:
     )
 
 
-def start_script(*arguments):
+def start_script(*arguments, **environment):
     """Starts `python ARGUMENTS` as a process in the repository, as a user does."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -80,7 +81,7 @@ def assert_every_flag_is_explained(help_text):
     """Whether tyro has found words for each flag."""
     _, options = help_text.replace("│", "").split(" options ", 1)
     text = " ".join(options.split())
-    flags = re.findall(r"(?<!\()--[a-z-]+", text)
+    flags = re.findall(r"(?<!\()--[a-z.-]+", text)
     assert len(flags) > 3
     for flag in flags:
         values_and_help = text.split(f"{flag} ")[1]

@@ -14,7 +14,7 @@ from jaxgpt.run import (
     save_config,
 )
 from jaxgpt.training.checkpoint import open_checkpoints, save_state
-from jaxgpt.training.sharding import make_mesh
+from jaxgpt.training.sharding import make_mesh, one_device
 from jaxgpt.training.step import create_state
 
 TOKENIZER = CharTokenizer("\nabcdefghij")
@@ -125,11 +125,12 @@ def test_a_start_is_from_the_very_checkpoint_that_was_found(run_dir):
     for which, state in (("best", STATE), ("latest", later), ("0", STATE)):
         checkpoint = find_checkpoint(run_dir, which)
         config = changed(TINY, train={"init_from": str(checkpoint)})
-        jax.tree.map(np.testing.assert_array_equal, load_start(config), state.params)
-    assert load_start(TINY) is None
+        start = load_start(config, one_device())
+        jax.tree.map(np.testing.assert_array_equal, start, state.params)
+    assert load_start(TINY, one_device()) is None
     other = changed(config, model={"n_embd": 32})
     with pytest.raises(ValueError, match=rf"{checkpoint} is of another config"):
-        load_start(other)
+        load_start(other, one_device())
 
 
 def test_a_state_comes_with_the_runs_best_loss_whichever_step_it_is_of(run_dir):

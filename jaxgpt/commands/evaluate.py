@@ -6,15 +6,14 @@ from json import dumps
 from pathlib import Path
 from typing import Literal
 
-import jax
 import tyro
 
 from jaxgpt.config import MeshConfig
-from jaxgpt.run import load_run, text_tokenizer
+from jaxgpt.run import load_config, load_run, text_tokenizer
 from jaxgpt.runtime import log_line
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training.evaluation import evaluate_exactly
-from jaxgpt.training.sharding import make_mesh, replicated
+from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import compile_eval_step
 
 
@@ -26,6 +25,7 @@ def evaluate(
     batch_size: int = 16,
     data_path: tuple[str, ...] = (),
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008 # it is frozen
 ) -> int:
     """Exact loss on a split: every token but the first predicted exactly once.
 
@@ -37,31 +37,28 @@ def evaluate(
         batch_size: windows at once, over all devices; the result does not depend on it
         data_path: other text than the run's: files, or a directory of token files
         json: print one JSON object
+        mesh: how the devices here share the work; fsdp and tensor share the parameters
     """
-    run = load_run(run_dir, checkpoint)
-    data = run.config.data
+    config = load_config(run_dir)
+    data = dataclasses.replace(
+        config.data, batch_size=batch_size, gradient_accumulation_steps=1
+    )
     if data_path:
         data = dataclasses.replace(data, path=data_path, sha256="")
+    # The devices are this machine's, not those of the one that trained.
+    config = dataclasses.replace(config, data=data, mesh=mesh)
+    devices = make_mesh(config, log_line)
+    run = load_run(run_dir, checkpoint, devices)
     if not data.has_tokens:
         text_tokenizer(run)
     log_line(
         f"evaluating on the {split} split of {', '.join(data.path) or data.corpus}"
     )
-    corpus, config = load_corpus(
-        dataclasses.replace(run.config, data=data), log_line, run.tokenizer
-    )
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(
-            config.data, batch_size=batch_size, gradient_accumulation_steps=1
-        ),
-        mesh=MeshConfig(),  # of this machine, not the one that trained
-    )
-    mesh = make_mesh(config, log_line)
+    corpus, config = load_corpus(config, log_line, run.tokenizer)
     tokens = {"train": corpus.train, "val": corpus.val}[split]
     result = evaluate_exactly(
-        compile_eval_step(run.model, mesh),
-        jax.device_put(run.params, replicated(mesh)),
+        compile_eval_step(run.model, devices),
+        run.params,
         tokens,
         config,
         stride,

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxgpt.config import Config
+from jaxgpt.processes import is_first_process
 from jaxgpt.runtime import log_line, replace_file
 
 METRICS = "metrics.jsonl"
@@ -26,7 +27,8 @@ class Monitor(AbstractContextManager):
     """Writes the rows of metrics.jsonl and shows them, as a context.
 
     Progress is a bar on a terminal, plain lines elsewhere. Rows are on disk once
-    `flush` returns, so that a checkpoint saved after it never outlives its rows.
+    `flush` returns, so that a checkpoint saved after it never outlives its rows. Of
+    several processes the first writes and shows; all check that the figures are finite.
     """
 
     def __init__(
@@ -39,14 +41,20 @@ class Monitor(AbstractContextManager):
         """
         self._curve = run_dir / CURVE
         self._path = run_dir / METRICS
-        rows = rewind(self._path, -1 if resumed_step is None else resumed_step)
+        self._writes = is_first_process()
+        rows: list[dict[str, Any]] = []
+        if self._writes:
+            rows = rewind(self._path, -1 if resumed_step is None else resumed_step)
         self._started = started - (rows[-1]["elapsed_seconds"] if rows else 0.0)
-        self._file = self._path.open("a", encoding="utf-8")
+        path = self._path if self._writes else Path(os.devnull)
+        self._file = path.open("a", encoding="utf-8")
         self._config = config.train
         self._tokens_per_step = config.data.batch_size * config.model.block_size
         self._pending: tuple[int, Mapping[str, jax.Array], float] | None = None
         self._last_end = 0.0
-        self._bar = _progress_bar(config.train.max_steps, resumed_step or 0)
+        self._bar: Progress | None = None
+        if self._writes:
+            self._bar = _progress_bar(config.train.max_steps, resumed_step or 0)
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -91,7 +99,8 @@ class Monitor(AbstractContextManager):
         self._write("eval", step, train_loss=train_loss, val_loss=val_loss)
         self._sync()
         self._say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        plot_losses(read_rows(self._path), self._curve)
+        if self._writes:
+            plot_losses(read_rows(self._path), self._curve)
 
     def done(self, step: int, val_loss: float) -> None:
         """Logs the end of training with the exact loss on the validation split."""
@@ -131,7 +140,8 @@ class Monitor(AbstractContextManager):
                     log_line(f"step {step}/{self._config.max_steps}  {figures}")
 
     def _sync(self) -> None:
-        os.fsync(self._file.fileno())
+        if self._writes:
+            os.fsync(self._file.fileno())
 
     def _write(self, event: str, step: int, **values: float) -> None:
         elapsed = time.monotonic() - self._started

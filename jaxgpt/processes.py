@@ -1,0 +1,105 @@
+"""The processes of a run: how they find each other, agree, and write things once.
+
+On a TPU pod or a cluster each host runs the same script, with its own part of the
+devices; all call the same compiled programs in the same order.
+"""
+
+import os
+from hashlib import sha256
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def join_processes(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Joins the run's other processes, where there are any; before JAX starts.
+
+    JAX finds those of a TPU pod, of `srun` and of `mpirun` by itself.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0, the same for all.
+      num_processes: of the run.
+      process_id: of this one, from 0.
+
+    Raises ValueError if only some are given.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    explicit = None not in given
+    if not explicit and given != (None, None, None):
+        raise ValueError(
+            "--coordinator-address, --num-processes and --process-id go together"
+        )
+    if explicit or _in_cluster():
+        # It would take SIGTERM from us, and Orbax and we can't both ask it in turns.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            *given,
+            cluster_detection_method="deactivate" if explicit else None,
+            heartbeat_timeout_seconds=30,
+            shutdown_timeout_seconds=30,
+        )
+
+
+def _in_cluster() -> bool:
+    """Whether this is one of several tasks of SLURM or Open MPI, or on a TPU."""
+    on_tpu = find_spec("libtpu") and not os.environ.get("TPU_SKIP_MDS_QUERY")
+    tasks = [
+        os.environ.get("SLURM_NTASKS") if "SLURM_STEP_NODELIST" in os.environ else None,
+        os.environ.get("OMPI_COMM_WORLD_SIZE"),
+    ]
+    return bool(on_tpu) or any(int(count or 1) > 1 for count in tasks)
+
+
+def several_processes() -> bool:
+    """Whether this is one of several processes of a run."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_first_process() -> bool:
+    """Whether this process writes what is written once: logs, metrics, the config."""
+    return not several_processes() or jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process of the run is here."""
+    if several_processes():
+        multihost_utils.sync_global_devices(name)
+
+
+def any_failed(failed: bool) -> bool:
+    """Whether any process has failed at this point, which all must reach."""
+    return bool(int(highest(failed))) if several_processes() else failed
+
+
+def highest(number: int) -> jax.Array:
+    """The highest number that any process gives: soon, on every one of them.
+
+    All must call it at the same point; it returns at once.
+    """
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+    own = np.array([number], np.int32)
+    numbers = jax.make_array_from_callback(
+        (jax.device_count(),), NamedSharding(mesh, P("all")), lambda index: own
+    )
+    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))(numbers)
+
+
+def check_alike(settings: Any) -> None:
+    """Raises ValueError if the run's processes have different settings."""
+    if several_processes():
+        own = np.frombuffer(sha256(repr(settings).encode()).digest(), np.uint32)
+        every = multihost_utils.process_allgather(own)
+        for process, other in enumerate(every):
+            if not np.array_equal(other, every[0]):
+                raise ValueError(
+                    f"process {process} has other settings or another corpus than "
+                    "process 0; start all with the same command line but --process-id"
+                )
