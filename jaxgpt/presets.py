@@ -10,6 +10,7 @@ from collections.abc import Callable
 from jaxgpt.config import (
     Config,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -195,6 +196,7 @@ def gpt2_124m() -> Config:
             block_size=1024,
             vocab_size=50257,
             compute_dtype="bfloat16",
+            remat=True,
         ),
         data=DataConfig(
             path=("data/openwebtext",),
@@ -211,6 +213,92 @@ def gpt2_124m() -> Config:
             eval_iters=200,
             checkpoint_interval=1000,
         ),
+    )
+
+
+def _gpt2(n_layer: int, n_head: int, n_embd: int, learning_rate: float) -> Config:
+    """A larger GPT-2, spread over all chips there are.
+
+    Learning rates are those of GPT-3's models of these sizes. Source: Brown et al. 2020
+    (GPT-3), table 2.1.
+    """
+    config = gpt2_124m()
+    model = dataclasses.replace(
+        config.model, n_layer=n_layer, n_head=n_head, n_embd=n_embd
+    )
+    return dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(
+            config.data, batch_size=512, gradient_accumulation_steps=4
+        ),
+        optimizer=dataclasses.replace(
+            config.optimizer, learning_rate=learning_rate, min_lr=learning_rate / 10
+        ),
+        mesh=MeshConfig(fsdp=-1),
+    )
+
+
+def gpt2_350m() -> Config:
+    """GPT-2 medium on OpenWebText, where OpenAI's weights have 2.84; not measured.
+
+    python train.py gpt2-350m --data.path DIR
+    """
+    return _gpt2(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4)
+
+
+def gpt2_774m() -> Config:
+    """GPT-2 large on OpenWebText, where OpenAI's weights have 2.67; not measured.
+
+    python train.py gpt2-774m --data.path DIR
+    """
+    return _gpt2(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4)
+
+
+def gpt2_1_5b() -> Config:
+    """GPT-2 XL on OpenWebText, where OpenAI's weights have 2.54; not measured.
+
+    python train.py gpt2-1.5b --data.path DIR
+    """
+    return _gpt2(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4)
+
+
+def gpt3_175b() -> Config:
+    """GPT-3's shape and recipe, for --plan: a month on thousands of chips.
+
+    python train.py gpt3-175b --plan v5p:8x8x8
+
+    But every layer's attention is dense, and the batch has its full size from the first
+    step. Source: Brown et al. 2020 (GPT-3), tables 2.1 and 2.2, appendix B.
+    """
+    return Config(
+        model=ModelConfig(
+            n_layer=96,
+            n_head=96,
+            n_embd=12288,
+            block_size=2048,
+            vocab_size=50257,
+            bias=True,
+            gelu="tanh",
+            compute_dtype="bfloat16",
+            remat=True,
+        ),
+        data=DataConfig(
+            path=("data/gpt3",),
+            tokenizer="gpt2",
+            batch_size=1536,  # 3.1M tokens
+            gradient_accumulation_steps=3,
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=6e-5, min_lr=6e-6, warmup_steps=120, beta2=0.95
+        ),
+        train=TrainConfig(
+            max_steps=95_000,  # 300B tokens
+            eval_interval=1000,
+            eval_iters=20,
+            checkpoint_interval=500,
+        ),
+        mesh=MeshConfig(fsdp=-1, tensor=8),
     )
 
 
@@ -252,6 +340,10 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "shakespeare-char-cpu": shakespeare_char_cpu,
     "shakespeare-char": shakespeare_char,
     "gpt2-124m": gpt2_124m,
+    "gpt2-350m": gpt2_350m,
+    "gpt2-774m": gpt2_774m,
+    "gpt2-1.5b": gpt2_1_5b,
+    "gpt3-175b": gpt3_175b,
     "finetune-shakespeare": finetune_shakespeare,
 }
 

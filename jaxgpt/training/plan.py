@@ -1,79 +1,260 @@
-"""What a training step costs, before it runs: parameters, FLOPs, memory."""
+"""What a training step costs before it runs, here or on chips that are not here."""
 
 import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from jaxgpt.config import Config
-from jaxgpt.models import build_model, parameter_shapes
+from jaxgpt.models import build_model
 from jaxgpt.runtime import log_line
 from jaxgpt.text.corpus import load_corpus, named_vocab_size
+from jaxgpt.training.flops import product_flops, step_flops
+from jaxgpt.training.hlo import Collective, Program
 from jaxgpt.training.sharding import make_mesh
-from jaxgpt.training.step import TrainState, abstract_state, compile_train_steps
+from jaxgpt.training.step import abstract_state, trace_train_steps
 
 
-def step_flops(config: Config) -> int:
-    """Floating-point operations of one update, forward and backward.
+@dataclass(frozen=True)
+class Chip:
+    """What a chip's maker says of it.
 
-    Per token: 6 for each parameter that multiplies, and 12 n_layer n_embd block_size
-    for attention's scores and averages, masked ones too. An embedding is looked up; but
-    the GPT's head multiplies with the tokens'. Recomputation (remat) is not counted.
-
-    Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    Attributes:
+      flops: bfloat16 operations per second.
+      hbm: bytes of memory.
+      hbm_bandwidth: bytes per second to and from it.
+      ici_bandwidth: bytes per second that it can receive from others, over all links.
     """
-    if config.model.architecture == "bigram":  # a look-up multiplies nothing
-        return 0
-    model = config.model
-    params = parameter_shapes(model)
-    multiplying = sum(
-        leaf.size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if path[-1].key != "embedding" or path[0].key == "wte"
-    )
-    attention = 12 * model.n_layer * model.n_embd * model.block_size
-    return config.data.batch_size * model.block_size * (6 * multiplying + attention)
+
+    flops: float
+    hbm: int
+    hbm_bandwidth: float
+    ici_bandwidth: float
 
 
-def describe(config: Config) -> list[str]:
+# By `jax.Device.device_kind`. Sources: docs.cloud.google.com/tpu/docs/ v4, v5e, v5p,
+# v6e and tpu7x, whose interconnect counts both directions; for v4's, Jouppi et al.
+# 2023, "TPU v4", table 4: 6 links of 50 GB/s.
+CHIPS = {
+    "TPU v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 400e9 / 2),
+    "TPU v5": Chip(459e12, 95 * 2**30, 2765e9, 1200e9 / 2),
+    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1640e9, 800e9 / 2),
+    "TPU7x": Chip(2307e12, 192 * 2**30, 7380e9, 1200e9 / 2),
+}
+USABLE = 0.98  # of a chip's memory; the runtime keeps the rest (v5e: 0.25 of 16 GiB)
+
+
+def tpu_devices(topology: str) -> list[jax.Device]:
+    """The chips of a TPU topology such as "v5e:2x4", for compiling only.
+
+    Raises ImportError or ValueError that says what is missing or wrong.
+    """
+    if not find_spec("libtpu"):
+        raise ImportError(
+            "--plan needs the TPU compiler; `pip install -r requirements-plan.txt`"
+        )
+    # It looks for a TPU of this machine, and complains; and locks out a second one.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    try:
+        alone = {"chips_per_host_bounds": (1, 1, 1)} if _chips(topology) == 1 else {}
+        description = topologies.get_topology_desc(topology, platform="tpu", **alone)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"{topology!r} is not a TPU topology that libtpu knows; examples are "
+            f"v5e:2x4, v5p:2x2x2, v6e:4x4. It says: {error}"
+        ) from error
+    return description.devices
+
+
+def _chips(topology: str) -> int:
+    return math.prod(map(int, re.findall(r"\d+", topology.partition(":")[2])))
+
+
+@contextmanager
+def not_cached() -> Iterator[None]:
+    """Keeps programs for other chips out of the cache, which can't load them here."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def describe(config: Config, topology: str = "") -> Iterator[str]:
     """Lines that say what the run will cost; compiles the step, runs nothing.
 
     Needs no corpus where `model.vocab_size` is given or the corpus is known by name.
+
+    Args:
+      topology: of TPU chips that need not be here; this machine's devices if left out.
+
+    Raises ValueError if the step does not fit the chips' memory.
     """
-    if config.model.vocab_size is None:
-        if (vocab_size := named_vocab_size(config.data)) is None:
-            _, config = load_corpus(config, log_line)
-        else:
-            model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
-            config = dataclasses.replace(config, model=model_config)
-    mesh = make_mesh(config, log_line)
+    config = _with_vocab_size(config)
+    devices = tpu_devices(topology) if topology else jax.devices()
+    mesh = make_mesh(config, log_line, devices)
     model = build_model(config.model)
     state = abstract_state(model, config, mesh)
-    params = _size(state.params)
+    params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tokens = config.data.batch_size * config.model.block_size
     all_tokens = tokens * config.train.max_steps
-    lines = [
-        f"parameters         {params:,}",
-        f"tokens per step    {tokens:,}",
-        f"FLOPs per step     {step_flops(config):.3g}",
-        f"tokens in all      {all_tokens:,} ({all_tokens / params:.1f} per parameter)",
-        f"devices            {mesh.size} x {mesh.devices.flat[0].device_kind}",
-        f"state per device   {_readable(_bytes(state))}",
-    ]
-    memory = compile_train_steps(model, config, mesh, 1).memory_analysis()
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    yield _row("parameters", f"{params:,}")
+    yield _row("tokens per step", f"{tokens:,}")
+    yield _row(
+        "tokens in all", f"{all_tokens:,} ({all_tokens / params:.1f} per parameter)"
+    )
+    yield _row("FLOPs per step", f"{step_flops(config):.3g}")
+    yield _row("devices", f"{mesh.size} x {devices[0].device_kind} ({axes})")
+    yield _row("their memory", f"{_readable(_bytes_each(state.params))} per device")
+    yield _row(
+        "optimizer state", f"{_readable(_bytes_each(state.opt_state))} per device"
+    )
+
+    traced = trace_train_steps(model, config, mesh, 1)
+    compiled = _compile(traced, topology)
+    memory = compiled.memory_analysis()
     if memory is not None:  # not every backend tells
         temporary = _readable(memory.temp_size_in_bytes)
-        lines.append(f"temporary memory   {temporary} per device")
-    return lines
+        yield _row("temporary memory", f"{temporary} per device")
+    if topology:
+        yield from _account(config, topology, mesh, traced, compiled)
 
 
-def _size(tree: object) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def _compile(traced: jax.stages.Traced, topology: str) -> jax.stages.Compiled:
+    if not topology:
+        return traced.lower().compile()
+    try:
+        with not_cached():
+            return traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        sizes = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", str(error))
+        if not sizes:
+            raise
+        raise _does_not_fit(topology, sizes[1], sizes[2]) from error
 
 
-def _bytes(state: TrainState) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+def _does_not_fit(topology: str, needed: str, capacity: str) -> ValueError:
+    return ValueError(
+        f"it does not fit {topology}: {needed} needed per device, {capacity} there; "
+        "give more chips, --mesh.fsdp -1, --model.remat or more "
+        "--data.gradient-accumulation-steps"
+    )
 
 
-def _readable(count: int) -> str:
+def _account(
+    config: Config,
+    topology: str,
+    mesh: Mesh,
+    traced: jax.stages.Traced,
+    compiled: jax.stages.Compiled,
+) -> Iterator[str]:
+    """What only the compiler for the chips can tell: memory, transfers, least time."""
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None, "libtpu tells"
+    assert text is not None
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    used += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    device = _device(topology)
+    if device and used > USABLE * device.hbm:
+        raise _does_not_fit(topology, _readable(used), _readable(USABLE * device.hbm))
+    capacity = f" of {_readable(device.hbm)}" if device else ""
+    yield _row("memory in all", f"{_readable(used)}{capacity} per device: it fits")
+    program, products = Program(text), product_flops(traced.jaxpr)
+    yield _row("with recomputation", f"{products:.3g} FLOPs per step")
+    yield from _collective_rows(program.collectives())
+    if device:
+        yield from _roofline(config, device, mesh.size, products, program)
+
+
+def _device(topology: str) -> Chip | None:
+    """A device's part of its chip, as some chips have two; None if not published."""
+    devices = tpu_devices(topology)
+    chip = CHIPS.get(devices[0].device_kind)
+    share = _chips(topology) / len(devices)
+    if chip is None:
+        return None
+    return Chip(
+        chip.flops * share,
+        int(chip.hbm * share),
+        chip.hbm_bandwidth * share,
+        chip.ici_bandwidth * share,
+    )
+
+
+def _collective_rows(collectives: Sequence[Collective]) -> Iterator[str]:
+    """Count, size of the whole tensors, and what each device receives, by kind."""
+    for kind in sorted({each.kind for each in collectives}):
+        each_of = [each for each in collectives if each.kind == kind]
+        count = sum(each.times for each in each_of)
+        whole = sum(each.times * each.tensor_bytes for each in each_of)
+        received = sum(each.received_bytes for each in each_of)
+        yield _row(
+            kind,
+            f"{count:,} per step, of {_readable(whole)}; "
+            f"each device receives {_readable(received)}",
+        )
+
+
+def _roofline(
+    config: Config, device: Chip, count: int, products: int, program: Program
+) -> Iterator[str]:
+    """The least time that a step can take, by the chip's published figures.
+
+    Source: Williams et al. 2009, "Roofline: an insightful visual performance model".
+    """
+    received = sum(each.received_bytes for each in program.collectives())
+    seconds = {
+        "products": products / count / device.flops,
+        "memory": program.hbm_bytes() / device.hbm_bandwidth,
+        "interconnect": received / device.ici_bandwidth,
+    }
+    for name, least in seconds.items():
+        yield _row(f"{name} take", f"{least:.3g} s")
+    step = max(seconds.values())
+    tokens = config.data.batch_size * config.model.block_size
+    utilisation = step_flops(config) / count / device.flops / step
+    yield _row(
+        "roofline step time",
+        f"{step:.3g} s: at most {tokens / step:,.0f} tokens/s, "
+        f"model FLOPs utilisation {utilisation:.0%}",
+    )
+
+
+def _with_vocab_size(config: Config) -> Config:
+    if config.model.vocab_size is not None:
+        return config
+    if (vocab_size := named_vocab_size(config.data)) is None:
+        return load_corpus(config, log_line)[1]
+    model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
+    return dataclasses.replace(config, model=model_config)
+
+
+def _row(name: str, value: str) -> str:
+    return f"{name:19}{value}"
+
+
+def _bytes_each(tree: object) -> int:
+    """Bytes of a tree of placed shapes that one device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _readable(count: float) -> str:
     """Bytes in MiB or GiB."""
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"

@@ -1,35 +1,28 @@
+import dataclasses
+import re
+import time
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import TINY, changed
+from conftest import ROOT, TINY, changed, finish, start_script
 
 from jaxgpt.models import build_model
 from jaxgpt.presets import PRESETS
-from jaxgpt.training.plan import describe, step_flops
-
-
-@pytest.mark.parametrize("architecture", ["gpt", "residual", "layer-norm"])
-def test_flops_are_those_that_xla_counts(architecture):
-    # One layer: XLA counts the body of a scan over layers once.
-    shape = {"n_layer": 1, "n_head": 4, "n_embd": 128, "block_size": 128}
-    fields = {"architecture": architecture, "vocab_size": 512, "dropout": 0.0}
-    config = changed(TINY, model=shape | fields, data={"batch_size": 2})
-    model = build_model(config.model)
-    tokens = jnp.zeros((2, 128), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-
-    def loss(params):
-        return model.apply(params, tokens).sum()
-
-    counted = jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()["flops"]
-    assert step_flops(config) == pytest.approx(counted, rel=0.1)
+from jaxgpt.training import plan
+from jaxgpt.training.hlo import Program
+from jaxgpt.training.plan import describe, not_cached, tpu_devices
+from jaxgpt.training.sharding import make_mesh
+from jaxgpt.training.step import trace_train_steps
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_accounted_for_without_its_corpus(preset, fresh_cache):
     config = PRESETS[preset]()
-    if preset == "gpt2-124m":  # compiling it needs no accelerator, but a minute
-        config = changed(config, model={"n_embd": 96, "block_size": 128})
+    if config.model.vocab_size:  # compiling these needs no accelerator, but a minute
+        small = {"n_layer": 2, "n_head": 8, "n_embd": 64, "block_size": 64}
+        config = changed(config, model=small)
     report = "\n".join(describe(config))
     assert "parameters" in report
     assert "temporary memory" in report
@@ -44,3 +37,160 @@ def test_gpt2_124m_has_its_124_million_parameters():
     # As OpenAI counts them, less the biases that nanoGPT's recipe leaves out.
     biases = 12 * (3 * 768 + 768 + 4 * 768 + 768 + 2 * 768) + 768
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 124_439_808 - biases
+
+
+PLANNED = changed(PRESETS["smoke"](), model={"n_layer": 1, "vocab_size": 65})
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def plan_of(topology, **sections):
+    """What the plan says: the value of each row."""
+    rows = describe(changed(PLANNED, **sections), topology)
+    return {line[:19].strip(): line[19:] for line in rows}
+
+
+def test_a_plan_tells_memory_collectives_and_the_least_time():
+    rows = plan_of("v5e:2x2", mesh={"data": 2, "fsdp": 2})
+    assert rows["devices"] == "4 x TPU v5 lite (data 2 x fsdp 2 x tensor 1)"
+    whole = plan_of("v5e:2x2", mesh={"data": 4})
+    half, all_of_it = (
+        float(re.match(r"[\d.]+", each["optimizer state"])[0]) for each in (rows, whole)
+    )
+    assert half == pytest.approx(all_of_it / 2, abs=0.1)
+    assert re.search(r"of 16.0 GiB per device: it fits$", rows["memory in all"])
+    assert re.match(r"\d+ per step, of .*; each device rec", rows["all-reduce"])
+    step = float(rows["roofline step time"].split()[0])
+    parts = ("products", "memory", "interconnect")
+    assert step == max(float(rows[f"{part} take"].split()[0]) for part in parts)
+
+
+def test_a_step_that_does_not_fit_is_an_error_that_tells_by_how_much():
+    huge = {"block_size": 8192, "n_head": 64}
+    message = r"does not fit v5e:1x1: \S+G needed per device, 15\S+G there; give more"
+    with pytest.raises(ValueError, match=message):
+        plan_of("v5e:1x1", model=huge)
+
+
+def test_what_the_compiler_takes_but_the_chip_has_no_room_for_does_not_fit(monkeypatch):
+    chip = dataclasses.replace(plan.CHIPS["TPU v5 lite"], hbm=2**18)
+    monkeypatch.setitem(plan.CHIPS, "TPU v5 lite", chip)
+    with pytest.raises(ValueError, match=r"MiB needed per device, 0\.2 MiB there"):
+        plan_of("v5e:1x1")
+
+
+def test_a_chip_without_published_figures_has_no_roofline(monkeypatch):
+    monkeypatch.setattr(plan, "CHIPS", {})
+    rows = plan_of("v5e:1x1")
+    assert "it fits" in rows["memory in all"]
+    assert "roofline step time" not in rows
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v99:2x2", "v5e:3x5", "cpu"])
+def test_a_topology_that_libtpu_does_not_know_is_an_error(topology):
+    _, err = finish(start_script("train.py", "smoke", "--plan", topology), code=1)
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert f"{topology!r} is not a TPU topology that libtpu knows" in line
+
+
+def test_a_plan_without_libtpu_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install -r requirements-plan.txt"):
+        tpu_devices("v5e:2x4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "topology"),
+    [("gpt2-124m", "v5e:2x4"), ("gpt3-175b", "v5p:8x8x8")],
+)
+def test_the_readmes_plans_fit_and_compile_in_two_minutes(preset, topology):
+    started = time.monotonic()
+    out, _ = finish(start_script("train.py", preset, "--plan", topology))
+    assert time.monotonic() - started < 120
+    assert "it fits" in out
+    rows = {line[:19].strip(): line[19:] for line in out.splitlines()}
+    told = README.split(f"| `{preset}` | `{topology}` |")[1].splitlines()[0]
+    for figure in (
+        rows["temporary memory"].removesuffix(" per device"),
+        rows["FLOPs per step"],
+        *re.match(
+            r"(.* s): at most (.* tokens/s)", rows["roofline step time"]
+        ).groups(),
+    ):
+        assert f" {figure} |" in told
+
+
+TEXTBOOK = changed(
+    TINY,
+    model={
+        "n_layer": 3,
+        "n_head": 8,
+        "n_embd": 512,
+        "block_size": 256,
+        "vocab_size": 1000,
+        "dropout": 0.0,
+        "compute_dtype": "bfloat16",
+    },
+    data={"batch_size": 64},
+)
+LAYER_MATRICES = 12 * 512**2 * 2  # bytes in bfloat16
+ACTIVATIONS = 64 * 256 * 512 * 2  # of all rows
+# Else the compiler cuts some collectives into pieces that overlap with products.
+WHOLE_COLLECTIVES = {
+    "xla_tpu_enable_async_collective_fusion": "false",
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+}
+
+
+def collectives_of(**mesh):
+    """Those of a step on 8 TPU chips, in a layer and outside of the layers.
+
+    Each as counts of tensors and bytes of them, by kind.
+    """
+    config = changed(TEXTBOOK, mesh={"data": 1} | mesh)
+    devices = tpu_devices("v5e:2x4")
+    mesh = make_mesh(config, devices=devices)
+    traced = trace_train_steps(build_model(config.model), config, mesh, 1)
+    with not_cached():
+        compiled = traced.lower().compile(compiler_options=WHOLE_COLLECTIVES)
+    within = Counter(), Counter()
+    outside = Counter(), Counter()
+    for each in Program(compiled.as_text()).collectives():
+        assert each.group == 8
+        counts, sizes = within if each.times == 3 else outside
+        if each.tensor_bytes > 2**16:  # but for norms, scalars and token ids
+            counts[each.kind] += each.tensors
+            sizes[each.kind] += each.tensor_bytes
+    return *within, *outside
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_each_matrix_twice_and_reduces_its_gradient_once():
+    counts, sizes, outer_counts, outer_sizes = collectives_of(fsdp=8)
+    assert counts["all-gather"] == 2 * 4
+    assert sizes["all-gather"] == 2 * LAYER_MATRICES
+    # The compiler reduces one of the four in full, and drops what is others'.
+    assert counts == {"all-gather": 8, "reduce-scatter": 3, "all-reduce": 1}
+    assert sizes["reduce-scatter"] + sizes["all-reduce"] == LAYER_MATRICES
+    tokens, positions = 1000 * 512 * 2, 256 * 512 * 2
+    assert outer_sizes["all-gather"] == tokens + positions
+    # The tokens' table has a gradient as input, and one, in float32, as the head.
+    assert outer_sizes["reduce-scatter"] == tokens + 2 * tokens
+    assert outer_sizes["all-reduce"] == positions
+    assert outer_counts == {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 1}
+
+
+@pytest.mark.slow
+def test_tensor_moves_activations_as_megatron_with_sequence_parallelism():
+    # Korthikanti et al. 2022, section 4.2.2: in each layer two gathers and two
+    # reductions forward, as many backward, and two gathers of what was not kept.
+    counts, sizes, outer_counts, outer_sizes = collectives_of(tensor=8)
+    assert counts == {"all-gather": 6, "reduce-scatter": 4}
+    assert sizes["all-gather"] == 6 * ACTIVATIONS
+    assert sizes["reduce-scatter"] == 4 * ACTIVATIONS
+    tokens = 1000 * 512 * 2
+    assert outer_counts == {"all-gather": 1, "reduce-scatter": 2}
+    assert outer_sizes["all-gather"] == tokens
+    assert outer_sizes["reduce-scatter"] == tokens + 2 * tokens

@@ -1,0 +1,61 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import TINY, changed
+
+from jaxgpt.models import build_model
+from jaxgpt.training.flops import product_flops, step_flops
+from jaxgpt.training.sharding import make_mesh
+from jaxgpt.training.step import trace_train_steps
+
+MODEL = {"n_head": 8, "n_embd": 128, "block_size": 128, "vocab_size": 512}
+
+
+@pytest.mark.parametrize("architecture", ["gpt", "residual", "layer-norm"])
+def test_flops_are_those_that_xla_counts(architecture):
+    # One layer: XLA counts the body of a scan over layers once.
+    shape = {"n_layer": 1, "n_head": 4, "n_embd": 128, "block_size": 128}
+    fields = {"architecture": architecture, "vocab_size": 512, "dropout": 0.0}
+    config = changed(TINY, model=shape | fields, data={"batch_size": 2})
+    model = build_model(config.model)
+    tokens = jnp.zeros((2, 128), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+
+    def loss(params):
+        return model.apply(params, tokens).sum()
+
+    counted = jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()["flops"]
+    assert step_flops(config) == pytest.approx(counted, rel=0.1)
+
+
+def traced(**sections):
+    config = changed(TINY, model=MODEL | {"dropout": 0.0}, data={"batch_size": 16})
+    config = changed(config, **sections)
+    mesh = make_mesh(config, lambda line: None)
+    return config, trace_train_steps(build_model(config.model), config, mesh, 1)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("layers", [1, 5])
+def test_products_of_a_step_are_6_per_parameter_and_token_and_attentions(
+    layers, pieces
+):
+    config, trace = traced(
+        model={"n_layer": layers}, data={"gradient_accumulation_steps": pieces}
+    )
+    assert product_flops(trace.jaxpr) == pytest.approx(step_flops(config), rel=0.01)
+
+
+def test_recomputation_costs_about_a_forward_pass_more():
+    config, trace = traced(model={"n_layer": 5, "remat": True})
+    ratio = product_flops(trace.jaxpr) / step_flops(config)
+    assert 1.2 < ratio < 4 / 3
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_devices_share_all_products_and_do_none_twice(shape):
+    mesh = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    # One layer, since XLA counts the body of a scan once.
+    _, trace = traced(model={"n_layer": 1}, mesh=mesh)
+    each = trace.lower().compile().cost_analysis()["flops"]
+    assert 8 * each == pytest.approx(product_flops(trace.jaxpr), rel=0.1)
