@@ -6,21 +6,26 @@ import json
 import re
 import shlex
 
+import jax
 import PIL.Image
 import pytest
 import torch_gpt2
 import torch_nanogpt
 from conftest import ROOT
+from jax.sharding import AbstractMesh
 from rich.console import Console
 from torch_nanogpt import CHARACTERS
 
 from jaxgpt import CharTokenizer
 from jaxgpt.commands import lecture
 from jaxgpt.models import lecture as models
+from jaxgpt.models import parameter_shapes
 from jaxgpt.presets import PRESETS, lecture_bigram
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.text.pretrained import save_nanogpt_meta
+from jaxgpt.training.sharding import AXES, placed
 
+SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 LECTURE = (ROOT / "docs" / "lecture.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((ROOT / "docs" / "lecture.json").read_text(encoding="utf-8"))
@@ -120,3 +125,20 @@ def test_the_code_that_the_lectures_page_names_is_there():
     assert len(named) > 10
     for name in named:
         assert hasattr(models, name), name
+
+
+def test_the_table_of_shapes_is_what_the_rules_give():
+    mesh = AbstractMesh((1, 64, 8), AXES)
+    shapes = placed(parameter_shapes(PRESETS["gpt3-175b"]().model), mesh)
+    expected = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            list(leaf.shape),
+            list(leaf.sharding.shard_shape(leaf.shape)),
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+    row = r"^\| `(\w+/[\w/]+)` \|.*\| (\[.*\]) \| (\[.*\]) \|"
+    told = re.findall(row, SCALING, re.MULTILINE)
+    assert len(told) == 10
+    for name, whole, part in told:
+        assert (json.loads(whole), json.loads(part)) == expected[name], name

@@ -28,7 +28,7 @@ def test_every_train_command_is_understood(tiny_run, flags):
 
 
 def test_every_preset_is_told():
-    assert re.findall(r"^\| `([\w-]+)` \|", README, re.MULTILINE) == list(PRESETS)
+    assert re.findall(r"^\| `([\w.-]+)` \|", README, re.MULTILINE) == list(PRESETS)
 
 
 def test_the_python_example_runs(smoke, capsys):
