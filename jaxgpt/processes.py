@@ -5,6 +5,11 @@ devices; all call the same compiled programs in the same order.
 """
 
 import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, partial
 from hashlib import sha256
 from importlib.util import find_spec
 from typing import Any
@@ -29,33 +34,50 @@ def join_processes(
       num_processes: of the run.
       process_id: of this one, from 0.
 
-    Raises ValueError if only some are given.
+    Raises ValueError if only some are given, or they can't be.
     """
+    # It would take SIGTERM from us, and Orbax and we can't both ask it in turns.
+    jax.config.update("jax_enable_preemption_service", False)
+    initialize = partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=30,
+        shutdown_timeout_seconds=30,
+    )
     given = (coordinator_address, num_processes, process_id)
-    explicit = None not in given
-    if not explicit and given != (None, None, None):
+    if coordinator_address is not None and None not in given:
+        if not re.fullmatch(r".+:\d+", coordinator_address):
+            raise ValueError(
+                f"--coordinator-address {coordinator_address} must be HOST:PORT"
+            )
+        print(
+            f"process {process_id} of {num_processes} meets the others at "
+            f"{coordinator_address}",
+            file=sys.stderr,
+        )
+        initialize(*given, cluster_detection_method="deactivate")
+    elif given != (None, None, None):
         raise ValueError(
             "--coordinator-address, --num-processes and --process-id go together"
         )
-    if explicit or _in_cluster():
-        # It would take SIGTERM from us, and Orbax and we can't both ask it in turns.
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            *given,
-            cluster_detection_method="deactivate" if explicit else None,
-            heartbeat_timeout_seconds=30,
-            shutdown_timeout_seconds=30,
-        )
+    elif _is_task():
+        try:
+            initialize()
+        except ValueError as error:
+            raise ValueError(
+                "this is one of several tasks, but JAX can't find the others; give "
+                "--coordinator-address, --num-processes and --process-id"
+            ) from error
+    elif find_spec("libtpu") and not os.environ.get("TPU_SKIP_MDS_QUERY"):  # on a TPU
+        with suppress(ValueError):  # not in Google's cloud, where JAX finds the others
+            initialize()
 
 
-def _in_cluster() -> bool:
-    """Whether this is one of several tasks of SLURM or Open MPI, or on a TPU."""
-    on_tpu = find_spec("libtpu") and not os.environ.get("TPU_SKIP_MDS_QUERY")
-    tasks = [
-        os.environ.get("SLURM_NTASKS") if "SLURM_STEP_NODELIST" in os.environ else None,
-        os.environ.get("OMPI_COMM_WORLD_SIZE"),
-    ]
-    return bool(on_tpu) or any(int(count or 1) > 1 for count in tasks)
+def _is_task() -> bool:
+    """Whether this is one of several tasks that srun or mpirun has started."""
+    counts = [os.environ.get("OMPI_COMM_WORLD_SIZE")]
+    if "SLURM_STEP_NODELIST" in os.environ:
+        counts.append(os.environ.get("SLURM_NTASKS"))
+    return any(int(count or 1) > 1 for count in counts)
 
 
 def several_processes() -> bool:
@@ -84,12 +106,18 @@ def highest(number: int) -> jax.Array:
 
     All must call it at the same point; it returns at once.
     """
-    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
-    own = np.array([number], np.int32)
-    numbers = jax.make_array_from_callback(
-        (jax.device_count(),), NamedSharding(mesh, P("all")), lambda index: own
+    own, (one_each, take_highest) = np.array([number], np.int32), _of_all_devices()
+    return take_highest(
+        jax.make_array_from_callback((jax.device_count(),), one_each, lambda index: own)
     )
-    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))(numbers)
+
+
+@cache
+def _of_all_devices() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    """Where an array of a number for each device lies, and what takes their highest."""
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+    on_every_one = NamedSharding(mesh, P())
+    return NamedSharding(mesh, P("all")), jax.jit(jnp.max, out_shardings=on_every_one)
 
 
 def check_alike(settings: Any) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from conftest import finish, start_script
 
+from jaxgpt.processes import join_processes
 from jaxgpt.training.monitor import read_rows
 
 MINUTE = 60
+SHORT = ("--train.max-steps", 40, "--train.eval-interval", 20)
 
 
 def free_port():
@@ -26,7 +28,7 @@ def start_two(run_dir, *arguments, each=((), ())):
         start_script(
             *("train.py", "smoke", "--out-dir", run_dir, "--num-processes", 2),
             *("--coordinator-address", address, "--process-id", index),
-            *("--train.steps-per-call", 1, *arguments, *each[index]),
+            *("--train.steps-per-call", 1, *SHORT, *arguments, *each[index]),
             JAX_NUM_CPU_DEVICES="2",
         )
         for index in range(2)
@@ -56,8 +58,9 @@ def assert_trained_as(run_dir, expected):
 def alone(tmp_path_factory):
     """Losses of one process's smoke run on one device."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
-    finish(start_script("train.py", "smoke", "--out-dir", run_dir, "--mesh.data", 1))
-    assert len(losses(run_dir)) == 100
+    one_device = ("--out-dir", run_dir, "--mesh.data", 1)
+    finish(start_script("train.py", "smoke", *one_device, *SHORT))
+    assert len(losses(run_dir)) == 40
     return losses(run_dir)
 
 
@@ -71,7 +74,7 @@ def test_slurm_tasks_find_each_other_and_train_as_one_process(tmp_path, alone):
     sharded = ("--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.tensor", 2)
     tasks = [
         start_script(
-            *("train.py", "smoke", "--out-dir", tmp_path / "run", *sharded),
+            *("train.py", "smoke", "--out-dir", tmp_path / "run", *sharded, *SHORT),
             **job,
             SLURM_PROCID=str(index),
             SLURM_LOCALID=str(index),
@@ -80,7 +83,7 @@ def test_slurm_tasks_find_each_other_and_train_as_one_process(tmp_path, alone):
     ]
     (_, first), (_, second) = map(finish, tasks)
     assert "2 processes, 4 devices" in first
-    assert "step 100/100" in first
+    assert "step 40/40" in first
     assert "sample it with: python generate.py" in first
     assert "step" not in second  # the first alone writes
     assert_trained_as(tmp_path / "run", alone)
@@ -94,8 +97,8 @@ def test_a_process_that_dies_ends_the_other_and_the_run_resumes(
     tmp_path, alone, victim
 ):
     run_dir = tmp_path / "run"
-    processes = start_two(run_dir, "--train.checkpoint-interval", 20)
-    wait_for_step(run_dir, 45)
+    processes = start_two(run_dir, "--train.checkpoint-interval", 10)
+    wait_for_step(run_dir, 15)
     processes[victim].kill()
     started = time.monotonic()
     _, err = processes[1 - victim].communicate(timeout=MINUTE)
@@ -117,7 +120,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(tmp_path, alone):
     (_, first), _ = (finish(process, code=143) for process in processes)
     assert f"go on with: python train.py --out-dir {run_dir} --resume" in first
     stopped = len(losses(run_dir))
-    assert stopped < 100
+    assert stopped < 40
     assert (run_dir / "checkpoints" / str(stopped)).is_dir()
     # Goes on with one process, on as many devices as there are.
     finish(start_script("train.py", "--out-dir", run_dir, "--resume"))
@@ -137,6 +140,20 @@ def test_processes_with_different_settings_or_a_taken_directory_are_refused(tmp_
     assert "process 0 could not claim" in second
 
 
-def test_flags_of_processes_go_together():
-    _, err = finish(start_script("train.py", "smoke", "--process-id", 0), code=1)
-    assert "--coordinator-address, --num-processes and --process-id go" in err
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((None, None, 0), "--num-processes and --process-id go together"),
+        (("host:1", 2, None), "--num-processes and --process-id go together"),
+        (("host", 2, 0), "--coordinator-address host must be HOST:PORT"),
+    ],
+)
+def test_flags_of_processes_that_cannot_be_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        join_processes(*given)
+
+
+def test_a_task_that_cannot_find_the_others_says_what_to_give():
+    launched = {"OMPI_COMM_WORLD_SIZE": "2"}  # in a way that JAX does not know
+    _, err = finish(start_script("train.py", "smoke", **launched), code=1)
+    assert "JAX can't find the others; give --coordinator-address" in err

@@ -62,9 +62,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         raise ImportError(
             "--plan needs the TPU compiler; `pip install -r requirements-plan.txt`"
         )
-    # It looks for a TPU of this machine, and complains; and locks out a second one.
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    # Else no two processes of this machine could compile at the same time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     try:
         alone = {"chips_per_host_bounds": (1, 1, 1)} if _chips(topology) == 1 else {}

@@ -68,10 +68,16 @@ def create_state(
     model: nn.Module, config: Config, mesh: Mesh, params: Any = None
 ) -> TrainState:
     """`init_state`, or `state_of` the params where they are given, on the mesh."""
-    where = _shardings(abstract_state(model, config, mesh))
     if params is None:
-        return jax.jit(partial(init_state, model, config), out_shardings=where)()
+        return init_on(mesh, model, config)()
+    where = _shardings(abstract_state(model, config, mesh))
     return jax.jit(partial(state_of, config), out_shardings=where)(params)
+
+
+def init_on(mesh: Mesh, model: nn.Module, config: Config) -> Any:
+    """`init_state` as a jitted function that makes each part on its own device."""
+    where = _shardings(abstract_state(model, config, mesh))
+    return jax.jit(partial(init_state, model, config), out_shardings=where)
 
 
 def _shardings(state: TrainState) -> Any:

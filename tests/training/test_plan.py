@@ -111,7 +111,7 @@ def test_the_readmes_plans_fit_and_compile_in_two_minutes(preset, topology):
     assert time.monotonic() - started < 120
     assert "it fits" in out
     rows = {line[:19].strip(): line[19:] for line in out.splitlines()}
-    told = README.split(f"| `{preset}` | `{topology}` |")[1].splitlines()[0]
+    told = README.split(f"| `{preset}` on `{topology}` |")[1].splitlines()[0]
     least = re.match(r"(.* s): at most (.* tokens/s)", rows["roofline step time"])
     temporary = rows["temporary memory"].removesuffix(" per device")
     for figure in (temporary, rows["FLOPs per step"], *least.groups()):

@@ -1,6 +1,5 @@
 import math
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jaxgpt.training.step import (
     abstract_state,
     compile_train_steps,
     create_state,
-    init_state,
+    init_on,
 )
 
 STEPS = 20
@@ -114,11 +113,9 @@ def test_fsdp_over_8_devices_leaves_an_eighth_on_each(preset):
 def test_no_device_holds_the_whole_model_while_it_is_made(shape):
     config = on(changed(WIDE, model={"n_embd": 512, "n_layer": 8}), *shape)
     model, mesh = build_model(config.model), mesh_of(config)
-    state = abstract_state(model, config, mesh)
-    where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    init = jax.jit(partial(init_state, model, config), out_shardings=where)
-    memory = init.lower().compile().memory_analysis()
-    params = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
+    memory = init_on(mesh, model, config).lower().compile().memory_analysis()
+    shapes = jax.tree.leaves(abstract_state(model, config, mesh).params)
+    params = sum(leaf.size * 4 for leaf in shapes)
     held = memory.output_size_in_bytes + memory.temp_size_in_bytes
     assert 3 * params / 8 < held < 0.7 * params  # the moments come on top
 
