@@ -98,14 +98,16 @@ def wait_for_all(name: str) -> None:
 
 def any_failed(failed: bool) -> bool:
     """Whether any process has failed at this point, which all must reach."""
-    return bool(int(highest(failed))) if several_processes() else failed
+    return bool(int(highest(failed)))
 
 
-def highest(number: int) -> jax.Array:
+def highest(number: int) -> jax.Array | int:
     """The highest number that any process gives: soon, on every one of them.
 
     All must call it at the same point; it returns at once.
     """
+    if not several_processes():
+        return number
     own, (one_each, take_highest) = np.array([number], np.int32), _of_all_devices()
     return take_highest(
         jax.make_array_from_callback((jax.device_count(),), one_each, lambda index: own)

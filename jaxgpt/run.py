@@ -5,7 +5,10 @@ loss.png   attention.png
 """
 
 import json
+import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ except ImportError:  # Windows has no flock: there, nothing keeps a second train
 
 from jaxgpt.config import Config, DataConfig
 from jaxgpt.models import build_model, crop_block_size, parameter_shapes
-from jaxgpt.processes import any_failed, is_first_process, wait_for_all
+from jaxgpt.processes import any_failed, highest, is_first_process, wait_for_all
 from jaxgpt.runtime import ASIDE, replace_file
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
@@ -204,19 +207,40 @@ def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]
     a run that is neither to be resumed nor to be overwritten, files that are not a
     run's, or a training that is going on.
     """
-    if not is_first_process():
-        if any_failed(False):
+    if is_first_process():
+        try:
+            lock = _claim(run_dir, resume=resume, overwrite=overwrite)
+        except Exception:
+            highest(0)
+            raise
+        with lock:
+            token = secrets.randbelow(2**31 - 1) + 1
+            lock.write(str(token))
+            lock.flush()
+            os.fsync(lock.fileno())
+            _check_shared(run_dir, int(highest(token)))
+            yield
+    else:
+        token = int(highest(0))
+        if not token:
             raise FileExistsError(f"process 0 could not claim {run_dir}, and says why")
+        _check_shared(run_dir, token)
         yield
-        return
-    try:
-        lock = _claim(run_dir, resume=resume, overwrite=overwrite)
-    except Exception:
-        any_failed(True)
-        raise
-    any_failed(False)
-    with lock:
-        yield
+
+
+def _check_shared(run_dir: Path, token: int) -> None:
+    """Raises FileNotFoundError unless all processes see the same run directory."""
+    lock, seen = run_dir / LOCK, False
+    for wait in (0, 1, 4, 10):  # a network's file system may take its time
+        time.sleep(wait)
+        seen = lock.exists() and lock.read_text(encoding="utf-8") == str(token)
+        if seen:
+            break
+    if any_failed(not seen):
+        raise FileNotFoundError(
+            f"{run_dir} is not the same directory for all processes; give an --out-dir "
+            "on a file system that they share"
+        )
 
 
 def _claim(run_dir: Path, *, resume: bool, overwrite: bool) -> IO[str]:

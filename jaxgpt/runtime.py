@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+
 from jaxgpt.processes import highest, is_first_process, several_processes
 
 ASIDE = ".tmp"  # suffix of what is being written
@@ -33,8 +35,6 @@ def start() -> None:
     against 21.6k tokens/s, medians of 5 runs in turn with and without --mesh.data 1).
     At most 8, since each holds a copy of the parameters. What the user has set wins.
     """
-    import jax
-
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant
     if not (
         "JAX_NUM_CPU_DEVICES" in os.environ
@@ -137,7 +137,7 @@ class Interrupt:
 
     signal: int = 0
     _caught: int = 0
-    _asked: Any = None
+    _asked: jax.Array | int = 0
 
     def reached(self) -> bool:
         """Whether to stop here.
@@ -146,7 +146,7 @@ class Interrupt:
         """
         if several_processes():
             before, self._asked = self._asked, highest(self._caught)
-            self.signal = 0 if before is None else int(before)
+            self.signal = int(before)
         else:
             self.signal = self._caught
         return bool(self.signal)

@@ -127,11 +127,17 @@ def test_a_signal_to_one_process_saves_and_stops_all(tmp_path, alone):
     assert_trained_as(run_dir, alone)
 
 
-def test_processes_with_different_settings_or_a_taken_directory_are_refused(tmp_path):
+def test_processes_that_cannot_share_a_run_are_refused(tmp_path):
     seeds = (("--train.seed", 1), ("--train.seed", 2))
     for process in start_two(tmp_path / "run", each=seeds):
         _, err = finish(process, code=1)
         assert "error: process 1 has other settings or another corpus" in err
+    folders = (("--out-dir", tmp_path / "here"), ("--out-dir", tmp_path / "there"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "lock").touch()
+    for process in start_two(tmp_path / "run", "--overwrite", each=folders):
+        _, err = finish(process, code=1)
+        assert "is not the same directory for all processes; give an --out" in err
     (tmp_path / "run" / "config.json").touch()
     (_, first), (_, second) = (
         finish(process, code=1) for process in start_two(tmp_path / "run")

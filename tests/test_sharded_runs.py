@@ -100,6 +100,8 @@ def test_an_evaluation_does_not_depend_on_the_mesh(cube, call, mesh):
         return json.loads(out)["nats_per_token"]
 
     assert nats(mesh) == pytest.approx(nats(ONE), abs=1e-6)
+    with pytest.raises(ValueError, match=r"16 sequences .* over mesh.data=3"):
+        nats({"data": 3})
 
 
 def test_a_sharded_run_is_exported_whole(cube, call, tmp_path):

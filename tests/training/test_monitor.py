@@ -50,6 +50,18 @@ def test_rows_have_the_fields_of_their_event(tmp_path):
     assert (done["step"], done["val_loss"], done["best_val_loss"]) == (8, 2.25, 2.5)
 
 
+def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("jaxgpt.training.monitor.is_first_process", lambda: False)
+    monkeypatch.setattr("jaxgpt.runtime.is_first_process", lambda: False)
+    with session(tmp_path) as monitor:
+        monitor.train(0, steps(8), time.monotonic())
+        monitor.eval(8, train_loss=2.0, val_loss=2.5)
+        with pytest.raises(FloatingPointError):  # but all stop at what is not finite
+            monitor.done(8, float("nan"))
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+
+
 def test_the_curve_is_a_picture(tmp_path):
     with session(tmp_path) as monitor:
         monitor.train(0, steps(8), time.monotonic())
