@@ -3,13 +3,11 @@
 python generate.py --run-dir runs/shakespeare-char-cpu --prompt "ROMEO:"
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from jax.sharding import Mesh
 
 from jaxgpt import runtime
 from jaxgpt.config import MeshConfig, SamplingConfig
@@ -17,7 +15,7 @@ from jaxgpt.generation.stream import stream_text
 from jaxgpt.run import Run, load_config, load_run, text_tokenizer
 from jaxgpt.runtime import log_line
 from jaxgpt.text.tokenizer import encode_prompt
-from jaxgpt.training.sharding import make_mesh
+from jaxgpt.training.sharding import model_mesh
 
 SEPARATOR = "-" * 40
 
@@ -38,7 +36,7 @@ class Arguments:
     )
     seed: int = 1337  # the same seed gives the same text
     stop: str = ""  # a sample ends before this text
-    # how devices share the work: tensor a model too large for one, data the samples
+    # how devices share a model that is too large for one: by fsdp, by tensor
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
 
 
@@ -46,7 +44,8 @@ def main() -> None:
     """Parses the command line, loads the run, prints the samples."""
     arguments = tyro.cli(Arguments, prog="generate.py")
     runtime.start()
-    run = load_run(arguments.run_dir, arguments.checkpoint, find_mesh(arguments))
+    mesh = model_mesh(load_config(arguments.run_dir), arguments.mesh)
+    run = load_run(arguments.run_dir, arguments.checkpoint, mesh)
     prompt = read_prompt(arguments.prompt, run)
     texts, shown = [""] * arguments.num_samples, prompt
     for pieces in stream_text(
@@ -64,18 +63,6 @@ def main() -> None:
     for text in texts[1:]:
         print(f"\n{SEPARATOR}\n{prompt}{text}", end="")
     print()
-
-
-def find_mesh(arguments: Arguments) -> Mesh:
-    """The devices that share the work."""
-    config = load_config(arguments.run_dir)
-    data = dataclasses.replace(
-        config.data,
-        batch_size=max(arguments.num_samples, 1),
-        gradient_accumulation_steps=1,
-    )
-    config = dataclasses.replace(config, data=data, mesh=arguments.mesh)
-    return make_mesh(config, log=lambda line: None)
 
 
 def read_prompt(prompt: str, run: Run) -> str:

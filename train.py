@@ -3,6 +3,7 @@
 python train.py [PRESET] [--out-dir DIR] [--resume] [--section.field VALUE ...]
 """
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -20,6 +21,7 @@ from jaxgpt.processes import check_alike, join_processes
 from jaxgpt.run import (
     claim_run,
     clear_run,
+    load_config,
     load_run,
     load_start,
     own_tokenizer,
@@ -36,7 +38,7 @@ from jaxgpt.training.checkpoint import (
 from jaxgpt.training.evaluation import estimate_losses, evaluate_exactly
 from jaxgpt.training.monitor import Monitor, check_finite
 from jaxgpt.training.plan import describe
-from jaxgpt.training.sharding import make_mesh, read_batches
+from jaxgpt.training.sharding import make_mesh, model_mesh, read_batches
 from jaxgpt.training.step import (
     call_size,
     compile_eval_step,
@@ -50,7 +52,8 @@ STARTED = time.monotonic()
 def main() -> None:
     """Parses the command line, then trains, or tells what training would cost."""
     runtime.start()
-    join_processes(*parse_processes(sys.argv[1:]))
+    if (processes := parse_processes(sys.argv[1:])) is not None:
+        join_processes(*processes)
     if jax.process_count() > 1:
         log_line(f"{jax.process_count()} processes, {jax.device_count()} devices")
     config, run_dir, options = parse_arguments(sys.argv[1:])
@@ -64,9 +67,11 @@ def main() -> None:
         log_line(f"stopped; go on with: python train.py --out-dir {where} --resume")
         sys.exit(128 + signal)
     if jax.process_count() > 1:
-        log_line(f"sample it with: python generate.py --run-dir {run_dir}")
+        where = shlex.quote(str(run_dir))
+        log_line(f"sample it with: python generate.py --run-dir {where}")
         return
-    run = load_run(run_dir)
+    shared = dataclasses.replace(load_config(run_dir).mesh, data=1)
+    run = load_run(run_dir, mesh=model_mesh(load_config(run_dir), shared))
     if run.tokenizer:
         log_line(f"a sample of the best checkpoint, step {run.step}:")
         print(generate(run, "", max_new_tokens=400)[0])
@@ -75,6 +80,7 @@ def main() -> None:
 def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> int:
     """Runs the experiment; returns the signal that stopped it early, or 0."""
     with claim_run(run_dir, resume=resume, overwrite=overwrite):
+        check_alike((config, resume, overwrite))
         tokenizer = own_tokenizer(run_dir, config) if resume else None
         corpus, config = load_corpus(config, log_line, tokenizer)
         check_alike(config)

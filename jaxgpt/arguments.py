@@ -107,12 +107,21 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
     return config, run_dir, options
 
 
-def parse_processes(argv: list[str]) -> tuple[str | None, int | None, int | None]:
-    """What the command line says of the run's processes, for `join_processes`."""
-    _, flags = _split(argv)
+def parse_processes(
+    argv: list[str],
+) -> tuple[str | None, int | None, int | None] | None:
+    """What the command line says of the run's processes, for `join_processes`.
+
+    None if it asks for something that this process does alone.
+    """
+    preset, flags = _split(argv)
+    if preset:
+        _check_preset(preset)
     if "-h" in flags or "--help" in flags:
-        return None, None, None
+        return None
     options, _ = tyro.cli(RunOptions, args=flags, return_unknown_args=True)
+    if options.dry_run or options.plan:
+        return None
     return options.coordinator_address, options.num_processes, options.process_id
 
 

@@ -50,8 +50,8 @@ def join_processes(
                 f"--coordinator-address {coordinator_address} must be HOST:PORT"
             )
         print(
-            f"process {process_id} of {num_processes} meets the others at "
-            f"{coordinator_address}",
+            f"process {process_id} of {num_processes} waits up to 5 minutes for the "
+            f"others at {coordinator_address}",
             file=sys.stderr,
         )
         initialize(*given, cluster_detection_method="deactivate")
@@ -76,7 +76,8 @@ def _is_task() -> bool:
     """Whether this is one of several tasks that srun or mpirun has started."""
     counts = [os.environ.get("OMPI_COMM_WORLD_SIZE")]
     if "SLURM_STEP_NODELIST" in os.environ:
-        counts.append(os.environ.get("SLURM_NTASKS"))
+        # Of srun's step; SLURM_NTASKS is the whole job's.
+        counts.append(os.environ.get("SLURM_STEP_NUM_TASKS"))
     return any(int(count or 1) > 1 for count in counts)
 
 

@@ -40,7 +40,7 @@ from jaxgpt.training.checkpoint import (
     restore_state,
 )
 from jaxgpt.training.monitor import CURVE, METRICS
-from jaxgpt.training.sharding import one_device, placed
+from jaxgpt.training.sharding import on_host, one_device, placed
 from jaxgpt.training.step import TrainState
 
 CONFIG = "config.json"
@@ -170,14 +170,14 @@ def load_state(
     `load_run` does.
     """
     config = load_config(run_dir)
-    mesh = one_device()
+    mesh = on_host()
     with _run_checkpoints(run_dir) as checkpoints:
         step = find_step(checkpoints, checkpoint)
         if has_progress(checkpoints, step):
             model = build_model(config.model)
             state = restore_state(checkpoints, step, model, config, mesh)
         else:
-            run = load_run(run_dir, step)
+            run = load_run(run_dir, step, mesh)
             state = TrainState(jnp.asarray(step), run.params, None)
         metrics = checkpoints.metrics(find_step(checkpoints, "best")) or {}
     return config, state, metrics.get("val_loss")

@@ -69,6 +69,7 @@ def test_slurm_tasks_find_each_other_and_train_as_one_process(tmp_path, alone):
         "SLURM_JOB_ID": str(free_port()),  # of which JAX makes a port
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
         "JAX_NUM_CPU_DEVICES": "2",
     }
     sharded = ("--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.tensor", 2)

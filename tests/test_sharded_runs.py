@@ -68,7 +68,7 @@ def test_a_run_resumes_on_another_mesh_and_goes_on_alike(run_on, call, before, a
     np.testing.assert_allclose(losses(moved), losses(expected), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("mesh", [("--mesh.tensor", 2), ("--mesh.data", 2)])
+@pytest.mark.parametrize("mesh", [("--mesh.tensor", 2), ("--mesh.fsdp", -1)])
 def test_devices_that_share_a_model_write_what_one_writes(cube, call, mesh):
     options = ("--run-dir", cube, "--prompt", "Lear", "--max-new-tokens", 20)
     samples = ("--num-samples", 2, "--temperature", 0.5)
@@ -89,7 +89,10 @@ def test_a_model_is_loaded_in_parts_where_devices_share_it(cube, call, monkeypat
     monkeypatch.setattr("generate.stream_text", spy)
     call("generate.py", "--run-dir", cube)
     call("generate.py", "--run-dir", cube, "--mesh.tensor", 2)
-    assert held == [1, 1 / 2]
+    call("generate.py", "--run-dir", cube, "--mesh.fsdp", 4, "--mesh.tensor", 2)
+    assert held == [1, 1 / 2, 1 / 8]
+    with pytest.raises(ValueError, match=r"mesh\.data=2 shares no work here; give"):
+        call("generate.py", "--run-dir", cube, "--mesh.data", 2)
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, CUBE])

@@ -40,6 +40,7 @@ from jaxgpt.training.checkpoint import (
     save_params,
     save_state,
 )
+from jaxgpt.training.sharding import on_host
 from jaxgpt.training.step import TrainState
 
 Format = Literal["nanogpt", "huggingface"]
@@ -140,7 +141,7 @@ def export(
         raise ValueError("--dataset is nanoGPT's; leave it out")
     _check_target(target, overwrite, is_folder=format == "huggingface")
     if format == "huggingface":
-        run = load_run(run_dir, checkpoint)
+        run = load_run(run_dir, checkpoint, on_host())
         write_huggingface(target, run.config.model, run.params, run.tokenizer)
     else:
         _export_nanogpt(run_dir, checkpoint, target, dataset, overwrite)

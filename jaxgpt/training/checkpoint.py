@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
 from jaxgpt.config import Config
+from jaxgpt.processes import several_processes
 from jaxgpt.training.step import TrainState, abstract_state
 
 CHECKPOINTS = "checkpoints"
@@ -60,6 +61,9 @@ def _naming_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        lost = (RuntimeError, TimeoutError, AssertionError)
+        if several_processes() and isinstance(error, lost):
+            raise  # it tells of the other processes, not of the files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path} is damaged ({reason}); move it away to go on from another"

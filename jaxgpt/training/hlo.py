@@ -28,6 +28,13 @@ _MOVE_NOTHING = (
     "conditional",
     "call",
 )
+_INNER = (
+    "calls",
+    "body",
+    "branch_computations",
+    "true_computation",
+    "false_computation",
+)
 
 
 @dataclass(frozen=True)
@@ -99,9 +106,12 @@ class Program:
         for name, times, _ in self._runs:
             for key, operation in self._computations[name].items():
                 if operation.opcode.removesuffix("-start") in _COLLECTIVES:
-                    channel = re.search(r"channel_id=(\d+)", operation.attributes)
                     # One that goes on beside several products is written in each.
-                    found[channel[1] if channel else key] = self._collective(
+                    same = re.findall(
+                        r"(?:channel_id|source_target_pairs)=\S+", operation.attributes
+                    )
+                    same.append(re.sub(r"\{.*?\}", "", operation.shape))
+                    found[tuple(same) if same[1:] else key] = self._collective(
                         name, operation, times
                     )
         return list(found.values())
@@ -121,7 +131,7 @@ class Program:
         """Computations that run: name, how often, and whether within a fusion."""
         yield name, times, fused
         for operation in self._computations[name].values():
-            calls, count = ["calls", "body", "branch_computations"], times
+            calls, count = list(_INNER), times
             if operation.opcode == "call":
                 calls = ["to_apply"]
             if operation.opcode == "while":
@@ -167,10 +177,22 @@ class Program:
             )
             for position, operand in enumerate(operation.operands)
         )
-        if operation.opcode.endswith("-start"):  # its other results are what it read
-            return read + sum(_sizes(operation.shape, in_hbm=True)[:1])
+        if operation.opcode in ("copy-start", "slice-start"):
+            return self._transfer(operation, computation)
         written = sum(_sizes(operation.shape, in_hbm=True))
         return read + min(written, self._written(operation, computation))
+
+    def _transfer(self, start: _Operation, computation: _Computation) -> int:
+        """Traffic of a copy between memories, whose result is its other half's."""
+        (name,) = (name for name, each in computation.items() if each is start)
+        shape = next(
+            each.shape
+            for each in computation.values()
+            if each.opcode.endswith("-done") and name in each.operands
+        )
+        source = computation[start.operands[0]].shape
+        from_hbm = bool(_sizes(source, in_hbm=True))
+        return sum(_sizes(shape)) * from_hbm + sum(_sizes(shape, in_hbm=True))
 
     def _read(
         self, operation: _Operation, position: int, computation: _Computation
@@ -179,12 +201,7 @@ class Program:
         opcode, operand = operation.opcode, operation.operands[position]
         if position == 0 and opcode in ("dynamic-update-slice", "scatter"):
             return 0
-        if position == 0 and opcode in (
-            "dynamic-slice",
-            "slice",
-            "gather",
-            "slice-start",
-        ):
+        if position == 0 and opcode in ("dynamic-slice", "slice", "gather"):
             return _sizes(operation.shape)[0]
         if opcode == "fusion":
             inner = self._computations[operation.called("calls")[0]]
@@ -262,7 +279,10 @@ def _group(operation: _Operation) -> int:
         return listed[1].count(",") + 1
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(tiled[1])
-    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+    form = r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\)\))? \{(.*?)\}"
+    if mesh := re.search(form, attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    return 2  # a permutation goes by pairs
+    if "source_target_pairs" in attributes:  # a permutation goes by pairs
+        return 2
+    raise ValueError(f"can't read the groups of {operation.opcode}: {attributes}")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -65,8 +66,12 @@ def tpu_devices(topology: str) -> list[jax.Device]:
     # Else no two processes of this machine could compile at the same time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     try:
-        alone = {"chips_per_host_bounds": (1, 1, 1)} if _chips(topology) == 1 else {}
-        description = topologies.get_topology_desc(topology, platform="tpu", **alone)
+        options: dict[str, Any] = {}
+        if _chips(topology) == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        if topology.startswith("v4"):  # whose two cores are one device
+            options["chip_config_name"] = "megacore"
+        description = topologies.get_topology_desc(topology, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"{topology!r} is not a TPU topology that libtpu knows; examples are "
@@ -117,7 +122,7 @@ def describe(config: Config, topology: str = "") -> Iterator[str]:
     )
     yield _row("FLOPs per step", f"{step_flops(config):.3g}")
     yield _row("devices", f"{mesh.size} x {devices[0].device_kind} ({axes})")
-    yield _row("their memory", f"{_readable(_bytes_each(state.params))} per device")
+    yield _row("parameter memory", f"{_readable(_bytes_each(state.params))} per device")
     yield _row(
         "optimizer state", f"{_readable(_bytes_each(state.opt_state))} per device"
     )
@@ -172,7 +177,7 @@ def _account(
     capacity = f" of {_readable(device.hbm)}" if device else ""
     yield _row("memory in all", f"{_readable(used)}{capacity} per device: it fits")
     program, products = Program(text), product_flops(traced.jaxpr)
-    yield _row("with recomputation", f"{products:.3g} FLOPs per step")
+    yield _row("FLOPs with remat", f"{products:.3g}")
     yield from _collective_rows(program.collectives())
     if device:
         yield from _roofline(config, device, mesh.size, products, program)
@@ -216,12 +221,12 @@ def _roofline(
     """
     received = sum(each.received_bytes for each in program.collectives())
     seconds = {
-        "products": products / count / device.flops,
-        "memory": program.hbm_bytes() / device.hbm_bandwidth,
-        "interconnect": received / device.ici_bandwidth,
+        "compute": products / count / device.flops,
+        "HBM": program.hbm_bytes() / device.hbm_bandwidth,
+        "ICI": received / device.ici_bandwidth,
     }
     for name, least in seconds.items():
-        yield _row(f"{name} take", f"{least:.3g} s")
+        yield _row(f"{name} time", f"{least:.3g} s")
     step = max(seconds.values())
     tokens = config.data.batch_size * config.model.block_size
     utilisation = step_flops(config) / count / device.flops / step

@@ -8,6 +8,7 @@ MLP's channels of the same rows, and the positions at the head.
 L layers   V vocab   T block_size   C n_embd   H heads   D head_dim   F mlp   B batch
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.config import Config
+from jaxgpt.config import Config, MeshConfig
 from jaxgpt.text.batches import stack_batches
 
 AXES = ("data", "fsdp", "tensor")
@@ -69,12 +70,23 @@ def make_mesh(
     shape = _mesh_shape(config, len(devices))
     count = math.prod(shape.values())
     rows = config.data.rows_at_once
+    sizes, used = tuple(shape.values()), devices[:count]
+    if idle := {d.process_index for d in devices} - {d.process_index for d in used}:
+        raise ValueError(
+            f"{count} of {len(devices)} devices share {rows} rows at once, which "
+            f"leaves process {min(idle)} without one; give more rows, or start fewer "
+            "processes"
+        )
     if count < len(devices):
         log(f"using {count} of {len(devices)} devices, for {rows} rows at once")
-    grid = mesh_utils.create_device_mesh(
-        tuple(shape.values()), devices[:count], allow_split_physical_axes=True
+        return _mesh(np.array(used).reshape(sizes))
+    return _mesh(
+        mesh_utils.create_device_mesh(sizes, used, allow_split_physical_axes=True)
     )
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
@@ -112,8 +124,33 @@ def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
 
 def one_device() -> Mesh:
     """A mesh of this process's first device alone."""
-    device = np.array(jax.local_devices()[:1]).reshape((1,) * len(AXES))
-    return Mesh(device, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return _mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1))
+
+
+def on_host() -> Mesh:
+    """A mesh of one device in the host's memory, which is the larger one."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return one_device()
+    return _mesh(np.array([device]).reshape(1, 1, 1))
+
+
+def model_mesh(config: Config, mesh: MeshConfig) -> Mesh:
+    """The devices that share one model, where there are no rows to share.
+
+    Raises ValueError if `mesh.data` is not 1, and as `make_mesh` does.
+    """
+    if mesh.data != 1:
+        raise ValueError(
+            f"mesh.data={mesh.data} shares no work here; give mesh.fsdp or mesh.tensor"
+        )
+    rows = mesh.fsdp if mesh.fsdp > 0 else jax.device_count()
+    data = dataclasses.replace(
+        config.data, batch_size=rows, gradient_accumulation_steps=1
+    )
+    config = dataclasses.replace(config, data=data, mesh=mesh)
+    return make_mesh(config, log=lambda line: None)
 
 
 def placed(shapes: Any, mesh: Mesh) -> Any:

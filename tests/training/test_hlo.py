@@ -108,3 +108,55 @@ def test_memory_traffic_without_a_loop_is_what_xla_counts():
     program = chain.lower(shape, shape).compile()
     counted = program.cost_analysis()["bytes accessed"]
     assert Program(program.as_text()).hbm_bytes() == pytest.approx(counted, rel=0.1)
+
+
+TPU = """HloModule step
+
+%main.1 (p: bf16[8,64]) -> bf16[8,64] {
+  %p = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %start = ((bf16[8,64]{1,0}), bf16[2,64]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:2], [0:64]}
+  %done = bf16[2,64]{1,0:T(8,128)S(1)} slice-done(%start)
+  %copy = (bf16[8,64]{1,0:S(1)}, bf16[8,64]{1,0}, u32[]{:S(2)}) copy-start(%p)
+  %copied = bf16[8,64]{1,0:S(1)} copy-done(%copy)
+  %one = bf16[8,64]{1,0} collective-permute(%p), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %two = bf16[8,64]{1,0} collective-permute(%p), channel_id=1, source_target_pairs={{0,2},{2,0}}
+  %again = bf16[8,64]{1,0:S(1)} collective-permute(%p), channel_id=1, source_target_pairs={{0,2},{2,0}}
+  %listed = bf16[8,64]{1,0} all-reduce(%p), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}
+  %tiled = bf16[8,64]{1,0} all-reduce(%p), channel_id=3, replica_groups=[2,8]<=[16]
+  %named = bf16[8,64]{1,0} all-reduce(%p), channel_id=4, replica_groups=mesh['a'=2,'b'=6] {'b'}
+  %moved = bf16[8,64]{1,0} all-reduce(%p), channel_id=5, replica_groups=mesh['a'=64,'b'=2], device_ids=([2,64]T(1,0)) {'a'}, dimensions={1}
+  ROOT %end = bf16[8,64]{1,0} bitcast(%p)
+}
+"""  # noqa: E501
+
+
+def program_of(*names):
+    """The program above with only some of its operations."""
+    kept = [
+        line
+        for line in TPU.splitlines()
+        if not (found := line.strip().split(" ")[0]).startswith("%")
+        or found[1:] in ("main.1", "p", *names)
+    ]
+    return Program("\n".join(kept).replace("%main", "ENTRY %main"))
+
+
+def test_groups_are_read_in_every_way_that_hlo_writes_them():
+    names = ("listed", "tiled", "named", "moved")
+    found = program_of(*names).collectives()
+    assert [each.group for each in found] == [4, 8, 6, 64]
+
+
+def test_a_collective_of_unknown_groups_is_an_error():
+    text = TPU.replace("%main", "ENTRY %main").replace("[2,8]<=[16]", "everyone")
+    with pytest.raises(ValueError, match="can't read the groups of all-reduce"):
+        Program(text).collectives()
+
+
+def test_permutes_of_one_channel_count_by_their_pairs_and_each_once():
+    assert len(program_of("one", "two", "again").collectives()) == 2
+
+
+def test_a_prefetch_reads_what_it_takes_and_writes_no_main_memory():
+    assert program_of("start", "done").hbm_bytes() == 2 * 64 * 2
+    assert program_of("copy", "copied").hbm_bytes() == 8 * 64 * 2

@@ -62,8 +62,8 @@ def test_a_plan_tells_memory_collectives_and_the_least_time():
     assert re.search(r"of 16.0 GiB per device: it fits$", rows["memory in all"])
     assert re.match(r"\d+ per step, of .*; each device rec", rows["all-reduce"])
     step = float(rows["roofline step time"].split()[0])
-    parts = ("products", "memory", "interconnect")
-    assert step == max(float(rows[f"{part} take"].split()[0]) for part in parts)
+    parts = ("compute", "HBM", "ICI")
+    assert step == max(float(rows[f"{part} time"].split()[0]) for part in parts)
 
 
 def test_a_step_that_does_not_fit_is_an_error_that_tells_by_how_much():
@@ -78,6 +78,12 @@ def test_what_the_compiler_takes_but_the_chip_has_no_room_for_does_not_fit(monke
     monkeypatch.setitem(plan.CHIPS, "TPU v5 lite", chip)
     with pytest.raises(ValueError, match=r"MiB needed per device, 0\.2 MiB there"):
         plan_of("v5e:1x1")
+
+
+def test_a_v4_chip_is_one_device_with_all_of_its_memory():
+    rows = plan_of("v4:2x2x1")
+    assert rows["devices"] == "4 x TPU v4 (data 4 x fsdp 1 x tensor 1)"
+    assert "of 32.0 GiB" in rows["memory in all"]
 
 
 def test_a_chip_without_published_figures_has_no_roofline(monkeypatch):

@@ -1,5 +1,6 @@
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,13 @@ def test_axes_of_minus_one_take_the_devices_that_divide_the_rows(rows, mesh, sha
     used = math.prod(shape)
     idle = [f"using {used} of 8 devices, for {rows} rows at once"]
     assert lines == (idle if used < 8 else [])
+
+
+def test_a_process_that_would_have_no_device_is_an_error():
+    devices = [SimpleNamespace(process_index=host) for host in (0, 0, 1, 1)]
+    config = changed(TINY, data={"batch_size": 2})
+    with pytest.raises(ValueError, match=r"2 of 4 devices .* leaves process 1 without"):
+        make_mesh(config, devices=devices)
 
 
 def test_batches_are_those_of_one_device_and_only_their_own_rows_are_read(monkeypatch):
