@@ -17,7 +17,7 @@ from jaxgpt.arguments import parse_arguments, parse_processes
 from jaxgpt.config import Config
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
-from jaxgpt.processes import check_alike, join_processes
+from jaxgpt.processes import check_alike, join_processes, several_processes
 from jaxgpt.run import (
     claim_run,
     clear_run,
@@ -54,7 +54,7 @@ def main() -> None:
     runtime.start()
     if (processes := parse_processes(sys.argv[1:])) is not None:
         join_processes(*processes)
-    if jax.process_count() > 1:
+    if several_processes():
         log_line(f"{jax.process_count()} processes, {jax.device_count()} devices")
     config, run_dir, options = parse_arguments(sys.argv[1:])
     if options.dry_run or options.plan:
@@ -66,12 +66,13 @@ def main() -> None:
         where = shlex.quote(str(run_dir))
         log_line(f"stopped; go on with: python train.py --out-dir {where} --resume")
         sys.exit(128 + signal)
-    if jax.process_count() > 1:
+    if several_processes():
         where = shlex.quote(str(run_dir))
         log_line(f"sample it with: python generate.py --run-dir {where}")
         return
-    shared = dataclasses.replace(load_config(run_dir).mesh, data=1)
-    run = load_run(run_dir, mesh=model_mesh(load_config(run_dir), shared))
+    saved = load_config(run_dir)
+    mesh = model_mesh(saved, dataclasses.replace(saved.mesh, data=1))
+    run = load_run(run_dir, mesh=mesh)
     if run.tokenizer:
         log_line(f"a sample of the best checkpoint, step {run.step}:")
         print(generate(run, "", max_new_tokens=400)[0])

@@ -3,7 +3,10 @@
 The mesh has three axes. Over "data" the devices share the rows of a batch. Over "fsdp"
 they do too, and each keeps only its part of every matrix and of its moments; a layer's
 matrices are gathered when their turn comes. Over "tensor" they share the heads and the
-MLP's channels of the same rows, and the positions at the head.
+MLP's channels of the same rows, and the positions everywhere else.
+
+Source: Rajbhandari et al. 2020 (ZeRO) for fsdp; Shoeybi et al. 2019 (Megatron-LM) and
+Korthikanti et al. 2022 (sequence parallelism) for tensor.
 
 L layers   V vocab   T block_size   C n_embd   H heads   D head_dim   F mlp   B batch
 """
@@ -45,7 +48,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(block_\d+|lm_head)/.*", P()),
 )
 
-# How activations are cut, by the names that the models give to their axes.
+# How activations are cut, by the names that the models give to their axes. Heads and
+# channels come before positions: an axis of the mesh cuts but one of an activation's.
 ACTIVATIONS = (
     ("batch", ("data", "fsdp")),
     ("heads", "tensor"),
