@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, changed
 
 from jaxgpt import CharTokenizer, Config
-from jaxgpt.arguments import parse_arguments
+from jaxgpt.arguments import parse_arguments, parse_processes
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import load_config, save_config
 from jaxgpt.training.checkpoint import open_checkpoints, save_params
@@ -223,3 +223,16 @@ def test_a_start_from_a_run_that_reads_no_dropout_leaves_it_alone(tmp_path, bigr
 def test_bpe_without_a_size_is_told_to_give_one():
     with pytest.raises(ValueError, match=r"as in --model\.vocab-size 1024"):
         parse_arguments(["smoke", "--data.tokenizer", "bpe"])
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["smoke", "--plan", "v5e:2x4"], ["smoke", "--dry-run"]]
+)
+def test_what_one_process_does_alone_waits_for_no_others(argv):
+    assert parse_processes(argv) is None
+    assert parse_processes(["smoke", "--train.seed", "7"]) == (None, None, None)
+
+
+def test_a_preset_is_checked_before_other_processes_are_waited_for():
+    with pytest.raises(ValueError, match="there is no preset 'smok'"):
+        parse_processes(["smok", "--process-id", "1"])

@@ -61,7 +61,8 @@ def tpu_devices(topology: str) -> list[jax.Device]:
     """
     if not find_spec("libtpu"):
         raise ImportError(
-            "--plan needs the TPU compiler; `pip install -r requirements-plan.txt`"
+            "--plan needs the TPU compiler; `pip install -r requirements-plan.txt`, on "
+            "Linux with an x86-64 processor"
         )
     # Else no two processes of this machine could compile at the same time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")

@@ -118,3 +118,19 @@ def test_a_checkpoint_of_another_config_names_the_first_parameter(checkpoints):
     biased = changed(TINY, model={"bias": True})
     with pytest.raises(ValueError, match=r"c_attn\.bias is missing there"):
         restore_state(checkpoints, 4, build_model(biased.model), biased, MESH)
+
+
+@pytest.mark.parametrize(
+    ("several", "error"), [(False, "is damaged"), (True, "^the other process is gone")]
+)
+def test_a_lost_process_is_no_damage_of_the_checkpoints(
+    tmp_path, monkeypatch, several, error
+):
+    def lose(*args, **options):
+        raise RuntimeError("the other process is gone")
+
+    where = "jaxgpt.training.checkpoint"
+    monkeypatch.setattr(f"{where}.several_processes", lambda: several)
+    monkeypatch.setattr(f"{where}.ocp.CheckpointManager", lose)
+    with pytest.raises((ValueError, RuntimeError), match=error):
+        open_checkpoints(tmp_path)

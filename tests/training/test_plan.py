@@ -2,6 +2,7 @@ import dataclasses
 import re
 import time
 from collections import Counter
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,9 @@ def test_gpt2_124m_has_its_124_million_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 124_439_808 - biases
 
 
+needs_libtpu = pytest.mark.skipif(
+    not find_spec("libtpu"), reason="libtpu is for Linux on x86-64"
+)
 PLANNED = changed(PRESETS["smoke"](), model={"n_layer": 1, "vocab_size": 65})
 
 
@@ -51,6 +55,7 @@ def plan_of(topology, **sections):
     return {line[:19].strip(): line[19:] for line in rows}
 
 
+@needs_libtpu
 def test_a_plan_tells_memory_collectives_and_the_least_time():
     rows = plan_of("v5e:2x2", mesh={"data": 2, "fsdp": 2})
     assert rows["devices"] == "4 x TPU v5 lite (data 2 x fsdp 2 x tensor 1)"
@@ -66,6 +71,7 @@ def test_a_plan_tells_memory_collectives_and_the_least_time():
     assert step == max(float(rows[f"{part} time"].split()[0]) for part in parts)
 
 
+@needs_libtpu
 def test_a_step_that_does_not_fit_is_an_error_that_tells_by_how_much():
     huge = {"block_size": 8192, "n_head": 64}
     message = r"does not fit v5e:1x1: \S+G needed per device, 15\S+G there; give more"
@@ -73,6 +79,7 @@ def test_a_step_that_does_not_fit_is_an_error_that_tells_by_how_much():
         plan_of("v5e:1x1", model=huge)
 
 
+@needs_libtpu
 def test_what_the_compiler_takes_but_the_chip_has_no_room_for_does_not_fit(monkeypatch):
     chip = dataclasses.replace(plan.CHIPS["TPU v5 lite"], hbm=2**18)
     monkeypatch.setitem(plan.CHIPS, "TPU v5 lite", chip)
@@ -80,12 +87,14 @@ def test_what_the_compiler_takes_but_the_chip_has_no_room_for_does_not_fit(monke
         plan_of("v5e:1x1")
 
 
+@needs_libtpu
 def test_a_v4_chip_is_one_device_with_all_of_its_memory():
     rows = plan_of("v4:2x2x1")
     assert rows["devices"] == "4 x TPU v4 (data 4 x fsdp 1 x tensor 1)"
     assert "of 32.0 GiB" in rows["memory in all"]
 
 
+@needs_libtpu
 def test_a_chip_without_published_figures_has_no_roofline(monkeypatch):
     monkeypatch.setattr(plan, "CHIPS", {})
     rows = plan_of("v5e:1x1")
@@ -93,6 +102,7 @@ def test_a_chip_without_published_figures_has_no_roofline(monkeypatch):
     assert "roofline step time" not in rows
 
 
+@needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e", "v99:2x2", "v5e:3x5", "cpu"])
 def test_a_topology_that_libtpu_does_not_know_is_an_error(topology):
     _, err = finish(start_script("train.py", "smoke", "--plan", topology), code=1)
@@ -106,6 +116,7 @@ def test_a_plan_without_libtpu_says_what_to_install(monkeypatch):
         tpu_devices("v5e:2x4")
 
 
+@needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "topology"),
@@ -168,6 +179,7 @@ def collectives_of(**mesh):
     return *within, *outside
 
 
+@needs_libtpu
 @pytest.mark.slow
 def test_fsdp_gathers_each_matrix_twice_and_reduces_its_gradient_once():
     counts, sizes, outer_counts, outer_sizes = collectives_of(fsdp=8)
@@ -184,6 +196,7 @@ def test_fsdp_gathers_each_matrix_twice_and_reduces_its_gradient_once():
     assert outer_counts == {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 1}
 
 
+@needs_libtpu
 @pytest.mark.slow
 def test_tensor_moves_activations_as_megatron_with_sequence_parallelism():
     # Korthikanti et al. 2022, section 4.2.2: in each layer two gathers and two
