@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import settings
 
 import generate
 import train
@@ -45,6 +46,19 @@ TINY = Config(
     optimizer=OptimizerConfig(warmup_steps=2),
     train=TrainConfig(max_steps=8, eval_interval=4, eval_iters=2, seed=3),
 )
+
+# Every case has the time it needs; CI's are the same ones each time.
+settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+settings.register_profile("full", deadline=None, max_examples=10_000)
+
+
+def pytest_addoption(parser):
+    help = "the full counts of docs/reliability.md: kills, and fuzzed files"
+    parser.addoption("--full", action="store_true", help=help)
+
+
+def pytest_configure(config):
+    settings.load_profile("full" if config.getoption("full") else "ci")
 
 
 def changed(config: Config, **sections: dict[str, object]) -> Config:
