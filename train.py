@@ -31,10 +31,13 @@ from jaxgpt.runtime import log_line
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
+    check_saves,
+    newest_whole,
     open_checkpoints,
     restore_state,
     save_state,
 )
+from jaxgpt.training.diagnosis import explained
 from jaxgpt.training.evaluation import estimate_losses, evaluate_exactly
 from jaxgpt.training.monitor import Monitor, check_finite
 from jaxgpt.training.plan import describe
@@ -90,16 +93,15 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         eval_step = compile_eval_step(model, mesh)
         evaluate = partial(estimate_losses, eval_step, corpus, config)
 
-        if not resume:
+        folder = run_dir / CHECKPOINTS
+        resumed_step = newest_whole(folder) if resume else None
+        if resumed_step is None:
             state = create_state(model, config, mesh, load_start(config, mesh))
-            clear_run(run_dir)  # only now that the new one can begin
-        checkpoints = open_checkpoints(run_dir / CHECKPOINTS, create=True)
-        resumed_step = checkpoints.latest_step()
-        if resumed_step is not None:
-            state = restore_state(checkpoints, resumed_step, model, config, mesh)
+        else:
+            state = restore_state(folder, resumed_step, model, config, mesh)
             log_line(f"resuming {run_dir} from step {resumed_step}, by its own config")
-        elif resume:
-            state = create_state(model, config, mesh, load_start(config, mesh))
+        if not resume:
+            clear_run(run_dir)  # only now that the new one can begin
         step, last_step = resumed_step or 0, config.train.max_steps
         if step > last_step:
             raise ValueError(
@@ -108,9 +110,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         save_config(run_dir, config, corpus.tokenizer)
 
         with (
-            checkpoints,
+            open_checkpoints(folder) as checkpoints,
             Monitor(run_dir, config, resumed_step, STARTED) as monitor,
             runtime.deferred_interrupts() as interrupt,
+            explained(lambda: state, run_dir, config, corpus, mesh),
         ):
 
             @cache
@@ -134,6 +137,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                 started = time.monotonic()
                 state, metrics = run_steps(state, batches)
                 monitor.train(step, metrics, started)
+                check_saves(checkpoints)
                 step += count
 
                 if step % config.train.eval_interval == 0 or step == last_step:

@@ -15,6 +15,8 @@ from typing import Any, Literal, Self
 
 import tyro
 
+TOO_MUCH = 2**31  # sizes and counts are 32-bit integers on the device
+
 
 def _check_types(section: Any) -> None:
     """Raises TypeError where a field's value is not of its annotated type."""
@@ -54,8 +56,8 @@ def _check_at_least(section: Any, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         _check(
-            minimum <= value < float("inf"),
-            f"{name}={value} must be at least {minimum} and finite",
+            minimum <= value < TOO_MUCH,
+            f"{name}={value} must be at least {minimum}, under {TOO_MUCH}",
         )
 
 
@@ -90,7 +92,8 @@ class ModelConfig:
         if self.vocab_size is not None:
             _check_at_least(self, 1, "vocab_size")
         if self.n_embd % self.n_head:
-            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            few = range(1, min(self.n_embd, 1000) + 1)
+            divisors = [n for n in few if self.n_embd % n == 0]
             options = ", ".join(map(str, divisors[:12]))
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
@@ -177,8 +180,8 @@ class OptimizerConfig:
         _check_types(self)
         _check_at_least(self, 0, "min_lr", "warmup_steps", "weight_decay", "grad_clip")
         _check(
-            0 < self.learning_rate < float("inf"),
-            f"learning_rate={self.learning_rate} must be positive and finite",
+            0 < self.learning_rate < TOO_MUCH,
+            f"learning_rate={self.learning_rate} must be positive, under {TOO_MUCH}",
         )
         _check(
             self.min_lr <= self.learning_rate,
@@ -200,6 +203,9 @@ class TrainConfig:
     log_interval: int = 10  # updates between rows of metrics.jsonl
     checkpoint_interval: int = 250  # updates between checkpoints
     steps_per_call: int = 1  # updates per dispatch; aim at about a second
+    # updates to leave out if their loss or gradients are not finite; one more of them
+    # stops the run
+    max_skipped_steps: int = 0
     seed: int = 1337  # of initialisation, batches and dropout
     # run to start from, as --init-from names it; then the folder of its checkpoint
     init_from: tyro.conf.Suppress[str] = ""
@@ -216,6 +222,7 @@ class TrainConfig:
             "checkpoint_interval",
             "steps_per_call",
         )
+        _check_at_least(self, 0, "max_skipped_steps")
         check_seed(self.seed)
 
 

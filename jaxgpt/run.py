@@ -1,7 +1,7 @@
 """The run directory: what is where in it, and how to read a run back.
 
 config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   lock
-loss.png   attention.png
+loss.png   attention.png   blowup/
 """
 
 import json
@@ -17,7 +17,6 @@ from typing import IO, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 try:
@@ -31,13 +30,14 @@ from jaxgpt.processes import any_failed, highest, is_first_process, wait_for_all
 from jaxgpt.runtime import ASIDE, replace_file
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
+    ALL_PARTS,
     CHECKPOINTS,
     check_shapes,
     find_step,
     has_progress,
-    open_checkpoints,
     restore_params,
     restore_state,
+    val_loss,
 )
 from jaxgpt.training.monitor import CURVE, METRICS
 from jaxgpt.training.sharding import on_host, one_device, placed
@@ -47,7 +47,8 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 LOCK = "lock"
 ATTENTION = "attention.png"
-_OWN = (CONFIG, TOKENIZER, CHECKPOINTS, METRICS, CURVE, LOCK, ATTENTION)
+BLOWUP = "blowup"
+_OWN = (CONFIG, TOKENIZER, CHECKPOINTS, METRICS, CURVE, LOCK, ATTENTION, BLOWUP)
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ def load_run(
     if mesh is None:
         mesh = one_device()
     shapes = placed(parameter_shapes(config.model), mesh)
-    with _run_checkpoints(run_dir) as checkpoints:
-        step = find_step(checkpoints, checkpoint)
-        params = restore_params(checkpoints, step, shapes)
+    checkpoints = _checkpoints(run_dir)
+    step = find_step(checkpoints, checkpoint)
+    params = restore_params(checkpoints, step, shapes)
     return Run(config, tokenizer, model, params, step)
 
 
@@ -112,13 +113,13 @@ def load_start(config: Config, mesh: Mesh) -> Any:
     return params
 
 
-def _run_checkpoints(run_dir: Path) -> ocp.CheckpointManager:
+def _checkpoints(run_dir: Path) -> Path:
     if not (run_dir / CHECKPOINTS).is_dir():
         raise FileNotFoundError(
             f"{run_dir} has no {CHECKPOINTS} folder yet; finish the run with "
             f"`python train.py --out-dir {run_dir} --resume`"
         )
-    return open_checkpoints(run_dir / CHECKPOINTS)
+    return run_dir / CHECKPOINTS
 
 
 def saved_tokenizer(run_dir: Path) -> Tokenizer | None:
@@ -171,16 +172,15 @@ def load_state(
     """
     config = load_config(run_dir)
     mesh = on_host()
-    with _run_checkpoints(run_dir) as checkpoints:
-        step = find_step(checkpoints, checkpoint)
-        if has_progress(checkpoints, step):
-            model = build_model(config.model)
-            state = restore_state(checkpoints, step, model, config, mesh)
-        else:
-            run = load_run(run_dir, step, mesh)
-            state = TrainState(jnp.asarray(step), run.params, None)
-        metrics = checkpoints.metrics(find_step(checkpoints, "best")) or {}
-    return config, state, metrics.get("val_loss")
+    checkpoints = _checkpoints(run_dir)
+    step = find_step(checkpoints, checkpoint, ALL_PARTS)
+    if has_progress(checkpoints, step):
+        model = build_model(config.model)
+        state = restore_state(checkpoints, step, model, config, mesh)
+    else:
+        run = load_run(run_dir, step, mesh)
+        state = TrainState(jnp.asarray(step), run.params, None)
+    return config, state, val_loss(checkpoints, find_step(checkpoints, "best"))
 
 
 def find_checkpoint(run_dir: Path, which: str | int) -> Path:
@@ -189,8 +189,7 @@ def find_checkpoint(run_dir: Path, which: str | int) -> Path:
     Raises OSError or ValueError that says what there is instead.
     """
     load_config(run_dir)
-    with _run_checkpoints(run_dir) as checkpoints:
-        step = find_step(checkpoints, which)
+    step = find_step(_checkpoints(run_dir), which)
     return run_dir.resolve() / CHECKPOINTS / str(step)
 
 
@@ -288,6 +287,7 @@ def _clear_run(run_dir: Path) -> None:
         checkpoints.unlink()
     elif checkpoints.exists():
         shutil.rmtree(checkpoints)
+    shutil.rmtree(run_dir / BLOWUP, ignore_errors=True)
     for name in (TOKENIZER, METRICS, CURVE, ATTENTION, CONFIG):
         (run_dir / name).unlink(missing_ok=True)
 

@@ -215,7 +215,7 @@ def test_a_start_from_a_run_that_reads_no_dropout_leaves_it_alone(tmp_path, bigr
     model, params = bigram
     config = changed(TINY, model=vars(model.config))
     save_config(tmp_path, config, CharTokenizer("abcdefghijk"))
-    with open_checkpoints(tmp_path / "checkpoints", create=True) as checkpoints:
+    with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
         save_params(checkpoints, 0, params)
     assert config_of("smoke", "--init-from", str(tmp_path)).model == model.config
 

@@ -27,7 +27,7 @@ def run_dir(tmp_path):
     folder = tmp_path / "run"
     with claim(folder):
         save_config(folder, TINY, TOKENIZER)
-    with open_checkpoints(folder / "checkpoints", create=True) as checkpoints:
+    with open_checkpoints(folder / "checkpoints") as checkpoints:
         save_state(checkpoints, STATE, 1.0)
     return folder
 
@@ -120,7 +120,7 @@ def test_two_trainings_never_share_a_directory(run_dir):
 
 def test_a_start_is_from_the_very_checkpoint_that_was_found(run_dir):
     later = jax.tree.map(lambda leaf: leaf + 1, STATE)
-    with open_checkpoints(run_dir / "checkpoints", create=True) as checkpoints:
+    with open_checkpoints(run_dir / "checkpoints") as checkpoints:
         save_state(checkpoints, later, 2.0)
     for which, state in (("best", STATE), ("latest", later), ("0", STATE)):
         checkpoint = find_checkpoint(run_dir, which)
@@ -135,7 +135,7 @@ def test_a_start_is_from_the_very_checkpoint_that_was_found(run_dir):
 
 def test_a_state_comes_with_the_runs_best_loss_whichever_step_it_is_of(run_dir):
     later = STATE.replace(step=STATE.step + 1)
-    with open_checkpoints(run_dir / "checkpoints", create=True) as checkpoints:
+    with open_checkpoints(run_dir / "checkpoints") as checkpoints:
         save_state(checkpoints, later, 2.0)
     for which, step in (("best", 0), ("latest", 1)):
         config, state, val_loss = load_state(run_dir, which)

@@ -95,7 +95,7 @@ def import_(
     with claim_run(run_dir, resume=False, overwrite=overwrite):
         aside = run_dir / f"{CHECKPOINTS}{ASIDE}"
         shutil.rmtree(aside, ignore_errors=True)
-        with open_checkpoints(aside, create=True) as checkpoints:
+        with open_checkpoints(aside) as checkpoints:
             if state.opt_state is None:
                 save_params(checkpoints, int(state.step), state.params)
             else:

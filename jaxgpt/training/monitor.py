@@ -52,6 +52,7 @@ class Monitor(AbstractContextManager):
         self._tokens_per_step = config.data.batch_size * config.model.block_size
         self._pending: tuple[int, Mapping[str, jax.Array], float] | None = None
         self._last_end = 0.0
+        self._skipped = 0  # steps, at the last that was
         self._bar: Progress | None = None
         if self._writes:
             self._bar = _progress_bar(config.train.max_steps, resumed_step or 0)
@@ -84,7 +85,8 @@ class Monitor(AbstractContextManager):
     def flush(self) -> None:
         """Logs all metrics taken so far; returns once their rows are on disk.
 
-        Raises FloatingPointError that names the step of a value that is not finite.
+        Raises FloatingPointError that names the step of a value that is not finite,
+        where no more of them may be skipped.
         """
         self._log_pending()
         self._sync()
@@ -112,6 +114,7 @@ class Monitor(AbstractContextManager):
         seconds = time.monotonic() - self._started
         self._say(
             f"done in {seconds:.1f} s: val loss {val_loss:.4f} on the whole split"
+            + (f", {self._skipped} steps skipped" if self._skipped else "")
         )
 
     def _log_pending(self) -> None:
@@ -129,7 +132,13 @@ class Monitor(AbstractContextManager):
             values = {
                 name: float(metrics[name][step - first - 1]) for name in _OF_A_STEP
             }
-            check_finite(step, values)
+            if bad := not_finite(values):
+                self._skipped = int(metrics["skipped"][step - first - 1])
+                if self._skipped > self._config.max_skipped_steps:
+                    check_finite(step, values)
+                found = ", ".join(f"{name} is {value}" for name, value in bad.items())
+                so_far = f"{self._skipped} of at most {self._config.max_skipped_steps}"
+                self._say(f"step {step} is skipped, {so_far}: {found}")
             figures = f"loss {values['loss']:.4f}  {rate:,.0f} tok/s"
             if self._bar:
                 task = self._bar.task_ids[0]
@@ -146,6 +155,7 @@ class Monitor(AbstractContextManager):
     def _write(self, event: str, step: int, **values: float) -> None:
         elapsed = time.monotonic() - self._started
         row = {"event": event, "step": step, **values, "elapsed_seconds": elapsed}
+        row |= dict.fromkeys(not_finite(values))  # JSON has no infinity
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
@@ -171,14 +181,18 @@ def _progress_bar(max_steps: int, step: int) -> Progress | None:
     return bar
 
 
+def not_finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Those of the values that are no finite numbers."""
+    return {name: value for name, value in values.items() if not math.isfinite(value)}
+
+
 def check_finite(step: int, values: Mapping[str, float]) -> None:
     """Raises FloatingPointError that names the step if a value is not finite."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} is {value} at step {step}; the checkpoints from before are "
-                "kept. Resume with a lower --optimizer.learning-rate, or start over"
-            )
+    for name, value in not_finite(values).items():
+        raise FloatingPointError(
+            f"{name} is {value} at step {step}; the checkpoints from before are "
+            "kept. Resume with a lower --optimizer.learning-rate, or start over"
+        )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

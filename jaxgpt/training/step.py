@@ -42,11 +42,14 @@ class TrainState:
       step: completed updates, i32 scalar.
       params: the model's parameters, f32.
       opt_state: AdamW's moments and counts.
+      skipped: updates left out, since their loss or gradients were not finite, i32
+        scalar; `step` counts them too.
     """
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
+    skipped: jax.Array | np.int32 = np.int32(0)
 
 
 def init_state(
@@ -61,7 +64,8 @@ def init_state(
 def state_of(config: Config, params: Any) -> TrainState:
     """The state before the first update of `params`."""
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), zero)
 
 
 def create_state(
@@ -112,52 +116,90 @@ def make_train_step(
 
     `seed` stands in for `train.seed`, so that `vmap` can train with several at once.
 
+    A step whose loss or gradient norm is not finite leaves parameters and moments as
+    they are. After more than `train.max_skipped_steps` of them the state stays what it
+    was before the last, whatever comes, so that the host may look at it at leisure.
+
     The metrics are scalars of the whole batch: `loss` (nats per token, before the
-    update), `grad_norm` (before clipping) and `learning_rate`.
+    update), `grad_norm` (before clipping), `learning_rate`, and `skipped`, the state's.
     """
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
     schedule = learning_rate_schedule(config.optimizer, config.train.max_steps)
     pieces = config.data.gradient_accumulation_steps
-    _, dropout_key = _keys(config, seed)
+    limit = config.train.max_skipped_steps
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(dropout_key, state.step)
-
-        def loss_fn(
-            params: Any, inputs_BT: jax.Array, targets_BT: jax.Array, rows_B: jax.Array
-        ) -> jax.Array:
-            logits_BTV = model.apply(
-                {"params": params},
-                inputs_BT,
-                deterministic=False,
-                rows_B=rows_B,
-                rngs={"dropout": key},
-            )
-            return token_losses(logits_BTV, targets_BT).mean()
-
+        loss_fn = partial(training_loss, model, step_key(config, state.step, seed))
         params, rows_B = state.params, jnp.arange(len(batch[0]))
         if axis_name:
             rows_B += jax.lax.axis_index(axis_name) * len(rows_B)
             # Else shard_map sums the gradients of replicated parameters by itself.
             params = jax.lax.pcast(params, axis_name, to="varying")
-        loss, grads = _accumulate(
+        loss, grads = accumulate(
             jax.value_and_grad(loss_fn), params, (*batch, rows_B), pieces
         )
         if axis_name:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        going_on = state.skipped <= limit
+        skipped = state.skipped + (going_on & ~finite)
+        params, opt_state = jax.tree.map(
+            partial(jnp.where, going_on & finite),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedule(state.step),
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step - state.skipped),
+            "skipped": skipped,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        step = state.step + (skipped <= limit)
+        return TrainState(step, params, opt_state, skipped), metrics
 
     return train_step
 
 
-def _accumulate(
+def step_key(
+    config: Config, step: jax.Array | int, seed: jax.Array | int | None = None
+) -> jax.Array:
+    """The key of the dropout of the update after `step` updates."""
+    _, dropout_key = _keys(config, seed)
+    return jax.random.fold_in(dropout_key, step)
+
+
+def training_loss(
+    model: nn.Module,
+    key: jax.Array,
+    params: Any,
+    inputs_BT: jax.Array,
+    targets_BT: jax.Array,
+    rows_B: jax.Array,
+) -> jax.Array:
+    """The mean loss with dropout, in nats, f32 scalar.
+
+    Args:
+      model: any of `build_model`'s.
+      key: as `step_key` gives it.
+      params: the model's.
+      inputs_BT: token ids, i32.
+      targets_BT: token ids, i32.
+      rows_B: numbers of the rows in the whole batch, which key their dropout masks.
+    """
+    logits_BTV = model.apply(
+        {"params": params},
+        inputs_BT,
+        deterministic=False,
+        rows_B=rows_B,
+        rngs={"dropout": key},
+    )
+    return token_losses(logits_BTV, targets_BT).mean()
+
+
+def accumulate(
     loss_and_grads: Callable[..., Any], params: Any, rows: Any, pieces: int
 ) -> Any:
     """Averages `loss_and_grads(params, *rows)` over `pieces` equal parts of the rows.

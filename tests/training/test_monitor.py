@@ -14,7 +14,8 @@ CONFIG = changed(TINY, train={"log_interval": 2})
 def steps(count, loss=1.0):
     """Metrics of a call's steps."""
     names = ("loss", "learning_rate", "grad_norm")
-    return {name: jnp.full(count, loss) for name in names}
+    values = {name: jnp.full(count, loss) for name in names}
+    return values | {"skipped": jnp.zeros(count, int)}
 
 
 def session(run_dir, resumed_step=None):
@@ -74,11 +75,29 @@ def test_the_curve_is_a_picture(tmp_path):
 def test_a_loss_that_is_not_finite_stops_at_its_step_and_is_not_logged(tmp_path, loss):
     metrics = steps(4)
     metrics["loss"] = metrics["loss"].at[2].set(loss)
+    metrics["skipped"] = metrics["skipped"].at[2:].set(1)
     with session(tmp_path) as monitor:
         monitor.train(4, metrics, time.monotonic())
         with pytest.raises(FloatingPointError, match="at step 7"):
             monitor.flush()
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [6]
+
+
+def test_a_step_that_may_be_skipped_is_told_of_and_logged_as_null(tmp_path, capsys):
+    config = changed(CONFIG, train={"max_skipped_steps": 5})
+    metrics = steps(4) | {"skipped": jnp.array([2, 2, 2, 3])}
+    metrics["grad_norm"] = metrics["grad_norm"].at[3].set(float("inf"))
+    with Monitor(tmp_path, config, None, time.monotonic()) as monitor:
+        monitor.train(0, metrics, time.monotonic())
+        monitor.eval(4, train_loss=1.0, val_loss=1.0)
+        monitor.done(4, 1.0)
+    told = capsys.readouterr().err
+    assert "step 4 is skipped, 3 of at most 5: grad_norm is inf" in told
+    assert "on the whole split, 3 steps skipped" in told
+    text = (tmp_path / "metrics.jsonl").read_text()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert [(row["loss"], row["grad_norm"]) for row in rows[:2]] == [(1, 1), (1, None)]
+    assert (tmp_path / "loss.png").exists()
 
 
 def test_resuming_drops_a_torn_line_later_rows_and_the_end(tmp_path):
