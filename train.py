@@ -21,6 +21,7 @@ from jaxgpt.processes import check_alike, join_processes, several_processes
 from jaxgpt.run import (
     claim_run,
     clear_run,
+    has_run,
     load_config,
     load_run,
     load_start,
@@ -44,6 +45,7 @@ from jaxgpt.training.plan import describe
 from jaxgpt.training.sharding import make_mesh, model_mesh, read_batches
 from jaxgpt.training.step import (
     call_size,
+    check_skipped,
     compile_eval_step,
     compile_train_steps,
     create_state,
@@ -65,7 +67,13 @@ def main() -> None:
             print(line, flush=True)
         return
     resume, overwrite = options.resume, options.overwrite
-    if signal := train(config, run_dir, resume=resume, overwrite=overwrite):
+    try:
+        signal = train(config, run_dir, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt as interrupt:
+        if not has_run(run_dir):
+            raise
+        signal = runtime.signal_of(interrupt)
+    if signal:
         where = shlex.quote(str(run_dir))
         log_line(f"stopped; go on with: python train.py --out-dir {where} --resume")
         sys.exit(128 + signal)
@@ -99,6 +107,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             state = create_state(model, config, mesh, load_start(config, mesh))
         else:
             state = restore_state(folder, resumed_step, model, config, mesh)
+            check_skipped(state, config)
             log_line(f"resuming {run_dir} from step {resumed_step}, by its own config")
         if not resume:
             clear_run(run_dir)  # only now that the new one can begin
@@ -112,7 +121,6 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         with (
             open_checkpoints(folder) as checkpoints,
             Monitor(run_dir, config, resumed_step, STARTED) as monitor,
-            runtime.deferred_interrupts() as interrupt,
             explained(lambda: state, run_dir, config, corpus, mesh),
         ):
 
@@ -127,31 +135,33 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                 check_finite(step, evaluate(state.params, eval_iters=1))
                 save_state(checkpoints, state, val_loss=None)
 
-            if resumed_step is None:
-                monitor.eval(0, **evaluate(state.params))
-            while step < last_step and not interrupt.reached():
-                count = call_size(step, config.train)
-                run_steps = train_steps(count)
-                steps = range(step, step + count)
-                batches = read_batches(corpus.train, steps, config, mesh)
-                started = time.monotonic()
-                state, metrics = run_steps(state, batches)
-                monitor.train(step, metrics, started)
-                check_saves(checkpoints)
-                step += count
+            with runtime.deferred_interrupts() as interrupt:
+                if resumed_step is None:
+                    monitor.eval(0, **evaluate(state.params))
+                while step < last_step and not interrupt.reached():
+                    count = call_size(step, config.train)
+                    run_steps = train_steps(count)
+                    steps = range(step, step + count)
+                    batches = read_batches(corpus.train, steps, config, mesh)
+                    started = time.monotonic()
+                    state, metrics = run_steps(state, batches)
+                    monitor.train(step, metrics, started)
+                    check_saves(checkpoints)
+                    step += count
 
-                if step % config.train.eval_interval == 0 or step == last_step:
-                    monitor.flush()
-                    losses = evaluate(state.params)
-                    monitor.eval(step, **losses)
-                    save_state(checkpoints, state, losses["val_loss"])
-                elif step % config.train.checkpoint_interval == 0:
-                    save()
+                    if step % config.train.eval_interval == 0 or step == last_step:
+                        monitor.flush()
+                        losses = evaluate(state.params)
+                        monitor.eval(step, **losses)
+                        save_state(checkpoints, state, losses["val_loss"])
+                    elif step % config.train.checkpoint_interval == 0:
+                        save()
 
-            if step < last_step:  # interrupted
-                if checkpoints.latest_step() != step:
-                    save()
-                return interrupt.signal
+                if step < last_step or interrupt.reached():
+                    if checkpoints.latest_step() != step:
+                        save()
+                    return interrupt.signal
+
             exact = evaluate_exactly(eval_step, state.params, corpus.val, config)
             monitor.done(step, exact.nats_per_token)
             return 0

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 import tyro
 
 TOO_MUCH = 2**31  # sizes and counts are 32-bit integers on the device
+_FLOAT32_MAX = 3.4e38
 
 
 def _check_types(section: Any) -> None:
@@ -180,8 +181,8 @@ class OptimizerConfig:
         _check_types(self)
         _check_at_least(self, 0, "min_lr", "warmup_steps", "weight_decay", "grad_clip")
         _check(
-            0 < self.learning_rate < TOO_MUCH,
-            f"learning_rate={self.learning_rate} must be positive, under {TOO_MUCH}",
+            0 < self.learning_rate < _FLOAT32_MAX,
+            f"learning_rate={self.learning_rate} must be positive and finite",
         )
         _check(
             self.min_lr <= self.learning_rate,

@@ -271,6 +271,9 @@ def _claim(run_dir: Path, *, resume: bool, overwrite: bool) -> IO[str]:
             f"another training is going on in {run_dir}; wait for it to end, or "
             "choose another --out-dir"
         ) from None
+    for name in _OWN:  # what a killed training was writing
+        for aside in run_dir.glob(f"{name}.*{ASIDE}"):
+            aside.unlink()
     return lock
 
 

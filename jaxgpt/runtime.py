@@ -3,6 +3,7 @@
 The scripts call `start` first; `import jaxgpt` never does.
 """
 
+import errno
 import logging
 import os
 import signal
@@ -19,6 +20,20 @@ import jax
 from jaxgpt.processes import highest, is_first_process, several_processes
 
 ASIDE = ".tmp"  # suffix of what is being written
+_EXPECTED = (
+    ValueError,
+    ArithmeticError,
+    ImportError,
+    OSError,
+    MemoryError,
+    RuntimeError,
+)
+_NO_ROOM = "no room is left; make some, and go on: what was saved before is kept. "
+_NO_LEAVE = "the permissions forbid it; change them, or name another place. "
+_HINTS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_LEAVE),
+}
 
 
 def cache_dir() -> Path:
@@ -84,18 +99,26 @@ def log_line(line: str) -> None:
 def plain_errors() -> Iterator[None]:
     """Ends the script with one line for what a user can mend, not with a traceback.
 
-    JAXGPT_TRACEBACK=1 shows the traceback all the same. Ctrl-C exits with 130.
+    JAXGPT_TRACEBACK=1 shows the traceback all the same. Ctrl-C exits with 130, SIGTERM
+    with 143.
     """
+
+    def terminate(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("\ninterrupted", file=sys.stderr)
-        _leave(128 + signal.SIGINT)
+        _leave(128 + signal_of(interrupt))
     except BrokenPipeError:  # the reader of a pipe has gone, as in `generate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, ArithmeticError, ImportError, OSError, RuntimeError) as error:
-        out_of_memory = "RESOURCE_EXHAUSTED" in str(error)  # XLA's RuntimeError
+    except _EXPECTED as error:
+        out_of_memory = isinstance(error, MemoryError) or (
+            "RESOURCE_EXHAUSTED" in str(error)  # XLA's RuntimeError
+        )
         lost = several_processes() and isinstance(error, (RuntimeError, TimeoutError))
         unexpected = isinstance(error, RuntimeError) and not (out_of_memory or lost)
         if os.environ.get("JAXGPT_TRACEBACK") or unexpected:
@@ -104,8 +127,10 @@ def plain_errors() -> Iterator[None]:
             traceback.print_exc()
             _leave(1)
         hint = ""
+        if isinstance(error, OSError):
+            hint = _HINTS.get(error.errno or 0, "")
         if out_of_memory:
-            hint = "make the batch or the model smaller. "
+            hint = "there is too little memory; make the batch or the model smaller. "
         elif lost:
             hint = (
                 "another process of the run has ended, or can't be reached; when all "
@@ -113,6 +138,13 @@ def plain_errors() -> Iterator[None]:
             )
         print(f"error: {hint}{error}", file=sys.stderr)
         _leave(1)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def signal_of(interrupt: KeyboardInterrupt) -> int:
+    """The number of the signal that `plain_errors` made an interrupt of."""
+    return interrupt.args[0] if interrupt.args else signal.SIGINT
 
 
 def _leave(status: int) -> NoReturn:

@@ -77,7 +77,7 @@ def open_checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
 
 
 def _read_only(folder: Path) -> ocp.CheckpointManager:
-    return _manager(folder, ocp.CheckpointManagerOptions(create=False, read_only=True))
+    return _manager(folder, ocp.CheckpointManagerOptions(create=False))
 
 
 def _manager(

@@ -127,6 +127,9 @@ class Diagnosis:
             for name, value in getattr(self, kind).items():
                 if not np.isfinite(value):
                     return f"{kind} of {name}"
+        if not np.isfinite(self.grad_norm):
+            largest = max(self.gradients, key=self.gradients.__getitem__)
+            return f"squares of the gradients of {largest}"
         return ""
 
 
@@ -243,11 +246,13 @@ def explained(
         params, step = state().params, int(state().step)
         inputs, targets = stack_batches(corpus.train, range(step, step + 1), config)
         key, batch = step_key(config, step), (inputs[0], targets[0])
-        found = diagnose(config, params, batch, key, mesh)
-        blowup = Blowup(config, params, step, batch, key)
-        folder = save_blowup(run_dir, blowup, corpus.tokenizer)
-        first = f"the {found.first} are the first that are not finite"
-        raise FloatingPointError(
-            f"{error}. In step {step + 1}, {first if found.first else 'all is finite'};"
-            f" take it again with: python -m jaxgpt replay {shlex.quote(str(folder))}"
-        ) from error
+        first = diagnose(config, params, batch, key, mesh).first
+        where = f"the {first} are the first that are not" if first else "all values are"
+        message = f"{error}. In step {step + 1}, {where} finite"
+        try:
+            blowup = Blowup(config, params, step, batch, key)
+            folder = save_blowup(run_dir, blowup, corpus.tokenizer)
+        except OSError as no_room:
+            raise FloatingPointError(f"{message}; {no_room}") from error
+        command = f"python -m jaxgpt replay {shlex.quote(str(folder))}"
+        raise FloatingPointError(f"{message}; take it again with: {command}") from error

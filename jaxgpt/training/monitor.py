@@ -262,4 +262,4 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    replace_file(path, lambda aside: figure.savefig(aside, format="png", dpi=120))

@@ -163,6 +163,16 @@ def make_train_step(
     return train_step
 
 
+def check_skipped(state: TrainState, config: Config) -> None:
+    """Raises ValueError if the state has skipped more steps than it may."""
+    skipped, limit = int(state.skipped), config.train.max_skipped_steps
+    if skipped > limit:
+        raise ValueError(
+            f"the run has skipped {skipped} steps that were not finite, more than "
+            f"--train.max-skipped-steps {limit}; give a higher one"
+        )
+
+
 def step_key(
     config: Config, step: jax.Array | int, seed: jax.Array | int | None = None
 ) -> jax.Array:

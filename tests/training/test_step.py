@@ -13,6 +13,7 @@ from jaxgpt.text.batches import stack_batches
 from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import (
     call_size,
+    check_skipped,
     compile_train_steps,
     create_state,
     init_state,
@@ -153,3 +154,42 @@ def test_no_call_runs_past_what_is_due_and_two_sizes_are_enough():
         step += count
         stops.append(step)
     assert stops == [4, 5, 6, 7, 8, 9, 10, 14, 18, 19, 20, 21, 22, 23]
+
+
+@pytest.mark.parametrize(
+    ("limit", "step", "skipped", "updates"), [(5, 5, 2, 3), (1, 3, 2, 2), (0, 1, 1, 1)]
+)
+def test_a_step_that_is_not_finite_changes_nothing_and_one_too_many_stops_all(
+    limit, step, skipped, updates
+):
+    # In a bigram's table the row of token 10 is infinite: no batch without it knows.
+    model = {"architecture": "bigram", "n_layer": 4, "n_head": 4, "n_embd": 128}
+    config = changed(TINY, model=model | {"dropout": 0.0})
+    config = changed(config, train={"max_skipped_steps": limit})
+    good = np.random.default_rng(0).integers(0, 10, (3, 2, 8, TINY.model.block_size))
+    bad = np.full_like(good[0], 10)
+    mesh, bigram = make_mesh(config), build_model(config.model)
+
+    def train(batches):
+        state = create_state(bigram, config, mesh)
+        params = jax.tree.map(lambda a: a.at[10].set(jnp.inf), state.params)
+        state = state.replace(params=params)
+        train_steps = compile_train_steps(bigram, config, mesh, len(batches))
+        inputs, targets = np.stack(batches).astype(np.int32).swapaxes(0, 1)
+        return train_steps(state, (inputs, targets))
+
+    state, metrics = train([good[0], bad, good[1], bad, good[2]])
+    assert (state.step, state.skipped) == (step, skipped)
+    assert metrics["skipped"][-1] == skipped
+    only_good, rates = train(good[:updates])
+    jax.tree.map(np.testing.assert_array_equal, state.params, only_good.params)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, only_good.opt_state)
+    rate = metrics["learning_rate"][0 if limit == 0 else 2]
+    assert rate == rates["learning_rate"][0 if limit == 0 else 1]
+
+
+def test_a_state_that_has_skipped_more_than_it_may_does_not_go_on():
+    state = create_state(build_model(TINY.model), TINY, make_mesh(TINY))
+    check_skipped(state, TINY)
+    with pytest.raises(ValueError, match=r"skipped 2 steps .* --train.max-skipped"):
+        check_skipped(state.replace(skipped=np.int32(2)), TINY)

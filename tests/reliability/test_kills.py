@@ -1,0 +1,99 @@
+"""A real train.py is killed at random moments: nothing but time is lost.
+
+`pytest --full tests/reliability/test_kills.py` kills it 20 times, CI 4 times.
+"""
+
+import hashlib
+import random
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import finish, start_script
+
+from jaxgpt.run import load_state
+from jaxgpt.training.checkpoint import find_step
+from jaxgpt.training.monitor import read_rows
+
+SMOKE = (
+    *("train.py", "smoke", "--train.steps-per-call", "1"),
+    *("--data.gradient-accumulation-steps", "2", "--train.eval-iters", "20"),
+    *("--train.eval-interval", "20", "--train.checkpoint-interval", "5"),
+)
+
+
+def rows_of(run_dir, event):
+    return [r for r in read_rows(run_dir / "metrics.jsonl") if r["event"] == event]
+
+
+def in_steps(run_dir, after):
+    """Anywhere in a step: at its start, or between its two pieces."""
+    return len(rows_of(run_dir, "train")) >= after
+
+
+def in_a_save(run_dir, after):
+    saves = (run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp*")
+    return in_steps(run_dir, after) and any(saves)
+
+
+def in_an_evaluation(run_dir, after):
+    steps, evaluated = (len(rows_of(run_dir, event)) for event in ("train", "eval"))
+    return steps >= after and steps == 20 * evaluated
+
+
+def at_any_time(run_dir, after):
+    """While it starts and compiles too, as `after` is from 1 to 100."""
+    time.sleep(after / 8)
+    return True
+
+
+MOMENTS = (in_steps, in_a_save, in_an_evaluation, at_any_time)
+
+
+def pytest_generate_tests(metafunc):
+    if "kill" in metafunc.fixturenames:
+        count = 20 if metafunc.config.getoption("full") else len(MOMENTS)
+        metafunc.parametrize("kill", range(count))
+
+
+def outcome(run_dir):
+    """All that a run leaves but times: its state's SHA-256, its rows, its best step."""
+    _, state, _ = load_state(run_dir, "latest")
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        digest.update(np.asarray(leaf).tobytes())
+    rows = [
+        {name: row[name] for name in row if not name.endswith(("_second", "_seconds"))}
+        for row in read_rows(run_dir / "metrics.jsonl")
+    ]
+    return digest.hexdigest(), rows, find_step(run_dir / "checkpoints", "best")
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("reference") / "run"
+    finish(start_script(*SMOKE, "--out-dir", run_dir))
+    assert [row["step"] for row in rows_of(run_dir, "train")] == list(range(1, 101))
+    assert [row["step"] for row in rows_of(run_dir, "eval")] == list(range(0, 101, 20))
+    return outcome(run_dir)
+
+
+def test_a_run_killed_and_resumed_is_the_run_that_never_was(
+    never_killed, kill, tmp_path
+):
+    run_dir, moment = tmp_path / "run", MOMENTS[kill % len(MOMENTS)]
+    after = random.Random(kill).randint(1, 95)
+    process = start_script(*SMOKE, "--out-dir", run_dir)
+    while not moment(run_dir, after) and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    killed_at = len(rows_of(run_dir, "train"))
+    unsaved = [p.name for p in run_dir.glob("checkpoints/*tmp*")]
+    print(f"killed {moment.__name__}, after step {killed_at} {unsaved}")
+    assert process.returncode == -9
+    _, err = finish(start_script(*SMOKE, "--out-dir", run_dir, "--resume"))
+    print([line for line in err.splitlines() if "resum" in line or "damaged" in line])
+    assert outcome(run_dir) == never_killed
+    assert not list(run_dir.glob("**/*tmp*"))
