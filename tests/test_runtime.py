@@ -1,6 +1,10 @@
+import errno
+import os
+import signal
+
 import pytest
 
-from jaxgpt.runtime import replace_file
+from jaxgpt.runtime import plain_errors, replace_file
 
 
 def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
@@ -15,3 +19,36 @@ def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
         replace_file(path, fail)
     assert path.read_text() == "whole"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("n=1 must be 2"), "error: n=1 must be 2"),
+        (OSError(errno.ENOSPC, "full", "x"), "error: no room is left; make some"),
+        (OSError(errno.EROFS, "read-only", "x"), "error: the permissions forbid it"),
+        (OSError("RESOURCE_EXHAUSTED: No space"), "error: RESOURCE_EXHAUSTED: No"),
+        (MemoryError(), "error: there is too little memory; make the batch"),
+        (RuntimeError("RESOURCE_EXHAUSTED: x"), "error: there is too little memory"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_that_says_how(capsys, error, message):
+    with pytest.raises(SystemExit) as left, plain_errors():
+        raise error
+    assert left.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
+
+
+def test_what_is_no_fault_of_the_users_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="a defect"), plain_errors():
+        raise RuntimeError("a defect")
+
+
+def test_sigterm_exits_with_its_number_and_leaves_the_handler_as_it_was(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left, plain_errors():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert left.value.code == 143
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
