@@ -36,7 +36,7 @@ def assert_same_parameters(one_dir, other_dir):
 
 def test_smoke_trains_logs_every_step_draws_and_samples(smoke):
     run_dir, out, err = smoke
-    rows = read_rows(run_dir / "metrics.jsonl")
+    rows = list(read_rows(run_dir / "metrics.jsonl"))
     assert [step for step, _ in losses(run_dir)] == list(range(1, 101))
     evals = [row for row in rows if row["event"] == "eval"]
     assert [row["step"] for row in evals] == [0, 50, 100]
@@ -113,7 +113,7 @@ def test_a_resumed_run_may_go_on_for_longer(tales, tmp_path):
     run(tales, run_dir)
     longer = changed(load_run(run_dir).config, train={"max_steps": 12})
     run(longer, run_dir, resume=True)
-    rows = read_rows(run_dir / "metrics.jsonl")
+    rows = list(read_rows(run_dir / "metrics.jsonl"))
     steps = [row["step"] for row in rows if row["event"] == "eval"]
     assert steps == [0, 4, 8, 12]
     assert [row["event"] for row in rows].count("done") == 1

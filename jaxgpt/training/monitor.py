@@ -4,7 +4,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -19,8 +20,14 @@ from jaxgpt.runtime import log_line, replace_file
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
-_IN_EVERY_ROW = {"event", "step", "elapsed_seconds"}
 _OF_A_STEP = ("loss", "learning_rate", "grad_norm")
+_FIELDS = {  # of each event's row, beside event, step and elapsed_seconds
+    "train": (*_OF_A_STEP, "tokens_per_second"),
+    "eval": ("train_loss", "val_loss"),
+    "done": ("val_loss", "best_val_loss"),
+}
+_DRAWN = ("train.step", "train.loss", "eval.step", "eval.train_loss", "eval.val_loss")
+_POINTS = 2000  # across the curve
 
 
 class Monitor(AbstractContextManager):
@@ -42,10 +49,10 @@ class Monitor(AbstractContextManager):
         self._curve = run_dir / CURVE
         self._path = run_dir / METRICS
         self._writes = is_first_process()
-        rows: list[dict[str, Any]] = []
+        last = None
         if self._writes:
-            rows = rewind(self._path, -1 if resumed_step is None else resumed_step)
-        self._started = started - (rows[-1]["elapsed_seconds"] if rows else 0.0)
+            last = rewind(self._path, -1 if resumed_step is None else resumed_step)
+        self._started = started - (last["elapsed_seconds"] if last else 0.0)
         path = self._path if self._writes else Path(os.devnull)
         self._file = path.open("a", encoding="utf-8")
         self._config = config.train
@@ -102,13 +109,13 @@ class Monitor(AbstractContextManager):
         self._sync()
         self._say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         if self._writes:
-            plot_losses(read_rows(self._path), self._curve)
+            plot_losses(self._path, self._curve)
 
     def done(self, step: int, val_loss: float) -> None:
         """Logs the end of training with the exact loss on the validation split."""
         check_finite(step, {"val_loss": val_loss})
         rows = read_rows(self._path)
-        evaluated = [row["val_loss"] for row in rows if row["event"] == "eval"]
+        evaluated = (row["val_loss"] for row in rows if row["event"] == "eval")
         best = min(evaluated, default=val_loss)
         self._write("done", step, val_loss=val_loss, best_val_loss=best)
         seconds = time.monotonic() - self._started
@@ -195,48 +202,81 @@ def check_finite(step: int, values: Mapping[str, float]) -> None:
         )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl but for torn lines; none without the file."""
-    rows: list[dict[str, Any]] = []
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the well-formed rows of metrics.jsonl; none without the file.
+
+    Torn lines, and rows that lack what their event has, are passed over.
+    """
     if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and row.keys() >= _IN_EVERY_ROW:
-                rows.append(row)
-    return rows
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if _is_well_formed(row):
+                    yield row
 
 
-def rewind(path: Path, step: int) -> list[dict[str, Any]]:
+def _is_well_formed(row: Any) -> bool:
+    if not isinstance(row, dict) or row.get("event") not in _FIELDS:
+        return False
+    null_too = _OF_A_STEP if row["event"] == "train" else ()
+    return _is_number(row.get("step"), int) and all(
+        _is_number(row.get(name)) or (name in null_too and row.get(name, 0) is None)
+        for name in ("elapsed_seconds", *_FIELDS[row["event"]])
+    )
+
+
+def _is_number(value: Any, kind: Any = (int, float)) -> bool:
+    """Whether it is one that arithmetic in floats takes."""
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    return is_number and abs(value) < 1e300  # a NaN is not, either
+
+
+def rewind(path: Path, step: int) -> dict[str, Any] | None:
     """Drops torn lines, rows past `step` and the end of an earlier session.
 
-    Returns the rows kept.
+    Returns the last row kept, if any.
     """
-    rows = [
-        row for row in read_rows(path) if row["step"] <= step and row["event"] != "done"
-    ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-    return rows
+    last = None
+
+    def write(aside: Path) -> None:
+        nonlocal last
+        with aside.open("w", encoding="utf-8") as file:
+            for row in read_rows(path):
+                if row["step"] <= step and row["event"] != "done":
+                    last = row
+                    file.write(json.dumps(row) + "\n")
+
+    replace_file(path, write)
+    return last
 
 
-def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
+def plot_losses(metrics: Path, picture: Path) -> None:
     """Draws the losses of the steps and of the evaluations as a PNG.
 
+    Of many steps as many are drawn as there are points across.
+
     Args:
-      rows: of metrics.jsonl.
-      path: of the picture.
+      metrics: metrics.jsonl, with an evaluation.
+      picture: to draw.
     """
     from matplotlib.figure import Figure  # half a second, and only needed here
 
-    train = [row for row in rows if row["event"] == "train"]
-    evals = [row for row in rows if row["event"] == "eval"]
+    # As arrays: in a long run the rows themselves would be hundreds of megabytes.
+    columns: dict[str, array[float]] = {name: array("d") for name in _DRAWN}
+    for row in read_rows(metrics):
+        for name in _DRAWN:
+            event, _, field = name.partition(".")
+            if row["event"] == event:
+                value = row[field]
+                columns[name].append(math.nan if value is None else value)
+    every = 1 + len(columns["train.step"]) // _POINTS
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(
-        [row["step"] for row in train],
-        [row["loss"] for row in train],
+        columns["train.step"][::every],
+        columns["train.loss"][::every],
         color="C0",
         alpha=0.35,
         linewidth=0.8,
@@ -244,16 +284,17 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
     )
     for name, color in (("train", "C0"), ("val", "C1")):
         axes.plot(
-            [row["step"] for row in evals],
-            [row[f"{name}_loss"] for row in evals],
+            columns["eval.step"],
+            columns[f"eval.{name}_loss"],
             color=color,
             marker=".",
             label=f"{name}, evaluated",
         )
-    best = min(evals, key=lambda row: row["val_loss"])
+    losses = columns["eval.val_loss"]
+    best = min(range(len(losses)), key=losses.__getitem__)
     axes.annotate(
-        f"{best['val_loss']:.3f}",
-        (best["step"], best["val_loss"]),
+        f"{losses[best]:.3f}",
+        (columns["eval.step"][best], losses[best]),
         xytext=(0, 8),
         textcoords="offset points",
         ha="center",
@@ -262,4 +303,4 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    replace_file(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+    replace_file(picture, lambda aside: figure.savefig(aside, format="png", dpi=120))

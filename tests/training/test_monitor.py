@@ -9,6 +9,8 @@ from conftest import TINY, changed
 from jaxgpt.training.monitor import Monitor, read_rows, rewind
 
 CONFIG = changed(TINY, train={"log_interval": 2})
+OF_A_STEP = dict.fromkeys(("loss", "learning_rate", "grad_norm"), 1.0)
+OF_A_STEP["tokens_per_second"] = 1.0
 
 
 def steps(count, loss=1.0):
@@ -103,13 +105,18 @@ def test_a_step_that_may_be_skipped_is_told_of_and_logged_as_null(tmp_path, caps
 def test_resuming_drops_a_torn_line_later_rows_and_the_end(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [
-        {"event": event, "step": step, "elapsed_seconds": 1.0}
-        for event, step in [("train", 1), ("train", 2), ("done", 2), ("train", 3)]
+        {"event": event, "step": step, **values, "elapsed_seconds": 1.0}
+        for event, step, values in [
+            ("train", 1, OF_A_STEP),
+            ("eval", 2, {"train_loss": 1.0, "val_loss": 1.0}),
+            ("done", 2, {"val_loss": 1.0, "best_val_loss": 1.0}),
+            ("train", 3, OF_A_STEP),
+        ]
     ]
     lines = [json.dumps(row) for row in rows]
     path.write_text("\n".join([lines[0], "{torn", *lines[1:], '{"event": "tra']))
-    assert rewind(path, 2) == rows[:2]
-    assert read_rows(path) == rows[:2]
+    assert rewind(path, 2) == rows[1]
+    assert list(read_rows(path)) == rows[:2]
 
 
 def test_tokens_per_second_counts_from_the_call_to_its_end(tmp_path):
@@ -134,7 +141,7 @@ def test_a_finished_run_whose_rows_are_gone_can_still_end(tmp_path):
 
 def test_elapsed_seconds_accumulate_over_resumes(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    row = {"event": "train", "step": 4, "elapsed_seconds": 1000.0}
+    row = {"event": "train", "step": 4, **OF_A_STEP, "elapsed_seconds": 1000.0}
     path.write_text(json.dumps(row) + "\n")
     with session(tmp_path, resumed_step=4) as monitor:
         monitor.train(4, steps(4), time.monotonic())

@@ -1,0 +1,1 @@
+"""What is measured on one machine, and can be measured on yours."""
