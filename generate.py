@@ -3,6 +3,7 @@
 python generate.py --run-dir runs/shakespeare-char-cpu --prompt "ROMEO:"
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -47,6 +48,8 @@ def main() -> None:
     mesh = model_mesh(load_config(arguments.run_dir), arguments.mesh)
     run = load_run(arguments.run_dir, arguments.checkpoint, mesh)
     prompt = read_prompt(arguments.prompt, run)
+    # A prompt may hold what stdout cannot encode: argv's bytes that are no UTF-8.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     texts, shown = [""] * arguments.num_samples, prompt
     for pieces in stream_text(
         run,
@@ -71,7 +74,7 @@ def read_prompt(prompt: str, run: Run) -> str:
         path = Path(prompt.removeprefix("FILE:"))
         try:
             prompt = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
+        except ValueError as error:  # also of a name that no file can have
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     tokenizer = text_tokenizer(run)
     prompt = prompt or tokenizer.start

@@ -315,5 +315,5 @@ def load_config(run_dir: Path) -> Config:
         )
     try:
         return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a config of jaxgpt: {error}") from error

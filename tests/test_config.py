@@ -47,6 +47,8 @@ def test_a_config_comes_back_from_json_as_it_was(preset):
         (ModelConfig, {"n_layer": 0}, "n_layer=0 must be at least 1"),
         (ModelConfig, {"block_size": 0}, "block_size=0 must be at least 1"),
         (ModelConfig, {"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+        (ModelConfig, {"n_layer": 10**12}, "at least 1, under 2147483648"),
+        (ModelConfig, {"n_embd": 2**31 - 1}, "by n_head=4; n_head could be 1"),
         (ModelConfig, {"dropout": 1.0}, "dropout=1.0 must be at least 0, under 1"),
         (ModelConfig, {"dropout": float("nan")}, "dropout=nan must be"),
         (
@@ -71,6 +73,7 @@ def test_a_config_comes_back_from_json_as_it_was(preset):
             "batch_size=12 is not divisible by gradient_accumulation_steps=5",
         ),
         (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
+        (OptimizerConfig, {"learning_rate": 10**400}, "must be positive and finite"),
         (OptimizerConfig, {"min_lr": 1.0}, "min_lr=1.0 is above learning_rate=0.001"),
         (OptimizerConfig, {"beta2": 1.0}, "beta2=1.0 must be at least 0, under 1"),
         (OptimizerConfig, {"grad_clip": -1.0}, "grad_clip=-1.0 must be at least 0"),

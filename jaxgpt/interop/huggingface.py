@@ -45,6 +45,7 @@ _FIXED = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 # Which file has which tensor, where there are several.
 _INDEX = f"{_WEIGHTS}.index.json"
@@ -99,17 +100,17 @@ def read_huggingface(folder: Path) -> tuple[ModelConfig, Any]:
     Returns the config, whose dropout is GPT-2's `resid_pdrop`, and the parameters, f32.
     Raises OSError or ValueError that says what is missing or does not fit.
     """
-    config = _read_config(folder / _CONFIG)
+    config, paths = _read_config(folder / _CONFIG), _weight_files(folder)
     with ExitStack() as stack:
         try:
             files = [
                 stack.enter_context(safe_open(path, framework="numpy"))
-                for path in _weight_files(folder)
+                for path in paths
             ]
             home = {name: file for file in files for name in file.keys()}  # noqa: SIM118
             params = from_state_dict(
                 {name: tuple(home[name].get_slice(name).get_shape()) for name in home},
-                lambda name: home[name].get_tensor(name),
+                lambda name: _floats(home[name], name),
                 config,
                 out_in=False,
             )
@@ -184,13 +185,23 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises ValueError that names a file of none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise ValueError(f"{path}: expected a JSON object, found a {kind}")
+    return found
+
+
 def _read_config(path: Path) -> ModelConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is no model: it has no {path.name}")
+    found = _read_json(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"expected a JSON object, found {found!r:.40}")
         kind = found["model_type"]
         if kind != "gpt2":
             raise ValueError(f"a {kind} model is not supported; GPT-2 (gpt2) is")
@@ -221,18 +232,19 @@ def _read_config(path: Path) -> ModelConfig:
         raise ValueError(
             f"{path} is not a config of GPT-2: it has no {error}"
         ) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
     names = [_WEIGHTS]
     if not (folder / _WEIGHTS).is_file() and (folder / _INDEX).is_file():
-        try:
-            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            names = sorted({str(name) for name in index["weight_map"].values()})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{_INDEX} is damaged: {error!r}") from error
+        homes = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(homes, dict) or not all(map(_is_name, homes.values())):
+            raise ValueError(
+                f"{folder / _INDEX} does not say which file beside it has which tensor"
+            )
+        names = sorted(set(homes.values()))
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -240,6 +252,19 @@ def _weight_files(folder: Path) -> list[Path]:
                 "safetensors by transformers' save_pretrained"
             )
     return [folder / name for name in names]
+
+
+def _floats(file: Any, name: str) -> np.ndarray:
+    """A tensor of an open file; raises ValueError if it is of another type."""
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in _FLOATS:
+        raise ValueError(f"{name} is of {dtype}, not {' or '.join(_FLOATS)}")
+    return file.get_tensor(name)
+
+
+def _is_name(name: Any) -> bool:
+    """Whether it is the name of a file, and leads nowhere else."""
+    return isinstance(name, str) and name == Path(name).name
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
@@ -275,13 +300,13 @@ def _characters_as_words(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
 def _exported_characters(path: Path) -> str:
     """The characters of a CharTokenizer that was exported; of another file, none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _read_json(path)
         model, split = content["model"], content["pre_tokenizer"]["type"] == "Split"
         words: dict[str, int] = model["vocab"] if model["type"] == "WordLevel" else {}
-    except (ValueError, KeyError, TypeError):
+        in_order = sorted(words.values()) == list(range(len(words)))
+        alone = all(len(word) == 1 for word in words)
+        if not (split and in_order and alone) or content["normalizer"]:
+            return ""
+    except (ValueError, LookupError, TypeError, AttributeError):
         return ""  # load_tokenizer tells what is wrong with it
-    in_order = sorted(words.values()) == list(range(len(words)))
-    alone = all(len(word) == 1 for word in words)
-    if not (split and in_order and alone) or content["normalizer"]:
-        return ""
     return "".join(sorted(words, key=words.__getitem__))

@@ -4,6 +4,7 @@ Source: nanoGPT train.py, and model.py (`configure_optimizers`).
 """
 
 import dataclasses
+import operator
 import pickle
 import warnings
 import zipfile
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgpt.config import Config, ModelConfig
+from jaxgpt.config import TOO_MUCH, Config, ModelConfig
 from jaxgpt.interop import required
 from jaxgpt.interop.state_dict import (
+    MASKS,
     check_gpt,
     from_state_dict,
     parameter_names,
@@ -42,6 +44,15 @@ _SAME = {
     ),
     "train": ("eval_interval", "eval_iters", "log_interval"),
 }
+# What values of other types than nanoGPT's raise, in our hands or in PyTorch's.
+_ODD_VALUES = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+)
 _NO_LOSS_YET = 1e9  # nanoGPT's best_val_loss before its first evaluation
 
 
@@ -58,24 +69,23 @@ def read_nanogpt(
     is None if the checkpoint has none; and the best validation loss, if it tells.
     Raises ImportError without torch, OSError or ValueError if it is no such checkpoint.
     """
-    checkpoint = _load(path)
-    try:
-        config = _config(checkpoint, log)
-        tensors = checkpoint["model"]
-        step = int(checkpoint["iter_num"])
-        if step < 0:
-            raise ValueError(f"iter_num={step} must be at least 0")
-        params = _params(tensors, config.model)
-        opt_state = _read_optimizer(checkpoint, config, params, log)
-        val_loss = float(checkpoint.get("best_val_loss", _NO_LOSS_YET))
-    except KeyError as error:
-        raise ValueError(
-            f"{path} is not a checkpoint of nanoGPT: it has no {error}"
-        ) from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    with warnings.catch_warnings(action="ignore"):  # PyTorch's, of odd tensors
+        checkpoint = _load(path)
+        try:
+            config = _config(checkpoint, log)
+            tensors = checkpoint["model"]
+            step = _count("iter_num", checkpoint["iter_num"])
+            params = _params(tensors, config.model)
+            opt_state = _read_optimizer(checkpoint, config, params, log)
+            val_loss = float(checkpoint.get("best_val_loss", _NO_LOSS_YET))
+        except KeyError as error:
+            raise ValueError(
+                f"{path} is not a checkpoint of nanoGPT: it has no {error}"
+            ) from error
+        except _ODD_VALUES as error:
+            raise ValueError(f"{path}: {error}") from error
     state = TrainState(jnp.asarray(step, jnp.int32), params, opt_state)
-    return config, state, val_loss if val_loss < _NO_LOSS_YET else None
+    return config, state, val_loss if 0 <= val_loss < _NO_LOSS_YET else None
 
 
 def write_nanogpt(
@@ -119,10 +129,9 @@ def _load(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is not a file; give a ckpt.pt of nanoGPT")
     mapped = zipfile.is_zipfile(path)
     try:
-        with warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=mapped
-            )
+        checkpoint = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mapped
+        )
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors and plain values, or is no checkpoint; no "
@@ -136,20 +145,45 @@ def _load(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(
-            f"{path} is not a checkpoint of nanoGPT, but one {checkpoint!r:.40}"
+            f"{path} is not a checkpoint of nanoGPT, but a {type(checkpoint).__name__}"
         )
+    for name in ("model", "model_args", "config"):
+        kind = type(checkpoint.get(name, {}))
+        if not issubclass(kind, dict):
+            raise ValueError(f"{path}: its {name} is a {kind.__name__}, not a dict")
     return checkpoint
 
 
 def _params(tensors: dict[str, Any], config: ModelConfig) -> Any:
     """A tree like the parameters, of tensors that are [out, in]."""
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not MASKS.search(name) and not _is_whole(tensor):
+            raise ValueError(f"{name} is no tensor of real numbers, all in the file")
+    shapes = {name: getattr(tensor, "shape", ()) for name, tensor in tensors.items()}
 
     def read(name: str) -> np.ndarray:
         return tensors[name].detach().float().numpy()  # NumPy has no bfloat16
 
     params = from_state_dict(shapes, read, config, out_in=True)
     return jax.tree.map(jnp.asarray, params)
+
+
+def _is_whole(tensor: Any) -> bool:
+    """Whether it is a tensor of floats, and its storage has as many as it claims."""
+    torch = required("torch")
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.is_floating_point()
+        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    )
+
+
+def _count(name: str, value: Any) -> int:
+    count = int(value)
+    if not 0 <= count < TOO_MUCH:
+        raise ValueError(f"{name}={count} must be at least 0, under {TOO_MUCH}")
+    return count
 
 
 def _config(checkpoint: dict[str, Any], log: Callable[[str], None]) -> Config:
@@ -180,7 +214,8 @@ def _trained_as(settings: dict[str, Any], model: ModelConfig) -> Config:
     }
     if "batch_size" in settings:
         pieces = settings.get("gradient_accumulation_steps", 1)
-        sections["data"]["batch_size"] = settings["batch_size"] * pieces
+        rows = operator.index(settings["batch_size"]) * operator.index(pieces)
+        sections["data"]["batch_size"] = rows
     if "max_iters" in settings:
         sections["train"]["max_steps"] = settings["max_iters"]
     if "warmup_iters" in settings:
@@ -233,17 +268,17 @@ def _read_optimizer(
     decayed, others = _in_groups(config.model)
     numbers = {name: number for number, name in enumerate([*decayed, *others])}
     try:
-        states = checkpoint.get("optimizer", {"state": {}})["state"]
+        states = dict(dict(checkpoint.get("optimizer", {"state": {}}))["state"])
         if not states:
             return None
 
         def moments(kind: str) -> Any:
-            tensors = {name: states[number][kind] for name, number in numbers.items()}
+            tensors = {name: dict(states[n])[kind] for name, n in numbers.items()}
             return _params(tensors, config.model)
 
         mu, nu = moments("exp_avg"), moments("exp_avg_sq")
-        updates = jnp.asarray(int(states[0]["step"]), jnp.int32)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        updates = jnp.asarray(_count("step", states[0]["step"]), jnp.int32)
+    except _ODD_VALUES as error:
         log(f"its optimizer state is not taken over, it is not nanoGPT's: {error}")
         return None
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)

@@ -75,31 +75,54 @@ def from_state_dict(
             raise ValueError(f"{found[plain]} and {name} are two tensors for {plain}")
         if not MASKS.search(name):
             found[plain] = name
+    _check_sizes({name: shapes[found[name]] for name in found}, config)
     expected = flatten_dict(parameter_shapes(config))
-    leaves = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in expected.items()}
-    views = {
-        name: _torch_shaped(*_leaf(leaves, name), config, out_in)
-        for name in parameter_names(config)
-    }
+
+    def views(leaves: dict[tuple[str, ...], np.ndarray]) -> dict[str, np.ndarray]:
+        return {
+            name: _torch_shaped(*_leaf(leaves, name), config, out_in)
+            for name in parameter_names(config)
+        }
+
+    # Stand-ins without memory, which a wrong config could ask for too much of.
+    blank = np.zeros((), np.bool_)
+    wanted = views({p: np.broadcast_to(blank, s.shape) for p, s in expected.items()})
     head = found.pop(_HEAD, None)
-    wrong = [f"{name} is missing" for name in views if name not in found]
-    wrong += [f"{found[name]} has no place" for name in found if name not in views]
+    wrong = [f"{name} is missing" for name in wanted if name not in found]
+    wrong += [f"{found[name]} has no place" for name in found if name not in wanted]
     wrong += [
         f"{name} is {list(shapes[found[name]])}, not {list(view.shape)}"
-        for name, view in views.items()
+        for name, view in wanted.items()
         if name in found and tuple(shapes[found[name]]) != view.shape
     ]
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError("; ".join(wrong[:5]) + more)
-    for name, view in views.items():
-        view[...] = read(found[name])
-    if head and not np.array_equal(read(head), views[_WTE]):
+    leaves = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in expected.items()}
+    with np.errstate(all="ignore"):  # a float64 may be infinite as float32
+        for name, view in views(leaves).items():
+            view[...] = read(found[name])
+    embedding = views(leaves)[_WTE]
+    if head and not np.array_equal(read(head), embedding, equal_nan=True):
         raise ValueError(
             f"{head} is not the token embedding: a GPT with a head of its own is not "
             "supported, only one that shares the embedding's weights"
         )
     return unflatten_dict(leaves)
+
+
+def _check_sizes(shapes: Mapping[str, Sequence[int]], config: ModelConfig) -> None:
+    """Raises ValueError where the model is larger than the tensors could make it."""
+    if _WTE not in shapes:
+        raise ValueError(f"{_WTE} is missing")
+    if list(shapes[_WTE]) != [config.vocab_size, config.n_embd]:
+        raise ValueError(
+            f"{_WTE} is {list(shapes[_WTE])}, not {[config.vocab_size, config.n_embd]}"
+        )
+    if config.n_layer > len(shapes):
+        raise ValueError(
+            f"n_layer={config.n_layer}, but there are only {len(shapes)} tensors"
+        )
 
 
 def plain_name(name: str) -> str:

@@ -1,6 +1,8 @@
 """Tokenizers made elsewhere: GPT-2's, a saved one, nanoGPT's vocabulary."""
 
+import io
 import pickle
+import pickletools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -117,7 +119,17 @@ def save_nanogpt_meta(path: Path, tokenizer: CharTokenizer) -> None:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, numbers and strings; refuses a pickle that names code."""
+    """Reads containers, numbers and strings; refuses a pickle that names code.
+
+    It refuses too what would take memory or time out of all proportion to its length.
+    """
+
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content))
+        for opcode, argument, _ in pickletools.genops(content):
+            far = "PUT" in opcode.name and int(argument or 0) > len(content)
+            if far or "TUPLE" in opcode.name:  # as a key, one of itself takes forever
+                raise pickle.UnpicklingError(f"no vocabulary has a {opcode.name}")
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
@@ -130,8 +142,7 @@ def load_nanogpt_meta(path: Path) -> CharTokenizer:
     Source: nanoGPT data/shakespeare_char/prepare.py.
     """
     try:
-        with path.open("rb") as file:
-            itos = _PlainUnpickler(file).load()["itos"]
+        itos = _PlainUnpickler(path.read_bytes()).load()["itos"]
         characters = [itos[i] for i in range(len(itos))]
         if any(len(character) != 1 for character in characters):
             raise ValueError("a token of other than one character")

@@ -117,16 +117,20 @@ class BPETokenizer:
         tokenizer.no_padding()
         added = tokenizer.get_added_tokens_decoder()
         vocab = tokenizer.get_vocab()
-        self.vocab_size = max(vocab.values()) + 1
-        self.end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-        self._tokenizer = tokenizer
-        self._bytes = [b""] * self.vocab_size
         alphabet = _byte_alphabet()
         if missing := sorted(alphabet.keys() - vocab.keys()):
             raise ValueError(
                 f"it has no token for {len(missing)} of the 256 bytes, and would lose "
                 f"text; the first is {missing[0]!r}"
             )
+        self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > 2 * len(vocab):
+            raise ValueError(
+                f"its ids run to {self.vocab_size - 1}, but it has {len(vocab)} tokens"
+            )
+        self.end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+        self._tokenizer = tokenizer
+        self._bytes = [b""] * self.vocab_size
         for token, id_ in vocab.items():
             self._bytes[id_] = (
                 token.encode()
@@ -255,6 +259,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         content = path.read_text(encoding="utf-8")
         values = json.loads(content)
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a JSON object, found {values!r:.40}")
         if "model" in values:
             return BPETokenizer.from_json(content)
         if values["type"] != "char":

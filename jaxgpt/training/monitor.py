@@ -218,7 +218,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_well_formed(row: Any) -> bool:
-    if not isinstance(row, dict) or row.get("event") not in _FIELDS:
+    if not isinstance(row, dict) or row.get("event") not in list(_FIELDS):
         return False
     null_too = _OF_A_STEP if row["event"] == "train" else ()
     return _is_number(row.get("step"), int) and all(

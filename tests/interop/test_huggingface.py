@@ -221,7 +221,7 @@ def test_a_width_that_is_spelt_out_is_no_other_architecture(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", b"{", r"config\.json: "),
+        ("config.json", b"{", r"config\.json is damaged, or no JSON: "),
         ("config.json", b"{}", "it has no 'model_type'"),
         ("config.json", b"[]", r"config\.json: expected a JSON object"),
         ("model.safetensors", b"no tensors", "gpt2: "),
@@ -236,7 +236,9 @@ def test_a_damaged_file_is_named(folder, name, content, message):
         (read_huggingface(folder), read_tokenizer(folder))
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "content", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../a"}}']
+)
 def test_a_damaged_index_is_named(folder, content):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(content)
@@ -255,6 +257,15 @@ def test_one_file_goes_before_an_index_that_is_left_over(folder, tmp_path):
     _, after = read_huggingface(folder)
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert tensors["transformer.wte.weight"].any()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.complex64])
+def test_weights_that_are_no_floats_are_refused(folder, dtype):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"].astype(dtype)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"wte\.weight is of (I32|C64), not F64 or"):
+        read_huggingface(folder)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

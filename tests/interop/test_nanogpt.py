@@ -267,7 +267,16 @@ class Malicious:
         (lambda c: c.pop("model"), "it has no 'model'"),
         (lambda c: c.pop("model_args"), "it has no 'model_args'"),
         (lambda c: c["model_args"].update(n_head=3), "not divisible by n_head=3"),
-        (lambda c: c["model"].update(extra=3), "has no attribute 'shape'"),
+        (lambda c: c["model"].update(extra=3), "extra is no tensor of real numbers"),
+        (
+            lambda c: c["model"].update(
+                {"transformer.wpe.weight": torch.ones(1).expand(10**6, 16)}
+            ),
+            r"transformer\.wpe\.weight is no tensor of real numbers, all in the file",
+        ),
+        (lambda c: c["model_args"].update(n_layer=10**9), "n_layer=1000000000, but"),
+        (lambda c: c.update(model_args=[2]), "its model_args is a list, not a dict"),
+        (lambda c: c.update(iter_num=2**31), "iter_num=2147483648 must be .* under"),
         (lambda c: c.update(config=Malicious()), "more than tensors and plain values"),
     ],
 )
@@ -282,8 +291,16 @@ def test_a_checkpoint_of_another_form_is_named_with_its_fault(
 
 
 def test_many_faults_are_counted(path):
-    spoil(path, lambda c: c["model"].clear())
-    with pytest.raises(ValueError, match=r"wte\.weight is missing; .*, and 10 more"):
+    def leave_three(checkpoint):
+        model, names = checkpoint["model"], ("wte", "wpe", "ln_f")
+        checkpoint["model"] = {
+            f"{n}.weight": model[f"transformer.{n}.weight"] for n in names
+        }
+
+    spoil(path, leave_three)
+    with pytest.raises(
+        ValueError, match=r"h\.0\.ln_1\.weight is missing; .*, and 7 more"
+    ):
         read(path)
 
 

@@ -12,7 +12,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from jaxgpt import BPETokenizer, runtime
 from jaxgpt.text import pretrained, tokenizer
-from jaxgpt.text.pretrained import find_tokenizer, gpt2_tokenizer
+from jaxgpt.text.pretrained import find_tokenizer, gpt2_tokenizer, load_nanogpt_meta
 from jaxgpt.text.tokenizer import load_tokenizer
 
 # Text in which GPT-2's rules for blanks, apostrophes and numbers are often met.
@@ -211,6 +211,34 @@ def test_a_vocabulary_that_lacks_a_byte_is_refused(tmp_path, gpt2):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"no token for 1 of the 256 bytes.* 'Z'"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_ids_far_above_the_number_of_tokens_are_refused(tmp_path):
+    content = json.loads(BPETokenizer.train(["to be " * 9], 258).to_json())
+    content["model"]["vocab"]["z"] = 2**32 - 1  # 32 GiB, as a table of the tokens
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match="ids run to 4294967295, but it has 258 tokens"
+    ):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04}r\xff\xff\xff\xff.",
+        b"}p999999999\n.",
+        b"}K\x01" + b"2\x86" * 60 + b"Ns.",
+    ],
+)
+def test_a_small_pickle_that_would_take_all_memory_or_time_is_refused(
+    tmp_path, content
+):
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"no vocabulary has a (LONG_BINPUT|PUT|TUPLE2)"
+    ):
+        load_nanogpt_meta(tmp_path / "meta.pkl")
 
 
 def test_added_tokens_decode_to_their_content(tmp_path, gpt2):

@@ -1,0 +1,650 @@
+"""Whatever stands in a file from a stranger: a result, or an error of ours.
+
+CI tries a hundred files with each reader, `pytest --full tests/reliability` 10,000.
+"""
+
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import struct
+import sys
+import time
+import traceback
+import warnings
+import zipfile
+from functools import cache, partial
+
+import jax
+import numpy as np
+import pytest
+import torch
+import torch_nanogpt
+from conftest import ROOT, TEXT, TINY, changed
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from safetensors.torch import load, save
+
+import generate
+from jaxgpt import BPETokenizer, CharTokenizer, Run
+from jaxgpt.interop import state_dict
+from jaxgpt.interop.huggingface import (
+    read_huggingface,
+    read_tokenizer,
+    write_huggingface,
+)
+from jaxgpt.interop.nanogpt import read_nanogpt
+from jaxgpt.models import build_model
+from jaxgpt.run import load_config
+from jaxgpt.text.corpus import load_corpus
+from jaxgpt.text.pretrained import (
+    load_nanogpt_meta,
+    save_nanogpt_meta,
+    tokenizer_in,
+)
+from jaxgpt.text.tokenizer import encode_prompt, load_tokenizer
+from jaxgpt.training.monitor import METRICS, Monitor, read_rows, rewind
+
+OURS = (str(ROOT / "jaxgpt"), str(ROOT / "generate.py"))
+SECONDS = 10  # a case takes milliseconds; this is a machine that does other work too
+CHARACTERS = CharTokenizer("\nabcdefghij")
+BPE = BPETokenizer.train([TEXT], 300)
+TEXTS = st.text() | st.text(st.sampled_from("ab <|endoftext|>\n\ud800\udfff\x00é🙂"))
+
+# What a JSON document may hold and json.dumps cannot write.
+WRITTEN = {
+    "@deep": "[" * 400 + "]" * 400,
+    "@deeper": '{"a":' * 990 + "1" + "}" * 990,
+    "@deepest": "[" * 20_000,
+    "@infinity": "1e999",
+    "@digits": "9" * 5000,
+}
+# fmt: off
+ODD = st.sampled_from([
+    None, True, False, 0, 1, -1, 7, 2**31 - 1, 2**32 - 1, 10**12, 2**63, 10**400,
+    0.5, 1e-320, 1e300, math.inf, -math.inf, math.nan,
+    "", "a", "0", "\ud800", "\0", "../up", "x" * 1000, *WRITTEN,
+    [], {}, [[]], [0], {"": None}, {"0": 0},
+])
+# fmt: on
+VALUES = ODD | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@st.composite
+def edited(draw, document, values=VALUES):
+    """The document with nodes replaced, removed and added, or another altogether.
+
+    A value that is a function is called with what it replaces.
+    """
+    root = [copied(document)]
+    for _ in range(draw(st.integers(1, 3))):
+        box, key = root, 0
+        while (
+            isinstance(box[key], dict | list) and box[key] and draw(st.integers(0, 9))
+        ):
+            box = box[key]
+            key = draw(
+                st.sampled_from(list(box) if isinstance(box, dict) else range(len(box)))
+            )
+        value = copied(draw(values))
+        if callable(value):
+            value = value(box[key])
+        change = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
+        if change == "add" and isinstance(box, dict):
+            box[draw(st.sampled_from(list(box)) | st.text(max_size=3))] = value
+        elif change == "remove" and box is not root:
+            del box[key]
+        else:
+            box[key] = value
+    return root[0]
+
+
+def copied(document):
+    """A copy whose leaves are the same objects."""
+    if isinstance(document, dict):
+        return {key: copied(value) for key, value in document.items()}
+    return [*map(copied, document)] if isinstance(document, list) else document
+
+
+@st.composite
+def damaged(draw, content):
+    """The bytes, of which some are cut, flipped, repeated or overwritten."""
+    content = bytearray(content)
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, len(content)))
+        stop = start + draw(st.integers(0, 40))
+        piece = content[start:stop]
+        content[start:stop] = draw(
+            st.sampled_from([b"", piece * 2, bytes(len(piece)), b"\xff" * len(piece)])
+            | st.binary(max_size=8)
+            | st.just(bytes(byte ^ 0x20 for byte in piece))
+        )
+        if draw(st.integers(0, 9)) == 9:
+            del content[start:]
+    return bytes(content)
+
+
+def as_json(document):
+    text = json.dumps(document)
+    for name, written in WRITTEN.items():
+        text = text.replace(json.dumps(name), written)
+    return text.encode()
+
+
+def resized(settings):
+    """A model's settings with sizes that no memory holds, or too many to count."""
+    names = {"n_layer", "n_head", "n_embd", "block_size", "n_positions", "vocab_size"}
+    sizes = st.sampled_from([1, 2, 7, 2**31 - 1, 2**32, 10**12 + 39, 2**63])
+    optional = dict.fromkeys(sorted(names & settings.keys()), sizes)
+    return st.fixed_dictionaries({}, optional=optional).map(lambda new: settings | new)
+
+
+def json_files(document):
+    """Contents of a file that should hold the document."""
+    return (
+        edited(document).map(as_json)
+        | damaged(as_json(document))
+        | st.binary(max_size=100)
+    )
+
+
+def is_ours(error):
+    """Whether a function of jaxgpt, and not of a library, has raised it."""
+    if isinstance(error, UnicodeError):  # of str.encode, which leaves no frame
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].filename.startswith(OURS) or (
+        isinstance(error, OSError) and error.filename is not None
+    )
+
+
+def outcome(read, path=None):
+    """What `read()` returns, or None where it raises an error that names the path."""
+    started = time.monotonic()
+    result, error = None, None
+    try:
+        result = read()
+    except (ValueError, OSError) as raised:
+        error = raised
+    assert not error or is_ours(error), repr(error)
+    assert not (error and path) or str(path) in str(error), repr(error)
+    assert not CALLED
+    assert time.monotonic() - started < SECONDS
+    return result
+
+
+def put(path, content):
+    """Writes a new file: the one before may still be mapped."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("from strangers")
+
+
+def use(tokenizer, text):
+    """Encodes and decodes, as a run does with a tokenizer that it has read."""
+    if tokenizer is None:
+        return
+    for encode in (tokenizer.encode, partial(encode_prompt, tokenizer)):
+        ids = outcome(lambda encode=encode: encode(text))
+        if ids is not None:
+            assert ids.dtype == np.int32
+            assert not len(ids) or 0 <= ids.min() <= ids.max() < tokenizer.vocab_size
+            assert isinstance(tokenizer.decode(ids), str)
+    assert len(tokenizer.decode_bytes(range(min(tokenizer.vocab_size, 500))))
+
+
+@given(st.data(), TEXTS)
+@pytest.mark.parametrize("tokenizer", [CHARACTERS, BPE], ids=["char", "bpe"])
+def test_any_tokenizer_json_is_read_or_refused(folder, tokenizer, data, text):
+    put(
+        path := folder / "tokenizer.json",
+        data.draw(json_files(json.loads(tokenizer.to_json()))),
+    )
+    use(outcome(lambda: load_tokenizer(path), path), text)
+
+
+MODEL = json.loads(BPE.to_json())["model"]
+MERGES = "\n".join(["#version: 0.2", *map(" ".join, MODEL["merges"])])
+
+
+@given(
+    st.just(as_json(MODEL["vocab"])) | json_files(MODEL["vocab"]),
+    st.just(MERGES.encode())
+    | damaged(MERGES.encode())
+    | TEXTS.map(ascii).map(str.encode),
+    TEXTS,
+)
+def test_any_tables_of_bpe_are_read_or_refused(folder, vocab, merges, text):
+    tables = folder / "tables"
+    tables.mkdir(exist_ok=True)
+    put(tables / "vocab.json", vocab)
+    put(tables / "merges.txt", merges)
+    use(outcome(lambda: tokenizer_in(tables), tables / "vocab.json"), text)
+
+
+@given(
+    json_files(TINY.to_dict())
+    | resized(TINY.to_dict()["model"]).map(lambda model: as_json({"model": model}))
+)
+def test_any_config_of_a_run_is_read_or_refused(folder, content):
+    put(folder / "config.json", content)
+    outcome(lambda: load_config(folder), folder / "config.json")
+
+
+ROWS = [
+    {"event": "eval", "step": 0, "train_loss": 4.0, "val_loss": 4.5},
+    {"event": "train", "step": 4, "loss": 3.0, "learning_rate": 0.1, "grad_norm": 1.0}
+    | {"tokens_per_second": 9.0},
+    {"event": "eval", "step": 8, "train_loss": 3.0, "val_loss": 3.5},
+    {"event": "done", "step": 8, "val_loss": 3.5, "best_val_loss": 3.5},
+]
+ROWS = [row | {"elapsed_seconds": 0.5} for row in ROWS]
+
+
+def lines(rows):
+    return b"".join(as_json(row) + b"\n" for row in rows)
+
+
+@given(
+    st.lists(edited(ROWS), min_size=1, max_size=2).map(
+        lambda some: lines(
+            row for rows in some for row in (rows if isinstance(rows, list) else [rows])
+        )
+    )
+    | damaged(lines(ROWS))
+    | st.binary(max_size=100)
+)
+def test_a_run_goes_on_with_the_sound_rows_of_any_metrics(folder, content):
+    run_dir = folder / "run"
+    run_dir.mkdir(exist_ok=True)
+    put(run_dir / METRICS, content + lines(ROWS))
+
+    with pytest.MonkeyPatch.context() as patch:  # drawing takes longer than all else
+        patch.setattr(Figure, "savefig", lambda self, path, **kwargs: path.touch())
+        assert rewind(run_dir / METRICS, 4) == ROWS[1]
+        with Monitor(run_dir, TINY, 4, time.monotonic()) as monitor:
+            monitor.eval(8, 2.0, 2.0)
+            monitor.done(8, 2.0)
+    *kept, last = read_rows(run_dir / METRICS)
+    assert (kept[-1]["event"], last["event"]) == ("eval", "done")
+    assert all(math.isfinite(row["step"] + row["elapsed_seconds"]) for row in kept)
+
+
+CALLED = []
+
+
+def never(*args):
+    """What files ask for, and no reader may call."""
+    CALLED.append(args)
+
+
+class Calling:
+    """Pickles as a call."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def in_itself(old):
+    box = [old]
+    box.append(box)
+    return box
+
+
+PICKLED = VALUES | st.sampled_from(
+    [
+        Calling(never, ()),
+        Calling(never, ("itos",)),
+        Calling(bytearray, (10**6,)),
+        Calling(list, (), {"state": 1}),
+        Calling(getattr, (never, "__globals__")),
+        in_itself,
+        {1, 2},
+        (1, ("a",)),
+        b"bytes",
+        bytearray(b"a"),
+        1j,
+        ["a", "b"],
+        {0: "a", 1: "b"},
+        {0: "a", 2: "b"},
+        {0: b"a"},
+        {0: ["a"]},
+        lambda old: len,
+        lambda old: dict,
+    ]
+)
+NAME = __name__.encode()
+# Pieces of pickles; behind one another they are mostly none.
+# fmt: off
+OPCODES = st.sampled_from([
+    b"\x80\x02", b"\x80\x04", b"}", b"]", b")", b"(", b"0", b"1", b"2", b"N", b".",
+    b"\x88", b"K\x00", b"K\x01", b"X\x04\x00\x00\x00itos", b"X\x01\x00\x00\x00a",
+    b"R", b"b", b"\x81", b"\x92", b"o", b"s", b"u", b"a", b"e", b"t", b"\x85", b"d",
+    b"c" + NAME + b"\nnever\n", b"i" + NAME + b"\nnever\n", b"cos\nsystem\n",
+    b"cbuiltins\neval\n", b"ccollections\nOrderedDict\n", b"\x93", b"\x82\x01",
+    b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n",
+    b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n", b"ctorch\nSize\n",
+    b"ctorch._utils\n_rebuild_parameter\n", b"ctorch\nfloat32\n",
+    b"Pid\n", b"Q", b"q\x00", b"h\x00", b"\x94", b"r\xff\xff\xff\xff", b"p9999999999\n",
+    b"\x96" + struct.pack("<Q", 2**40), b"\x8e" + struct.pack("<Q", 2**62),
+    b"\x95" + struct.pack("<Q", 2**40), b"\x8b\xff\xff\xff\x7f", b"L9\n", b"I1\n",
+])
+# fmt: on
+SOUP = st.lists(OPCODES, max_size=20).map(lambda pieces: b"".join(pieces) + b".")
+
+
+def pickles(document, values=PICKLED):
+    """Contents of a file that should hold the pickled document."""
+    whole = pickle.dumps(document, protocol=4)
+    documents = edited(document, values).filter(lambda d: d is not document)
+    return (
+        st.builds(pickle.dumps, documents, st.sampled_from([0, 2, 4, 5]))
+        | damaged(whole)
+        | SOUP
+        | st.tuples(SOUP, st.integers(0, len(whole))).map(
+            lambda both: whole[: both[1]] + both[0] + whole[both[1] :]
+        )
+    )
+
+
+@given(pickles({"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}))
+def test_any_meta_pkl_is_read_or_refused_and_never_run(folder, content):
+    put(folder / "meta.pkl", content)
+    use(
+        outcome(lambda: load_nanogpt_meta(folder / "meta.pkl"), folder / "meta.pkl"),
+        "ab",
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_and_safe():
+    """Traces a model once, for it takes longer than a reader; no file calls a shell."""
+    with pytest.MonkeyPatch.context() as patch:
+        shapes = cache(state_dict.parameter_shapes)
+        patch.setattr(state_dict, "parameter_shapes", shapes)
+        patch.setattr(os, "system", never)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder):
+    """nanoGPT's, as its bytes and as what is in it."""
+    path = folder / "valid.pt"
+    torch_nanogpt.make(path, bias=False)
+    return path.read_bytes(), torch.load(path)
+
+
+DENSE = st.sampled_from(
+    [
+        lambda old: old[:0],
+        lambda old: old[None],
+        lambda old: old.reshape(old.shape[::-1]),
+        lambda old: old.flatten()[:1].squeeze(),
+        lambda old: old.double() * 1e300,
+        lambda old: old * math.nan,
+        lambda old: old.half(),
+        lambda old: old.bfloat16(),
+        lambda old: old.to(torch.float8_e4m3fn),
+        lambda old: old.int(),
+        lambda old: old.bool(),
+        lambda old: old.to(torch.complex64),
+    ]
+)
+OTHERS = st.sampled_from(
+    [
+        lambda old: old.flatten()[:1].expand(10**6, 10**6),
+        lambda old: old.flatten()[:1].expand(old.shape),
+        lambda old: old.to_sparse(),
+        lambda old: old.to("meta"),
+        lambda old: torch.empty(10**6, 10**6, device="meta"),
+        lambda old: torch.quantize_per_tensor(old.float(), 0.1, 0, torch.qint8),
+        lambda old: torch.nn.Parameter(old),
+        lambda old: old._neg_view(),
+    ]
+)
+
+
+def odd_tensor(change, old):
+    """A tensor that is changed, or one in place of what is none, or was changed."""
+    plain = isinstance(old, torch.Tensor) and old.dtype == torch.float32
+    plain = plain and old.is_contiguous() and old.device.type == "cpu"
+    plain = plain and old.dim() and len(old)
+    with warnings.catch_warnings(action="ignore"):  # PyTorch wants no such types soon
+        return change(old if plain else torch.ones(2, 2))
+
+
+TENSORS = (DENSE | OTHERS).map(lambda change: partial(odd_tensor, change))
+
+
+def saved(document):
+    file = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):
+        torch.save(document, file)
+    return file.getvalue()
+
+
+def with_pickle(zipped, content):
+    """The checkpoint with another data.pkl."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(zipped)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, content if name.endswith("data.pkl") else old.read(name))
+    return file.getvalue()
+
+
+def in_zip(zipped):
+    """Checkpoints whose tensors are sound, and their pickle is not."""
+    with zipfile.ZipFile(io.BytesIO(zipped)) as file:
+        (name,) = (name for name in file.namelist() if name.endswith("data.pkl"))
+        whole = file.read(name)
+    return (
+        damaged(whole)
+        | SOUP
+        | st.tuples(SOUP, st.integers(0, len(whole))).map(
+            lambda both: whole[: both[1]] + both[0] + whole[both[1] :]
+        )
+    ).map(partial(with_pickle, zipped))
+
+
+@given(st.data())
+def test_any_checkpoint_of_nanogpt_is_read_or_refused_and_never_run(
+    folder, checkpoint, data
+):
+    content, document = checkpoint
+    if data.draw(st.booleans()):
+        sizes = resized(document["model_args"]).map(
+            lambda a: document | {"model_args": a}
+        )
+        content = saved(data.draw(sizes | edited(document, VALUES | TENSORS)))
+    else:
+        odd = damaged(content) | in_zip(content) | pickles([document["model_args"]])
+        content = data.draw(odd | edited(document, PICKLED).map(saved))
+    put(folder / "ckpt.pt", content)
+    outcome(
+        lambda: read_nanogpt(folder / "ckpt.pt", lambda line: None), folder / "ckpt.pt"
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(folder):
+    """A directory of Hugging Face's GPT-2, its weights also in two files."""
+    config = changed(TINY, model={"vocab_size": BPE.vocab_size, "bias": True}).model
+    tokens_BT = np.zeros((1, 1), np.int32)
+    params = build_model(config).init(jax.random.key(0), tokens_BT)["params"]
+    write_huggingface(folder / "gpt2", config, params, BPE)
+    return folder / "gpt2"
+
+
+def pieces(safetensors):
+    """Header and data of a .safetensors file."""
+    (length,) = struct.unpack("<Q", safetensors[:8])
+    return json.loads(safetensors[8 : 8 + length]), safetensors[8 + length :]
+
+
+@st.composite
+def safetensors(draw, content):
+    """Files of safetensors whose header does not fit."""
+    header, tensors = pieces(content)
+    dtypes = st.sampled_from(
+        ["F64", "BF16", "I64", "C64", "F8_E4M3", "BOOL", "F4", "X"]
+    )
+    text = as_json(draw(st.just(header) | edited(header, VALUES | dtypes)))
+    text = draw(st.sampled_from([text, text[:-1] + b"," + text[1:], text + b"  "]))
+    lengths = st.sampled_from([0, 1, 2**31, 2**40, 2**63, 2**64 - 1])
+    length = draw(st.just(len(text)) | lengths | st.integers(0, len(content)))
+    tensors = draw(st.just(tensors) | st.sampled_from([b"", tensors[:-4], tensors * 2]))
+    return struct.pack("<Q", length) + text + tensors
+
+
+@st.composite
+def retyped(draw, content):
+    """Sound files of safetensors, with tensors of other types and shapes."""
+    tensors = load(content)
+    for name in sorted(draw(st.sets(st.sampled_from(list(tensors)), min_size=1))):
+        tensors[name] = odd_tensor(draw(DENSE), tensors[name]).contiguous()
+    return save(tensors)
+
+
+@given(st.data())
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    ],
+)
+def test_any_directory_of_hugging_face_is_read_or_refused(folder, exported, name, data):
+    model = folder / "changed"
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(exported, model)
+    path = model / name
+    if name == "model.safetensors":
+        content = path.read_bytes()
+        content = data.draw(
+            safetensors(content) | retyped(content) | damaged(content) | st.binary()
+        )
+    elif name == "model.safetensors.index.json":
+        path = model / "model.safetensors"
+        path.rename(model / "a.safetensors")
+        header, _ = pieces((model / "a.safetensors").read_bytes())
+        path = model / name
+        index = {"weight_map": dict.fromkeys(header, "a.safetensors")}
+        content = data.draw(json_files(index))
+    else:
+        document = json.loads(path.read_text())
+        content = data.draw(json_files(document) | resized(document).map(as_json))
+    put(path, content)
+    if name == "tokenizer.json":
+        use(outcome(lambda: read_tokenizer(model), path), data.draw(TEXTS))
+    else:
+        outcome(lambda: read_huggingface(model), model)
+
+
+@pytest.fixture(scope="module")
+def own_cache(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXGPT_CACHE", str(folder / "cache"))
+        yield folder / "cache"
+
+
+SIZES = st.sampled_from([None, 1, 11, 65, 300, 65_537])
+
+
+@given(
+    damaged(bytes(range(0, 11)) * 40) | st.binary(),
+    damaged(bytes(2 * [3, 0]) * 40) | st.binary(),
+    SIZES,
+    st.sampled_from(["char", "bpe", "nowhere"]),
+    st.booleans(),
+)
+def test_any_token_files_are_read_or_refused(
+    folder, own_cache, train, val, vocab_size, tokenizer, has_meta
+):
+    tokens = folder / "tokens"
+    tokens.mkdir(exist_ok=True)
+    put(tokens / "train.bin", train)
+    put(tokens / "val.bin", val)
+    save_nanogpt_meta(tokens / "meta.pkl", CHARACTERS)
+    if not has_meta:
+        (tokens / "meta.pkl").unlink()
+    corpus_of(tokens, vocab_size, tokenizer)
+
+
+def corpus_of(path, vocab_size, tokenizer):
+    """Loads a corpus that may be of any kind; all its tokens are of its vocabulary."""
+    if tokenizer == "bpe" and vocab_size is None:
+        vocab_size = 257
+    config = changed(
+        TINY,
+        model={"vocab_size": vocab_size},
+        data={"path": (str(path),), "tokenizer": tokenizer},
+    )
+    if found := outcome(lambda: load_corpus(config, log=lambda line: None)):
+        corpus, config = found
+        for split in (corpus.train, corpus.val):
+            assert split.max() < config.model.vocab_size
+            if corpus.tokenizer:
+                assert isinstance(corpus.tokenizer.decode(split.tolist()), str)
+
+
+@given(
+    damaged(TEXT.encode()) | st.binary() | TEXTS.map(ascii).map(str.encode),
+    SIZES,
+    st.sampled_from(["char", "bpe", "nowhere"]),
+)
+def test_any_text_file_is_read_or_refused(
+    folder, own_cache, content, vocab_size, tokenizer
+):
+    put(folder / "text.txt", content)
+    corpus_of(folder / "text.txt", vocab_size, tokenizer)
+    shutil.rmtree(own_cache, ignore_errors=True)
+
+
+KINDS = {"char": CHARACTERS, "odd": CharTokenizer("a\ud800\x00\n<|>é🙂"), "bpe": BPE}
+
+
+@cache
+def untrained(kind):
+    """A run that has learnt nothing."""
+    config = changed(TINY, model={"vocab_size": KINDS[kind].vocab_size})
+    model = build_model(config.model)
+    tokens_BT = np.zeros((1, 1), np.int32)
+    params = model.init(jax.random.key(0), tokens_BT)["params"]
+    return Run(config, KINDS[kind], model, params, 0)
+
+
+PROMPTS = TEXTS | st.text("abcdefghij\n") | st.text("a\ud800é<|>").map("FILE:".__add__)
+
+
+@given(PROMPTS, PROMPTS | st.just(""))
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_prompt_is_continued_in_utf8_or_refused(kind, prompt, stop):
+    arguments = generate.Arguments(
+        ROOT, prompt=prompt, stop=stop, max_new_tokens=1, num_samples=2
+    )
+    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate.tyro, "cli", lambda *args, **kwargs: arguments)
+        patch.setattr(generate, "load_config", lambda run_dir: untrained(kind).config)
+        patch.setattr(generate, "load_run", lambda *args: untrained(kind))
+        patch.setattr(generate.runtime, "start", lambda: None)
+        patch.setattr(sys, "stdout", stdout)
+        outcome(generate.main)
+    stdout.flush()
+    assert isinstance(stdout.buffer.getvalue().decode(), str)
