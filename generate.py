@@ -73,6 +73,10 @@ def read_prompt(prompt: str, run: Run) -> str:
     if prompt.startswith("FILE:"):
         path = Path(prompt.removeprefix("FILE:"))
         try:
+            if "\0" not in str(path) and not path.is_file():
+                raise FileNotFoundError(
+                    f"{path} is not a file; --prompt FILE:NAME takes one of UTF-8 text"
+                )
             prompt = path.read_bytes().decode("utf-8")
         except ValueError as error:  # also of a name that no file can have
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error

@@ -105,6 +105,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         resumed_step = newest_whole(folder) if resume else None
         if resumed_step is None:
             state = create_state(model, config, mesh, load_start(config, mesh))
+            if resume:
+                log_line(f"{run_dir} has no checkpoint; it begins at step 0")
         else:
             state = restore_state(folder, resumed_step, model, config, mesh)
             check_skipped(state, config)
@@ -114,7 +116,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         step, last_step = resumed_step or 0, config.train.max_steps
         if step > last_step:
             raise ValueError(
-                f"max_steps={last_step}, but the run has made {step} steps"
+                f"max_steps={last_step}, but the run has made {step} steps; give more "
+                "--train.max-steps"
             )
         save_config(run_dir, config, corpus.tokenizer)
 

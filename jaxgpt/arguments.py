@@ -20,7 +20,9 @@ from jaxgpt.run import (
     load_config,
 )
 from jaxgpt.runtime import log_line
+from jaxgpt.training.checkpoint import CHECKPOINTS
 
+_PROG = "train.py [PRESET]"
 _OF_TRAINING = ("dropout", "compute_dtype", "remat")  # fields that leave weights alone
 
 
@@ -66,7 +68,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
     if "-h" in flags or "--help" in flags:
         _parse(flags, PRESETS[preset]() if preset else Config())  # prints and exits
 
-    options, _ = tyro.cli(RunOptions, args=flags, return_unknown_args=True)
+    options = _parse_options(flags)
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite exclude each other; choose one")
     if options.resume and options.init_from:
@@ -85,6 +87,11 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
         saved = load_config(run_dir)
         config = _parse(flags, saved)
         _check_same_model(saved, config)
+        if (run_dir / CHECKPOINTS).is_file():
+            raise NotADirectoryError(
+                f"{run_dir / CHECKPOINTS} is a file; put the run's folder of that name "
+                "back, or move the file away to begin at step 0"
+            )
         if (run_dir / TOKENIZER).exists():
             _check_same_tokenizer(saved, config)
         if not saved.data.sha256:
@@ -112,17 +119,26 @@ def parse_processes(
 ) -> tuple[str | None, int | None, int | None] | None:
     """What the command line says of the run's processes, for `join_processes`.
 
-    None if it asks for something that this process does alone.
+    None if it asks for something that this process does alone. Raises ValueError where
+    there can be no such process.
     """
     preset, flags = _split(argv)
     if preset:
         _check_preset(preset)
     if "-h" in flags or "--help" in flags:
         return None
-    options, _ = tyro.cli(RunOptions, args=flags, return_unknown_args=True)
+    options = _parse_options(flags)
     if options.dry_run or options.plan:
         return None
-    return options.coordinator_address, options.num_processes, options.process_id
+    count, number = options.num_processes, options.process_id
+    if count is not None and count < 1:
+        raise ValueError(f"--num-processes {count} must be at least 1")
+    if count is not None and number is not None and not 0 <= number < count:
+        raise ValueError(
+            f"--process-id {number} must be from 0 to {count - 1}, as there are "
+            f"--num-processes {count}"
+        )
+    return options.coordinator_address, count, number
 
 
 def _split(argv: list[str]) -> tuple[str, list[str]]:
@@ -132,13 +148,18 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
     return "", argv
 
 
+def _parse_options(flags: list[str]) -> RunOptions:
+    """The options alone; the other flags are for `_parse`."""
+    return tyro.cli(RunOptions, args=flags, prog=_PROG, return_unknown_args=True)[0]
+
+
 def _parse(flags: list[str], default: Config) -> Config:
     presets = [f"{name}: {_summary(name)}" for name in PRESETS]
     return tyro.cli(
         _Arguments,
         args=flags,
         default=_Arguments(RunOptions(), default),
-        prog="train.py [PRESET]",
+        prog=_PROG,
         description="Trains a model. PRESET comes first and is one of\n\n"
         + "\n\n".join(presets),
     ).config

@@ -246,7 +246,7 @@ def _claim(run_dir: Path, *, resume: bool, overwrite: bool) -> IO[str]:
     """The lock of the run directory, held until it is closed."""
     found = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
     if run_dir.exists() and not run_dir.is_dir():
-        raise FileExistsError(f"{run_dir} is a file; choose another --out-dir")
+        raise FileExistsError(f"{run_dir} is a file; choose another directory")
     ours = {LOCK, CHECKPOINTS} & found  # others have a config.json too
     if ours and {CONFIG, CHECKPOINTS} & found:
         if not (resume or overwrite):
@@ -258,7 +258,7 @@ def _claim(run_dir: Path, *, resume: bool, overwrite: bool) -> IO[str]:
         name for name in found - set(_OWN if ours else ()) if not name.endswith(ASIDE)
     ):
         raise FileExistsError(
-            f"{run_dir} is not a run, it has {foreign[0]}; choose another --out-dir"
+            f"{run_dir} is not a run, it has {foreign[0]}; choose another directory"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = (run_dir / LOCK).open("w")
@@ -269,7 +269,7 @@ def _claim(run_dir: Path, *, resume: bool, overwrite: bool) -> IO[str]:
         lock.close()
         raise FileExistsError(
             f"another training is going on in {run_dir}; wait for it to end, or "
-            "choose another --out-dir"
+            "choose another directory"
         ) from None
     for name in _OWN:  # what a killed training was writing
         for aside in run_dir.glob(f"{name}.*{ASIDE}"):
@@ -316,4 +316,7 @@ def load_config(run_dir: Path) -> Config:
     try:
         return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a config of jaxgpt: {error}") from error
+        raise ValueError(
+            f"{path} is not a config of jaxgpt: {error}; mend it, or bring it back "
+            "from a copy"
+        ) from error

@@ -30,7 +30,9 @@ _EXPECTED = (
 )
 _NO_ROOM = "no room is left; make some, and go on: what was saved before is kept. "
 _NO_LEAVE = "the permissions forbid it; change them, or name another place. "
+_IN_THE_WAY = "a file is where a folder should be, or the reverse; move it away. "
 _HINTS = {
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), _IN_THE_WAY),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_ROOM),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_LEAVE),
 }

@@ -151,6 +151,8 @@ def export(
 
 def _check_target(target: Path, overwrite: bool, *, is_folder: bool) -> None:
     """Raises OSError if the target is of another kind, a run, or not to be replaced."""
+    if file := next((folder for folder in target.parents if folder.is_file()), None):
+        raise NotADirectoryError(f"{file} is a file, and {target} can't be in it")
     if is_folder and target.is_file():
         raise NotADirectoryError(f"{target} is a file; give a directory")
     if not is_folder and target.is_dir():

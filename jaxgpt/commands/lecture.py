@@ -102,6 +102,9 @@ def lecture(
         log_line("the scaled rung wants an accelerator; a CPU takes half a day a seed")
     trial = "-trial" if steps_scale < 1 else ""  # which must not replace the real thing
     out_dir = out_dir or Path(f"runs/lecture{trial}")
+    for folder in (out_dir, *out_dir.parents):
+        if folder.is_file():
+            raise NotADirectoryError(f"{folder} is a file; choose another --out-dir")
     out_dir.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     for rung in (*RUNGS, SCALED) if scaled else RUNGS:

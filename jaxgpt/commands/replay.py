@@ -8,7 +8,7 @@ import numpy as np
 import tyro
 
 from jaxgpt.config import MeshConfig
-from jaxgpt.run import load_config
+from jaxgpt.run import BLOWUP, load_config
 from jaxgpt.runtime import log_line
 from jaxgpt.training.diagnosis import diagnose, load_blowup
 from jaxgpt.training.sharding import make_mesh
@@ -24,6 +24,11 @@ def replay(
         folder: blowup, in the run directory
         one_device: use one device, whatever the run used; rounding may then differ
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {folder}; give {BLOWUP}, in the directory of a run "
+            "that a loss or a gradient which is not finite has stopped"
+        )
     config = load_config(folder)
     if one_device:
         config = dataclasses.replace(config, mesh=MeshConfig(data=1))

@@ -114,7 +114,11 @@ def read_huggingface(folder: Path) -> tuple[ModelConfig, Any]:
                 config,
                 out_in=False,
             )
-        except (ValueError, SafetensorError) as error:
+        except SafetensorError as error:
+            raise ValueError(
+                f"{folder} has damaged weights, fetch or write them again: {error}"
+            ) from error
+        except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
     return config, jax.tree.map(jnp.asarray, params)
 

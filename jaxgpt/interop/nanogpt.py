@@ -139,8 +139,8 @@ def _load(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:  # of many kinds, for a file that is damaged
         raise ValueError(
-            f"{path} is not a checkpoint of PyTorch ({type(error).__name__}: "
-            + str(error).partition("\n")[0]
+            f"{path} is not a checkpoint of PyTorch, or is cut short ("
+            + f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
             + ")"
         ) from error
     if not isinstance(checkpoint, dict):

@@ -156,11 +156,14 @@ def compare(
     if not 1 <= T <= config.block_size:
         raise ValueError(f"length={T} must be from 1 to block_size={config.block_size}")
     count = 3 * config.block_size if new_tokens is None else new_tokens
-    if batch_size < 1 or steps < 0 or count < 0:
-        raise ValueError(
-            f"batch_size={batch_size} must be at least 1, steps={steps} and the count "
-            f"of greedy tokens, {count}, at least 0"
-        )
+    least = {
+        "batch_size": (batch_size, 1),
+        "steps": (steps, 0),
+        "new_tokens": (count, 0),
+    }
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise ValueError(f"{name}={value} must be at least {minimum}")
     config = dataclasses.replace(
         config, dropout=0.0, compute_dtype="float32", remat=False
     )

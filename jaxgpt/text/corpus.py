@@ -191,8 +191,8 @@ def _check_files(paths: Sequence[Path]) -> None:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is not a file; --data.path takes UTF-8 text files, or one "
-                "directory with train.bin and val.bin"
+                f"{path} is not a file; give UTF-8 text files, or one directory with "
+                "train.bin and val.bin"
             )
 
 
@@ -237,7 +237,10 @@ def _survey(paths: Sequence[Path]) -> _Text:
         digest.update(text.encode())
         length += len(text)
     if not length:
-        raise ValueError(f"{', '.join(map(str, paths))}: no text, the corpus is empty")
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: no text, the corpus is empty; give a file "
+            "with text"
+        )
     characters = "".join(map(chr, np.flatnonzero(seen)))
     return _Text(paths, digest.hexdigest(), length, characters)
 
@@ -337,7 +340,10 @@ def _open_tokens(path: Path, vocab_size: int, block_size: int) -> np.ndarray:
     dtype = np.dtype(token_dtype(vocab_size))
     count, rest = divmod(path.stat().st_size, dtype.itemsize)
     if rest:
-        raise ValueError(f"{path} is cut short: its size is no multiple of {dtype}")
+        raise ValueError(
+            f"{path} is cut short: {path.stat().st_size} bytes are no multiple of "
+            f"{dtype.itemsize}, the size of a {dtype}; bring the whole file back"
+        )
     if count < block_size + 1:
         raise ValueError(
             f"the {path.stem} split has {count} tokens, a window needs block_size + 1 "

@@ -149,5 +149,11 @@ def load_nanogpt_meta(path: Path) -> CharTokenizer:
         return CharTokenizer("".join(characters))
     except OSError:
         raise
+    except KeyError as error:
+        raise ValueError(
+            f"{path} holds no character vocabulary: it has no {error}"
+        ) from error
     except Exception as error:  # unpickling a damaged file may raise anything
-        raise ValueError(f"{path} holds no character vocabulary: {error}") from error
+        raise ValueError(
+            f"{path} holds no character vocabulary, and no code in it was run: {error}"
+        ) from error

@@ -394,7 +394,8 @@ def check_shapes(params: Any, abstract_params: Any, checkpoint: str) -> None:
             raise ValueError(
                 f"checkpoint {checkpoint} is of another config: "
                 f"{name} is {found.get(name, 'missing')} there, "
-                f"{expected.get(name, 'missing')} by config.json"
+                f"{expected.get(name, 'missing')} by config.json; bring that run's own "
+                "config.json back"
             )
 
 

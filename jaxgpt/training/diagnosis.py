@@ -29,7 +29,7 @@ from jaxgpt.text.batches import stack_batches
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.checkpoint import CHECKPOINTS, open_checkpoints, save_params
-from jaxgpt.training.sharding import activations_over, share_rows
+from jaxgpt.training.sharding import activations_over, replicated, share_rows
 from jaxgpt.training.step import (
     Batch,
     TrainState,
@@ -94,11 +94,14 @@ def load_blowup(folder: Path, mesh: Mesh) -> Blowup:
         )
     run = load_run(folder, "latest", mesh)
     try:
-        with np.load(folder / _STEP) as saved:
+        with (folder / _STEP).open("rb") as file, np.load(file) as saved:
             batch = (saved["inputs"], saved["targets"])
             key = jax.random.wrap_key_data(saved["key"])
     except Exception as error:  # of many kinds, for a file that is damaged
-        raise ValueError(f"{folder / _STEP} is damaged: {error}") from error
+        raise ValueError(
+            f"{folder / _STEP} is damaged ({error}); bring it back from a copy, or let "
+            "the run blow up again"
+        ) from error
     return Blowup(run.config, run.params, run.step, batch, key)
 
 
@@ -150,6 +153,7 @@ def diagnose(
     inputs_BT, targets_BT = map(np.asarray, batch)
     rows_B = np.arange(len(inputs_BT))
     place = partial(share_rows, mesh)
+    on_all = partial(jax.jit, out_shardings=replicated(mesh))
     order: dict[_Path, None] = {}  # of the layers, as they end
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -161,7 +165,7 @@ def diagnose(
             context.module.sow("intermediates", _LARGEST, largest)
         return out
 
-    @jax.jit
+    @on_all
     def outputs(params: Any, *rows: jax.Array) -> dict[_Path, jax.Array]:
         with nn.intercept_methods(note):
             inputs, rows_B = rows
@@ -179,7 +183,7 @@ def diagnose(
             if path[-1] == _LARGEST
         }
 
-    @jax.jit
+    @on_all
     def gradients(params: Any, *rows: jax.Array) -> Any:
         loss, grads = accumulate(jax.value_and_grad(loss_fn), params, rows, pieces)
         flat = flatten_dict(grads)

@@ -121,7 +121,7 @@ def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
     if block_size % shape["tensor"]:
         raise ValueError(
             f"block_size={block_size} does not divide over mesh.tensor="
-            f"{shape['tensor']} devices"
+            f"{shape['tensor']} devices; make it a multiple of it"
         )
     return shape
 
@@ -183,6 +183,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
                 raise ValueError(
                     f"{name} {list(leaf.shape)}: {size} does not divide over "
                     + " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+                    + "; give fewer devices to that axis"
                 )
         return NamedSharding(mesh, spec)
 
