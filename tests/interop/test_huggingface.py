@@ -224,7 +224,7 @@ def test_a_width_that_is_spelt_out_is_no_other_architecture(tmp_path):
         ("config.json", b"{", r"config\.json is damaged, or no JSON: "),
         ("config.json", b"{}", "it has no 'model_type'"),
         ("config.json", b"[]", r"config\.json: expected a JSON object"),
-        ("model.safetensors", b"no tensors", "gpt2: "),
+        ("model.safetensors", b"no tensors", "gpt2 has damaged weights"),
         ("tokenizer.json", b"{}", r"tokenizer\.json is not a tokenizer"),
         ("tokenizer.json", b"{", r"tokenizer\.json is not a tokenizer"),
         ("tokenizer.json", b"[]", r"tokenizer\.json is not a tokenizer"),
