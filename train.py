@@ -67,15 +67,15 @@ def main() -> None:
             print(line, flush=True)
         return
     resume, overwrite = options.resume, options.overwrite
+    go_on = f"python train.py --out-dir {shlex.quote(str(run_dir))} --resume"
     try:
         signal = train(config, run_dir, resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt as interrupt:
-        if not has_run(run_dir):
-            raise
-        signal = runtime.signal_of(interrupt)
+    except KeyboardInterrupt:
+        if has_run(run_dir):
+            log_line(f"go on with: {go_on}")
+        raise
     if signal:
-        where = shlex.quote(str(run_dir))
-        log_line(f"stopped; go on with: python train.py --out-dir {where} --resume")
+        log_line(f"stopped; go on with: {go_on}")
         sys.exit(128 + signal)
     if several_processes():
         where = shlex.quote(str(run_dir))

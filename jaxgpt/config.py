@@ -182,7 +182,7 @@ class OptimizerConfig:
         _check_at_least(self, 0, "min_lr", "warmup_steps", "weight_decay", "grad_clip")
         _check(
             0 < self.learning_rate < _FLOAT32_MAX,
-            f"learning_rate={self.learning_rate} must be positive and finite",
+            f"learning_rate={self.learning_rate} must be above 0, under {_FLOAT32_MAX}",
         )
         _check(
             self.min_lr <= self.learning_rate,

@@ -52,7 +52,7 @@ def start() -> None:
     against 21.6k tokens/s, medians of 5 runs in turn with and without --mesh.data 1).
     At most 8, since each holds a copy of the parameters. What the user has set wins.
     """
-    # Orbax warns of what is meant, and logs what it also raises.
+    # Orbax warns of what is meant, and logs with a traceback what we tell in a line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if not (
         "JAX_NUM_CPU_DEVICES" in os.environ
@@ -114,7 +114,7 @@ def plain_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         print("\ninterrupted", file=sys.stderr)
-        _leave(128 + signal_of(interrupt))
+        _leave(128 + (interrupt.args or [signal.SIGINT])[0])
     except BrokenPipeError:  # the reader of a pipe has gone, as in `generate.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -143,11 +143,6 @@ def plain_errors() -> Iterator[None]:
         _leave(1)
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def signal_of(interrupt: KeyboardInterrupt) -> int:
-    """The number of the signal that `plain_errors` made an interrupt of."""
-    return interrupt.args[0] if interrupt.args else signal.SIGINT
 
 
 def _leave(status: int) -> NoReturn:

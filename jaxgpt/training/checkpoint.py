@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -36,7 +36,7 @@ from jaxgpt.training.step import TrainState, abstract_state
 CHECKPOINTS = "checkpoints"
 _DIGESTS = "digests.json"
 _METRICS = "metrics"
-_DAMAGED = ".damaged"  # suffix of what `set_aside_damaged` has found
+_DAMAGED = ".damaged"  # suffix of what `newest_whole` sets aside
 ALL_PARTS = ("params", "progress", _METRICS)
 _TO_READ = ("params", _METRICS)
 _WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")  # by Orbax, of no use
@@ -100,7 +100,7 @@ def _write_digests(folder: Path) -> None:
             for path in saved.rglob("*")
             if path.is_file() and path.name not in _WRITTEN_LAST
         )
-        names = [str(path.relative_to(saved)) for path in paths]
+        names = [path.relative_to(saved).as_posix() for path in paths]
         sizes = [path.stat().st_size for path in paths]
         digests = zip(sizes, _sha256s(paths), strict=True)
         content = json.dumps(dict(zip(names, digests, strict=True)), indent=0)
@@ -122,16 +122,23 @@ def _check(saved: Path, parts: tuple[str, ...]) -> None:
     All files must be there; of those in `parts` every byte is read. Several processes
     share the reading, and all raise if one does.
     """
-    fault = _fault(saved, parts)
+    fault = _fault(saved, parts, process_share)
     if any_failed(bool(fault)):
         raise ValueError(f"{saved} is damaged: {fault or 'another process has found'}")
 
 
-def _fault(saved: Path, parts: tuple[str, ...]) -> str:
-    """What is wrong with the checkpoint, or ""."""
+def _fault(
+    saved: Path,
+    parts: tuple[str, ...],
+    own: Callable[[list[str]], list[str]] = lambda names: names,
+) -> str:
+    """What is wrong with the checkpoint, or "".
+
+    Of the files in `parts` every byte is read, of those that `own` picks.
+    """
     path = saved / _DIGESTS
     if not path.is_file():
-        return f"it has no {_DIGESTS}"
+        return f"it has no {_DIGESTS}, as each has that was saved whole"
     try:
         expected = json.loads(path.read_text(encoding="utf-8"))
         if "params/_METADATA" not in expected:
@@ -141,15 +148,13 @@ def _fault(saved: Path, parts: tuple[str, ...]) -> str:
                 return f"{name} is missing"
             if (found := (saved / name).stat().st_size) != size:
                 return f"{name} has {found:,} bytes, not {size:,}"
-        names = process_share([n for n in expected if n.split("/")[0] in parts])
+        names = own([name for name in expected if name.split("/")[0] in parts])
         digests = _sha256s([saved / name for name in names])
         for name, digest in zip(names, digests, strict=True):
             if digest != expected[name][1]:
                 return f"{name} is not what was saved, its SHA-256 differs"
     except (ValueError, TypeError, AttributeError):
         return f"{_DIGESTS} is not as it was written"
-    except OSError as error:
-        return str(error)
     return ""
 
 
@@ -161,17 +166,19 @@ def _steps(folder: Path) -> list[int]:
 def newest_whole(folder: Path) -> int | None:
     """The step to resume from, None without a checkpoint; damaged ones are set aside.
 
-    Every byte of all checkpoints is read. Raises ValueError that lists them if none is
+    Every byte of the newest is read, and if it is damaged of the one before, and so on.
+    Of those older than the newest whole one, which are read again if they are used, the
+    files and the losses are looked at. Raises ValueError that lists all if none is
     whole.
     """
-    steps, faults = _steps(folder) if folder.is_dir() else [], {}
-    for step in steps:
+    steps, faults, whole = _steps(folder) if folder.is_dir() else [], {}, None
+    for step in reversed(steps):
         try:
-            _check(folder / str(step), ALL_PARTS)
+            _check(folder / str(step), ALL_PARTS if whole is None else (_METRICS,))
+            whole = step if whole is None else whole
         except ValueError as error:
             faults[step] = str(error)
-    whole = [step for step in steps if step not in faults]
-    if steps and not whole:
+    if steps and whole is None:
         raise ValueError(
             f"none of the checkpoints is whole: {'; '.join(faults.values())}. Bring "
             f"one back from a copy, or move {folder} away to begin at step 0"
@@ -183,7 +190,7 @@ def newest_whole(folder: Path) -> int | None:
             shutil.rmtree(aside, ignore_errors=True)  # the same step's, of before
             (folder / str(step)).rename(aside)
     wait_for_all("set aside")
-    return whole[-1] if whole else None
+    return whole
 
 
 @contextmanager
@@ -254,7 +261,9 @@ def _save(
 ) -> None:
     args = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
     with _telling_of_room():
-        checkpoints.save(step, args=ocp.args.Composite(**args), metrics=metrics)
+        saves = checkpoints.save(step, args=ocp.args.Composite(**args), metrics=metrics)
+        if not saves:
+            raise ValueError(f"there is a checkpoint of a step after {step}")
 
 
 def check_saves(checkpoints: ocp.CheckpointManager) -> None:
@@ -285,7 +294,12 @@ def restore_state(
     abstract = abstract_state(model, config, mesh)
     parts = {"params": abstract.params, "progress": _progress(abstract)}
     saved = _restore(folder, step, parts)
-    return TrainState(params=saved["params"], **saved["progress"])
+    state = TrainState(params=saved["params"], **saved["progress"])
+    if state.step != step:
+        raise ValueError(
+            f"{folder / str(step)} is of step {state.step}; give it its name back"
+        )
+    return state
 
 
 def restore_params(folder: Path, step: int, abstract: Any) -> Any:

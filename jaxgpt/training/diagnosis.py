@@ -25,6 +25,7 @@ from jaxgpt.config import Config
 from jaxgpt.models import build_model
 from jaxgpt.processes import is_first_process, wait_for_all
 from jaxgpt.run import BLOWUP, load_run, save_config
+from jaxgpt.runtime import log_line
 from jaxgpt.text.batches import stack_batches
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.text.tokenizer import Tokenizer
@@ -247,16 +248,22 @@ def explained(
     try:
         yield
     except FloatingPointError as error:
-        params, step = state().params, int(state().step)
+        log_line(f"{error}; looking for the layer where it began")
+        params, step, told = state().params, int(state().step), [str(error)]
         inputs, targets = stack_batches(corpus.train, range(step, step + 1), config)
         key, batch = step_key(config, step), (inputs[0], targets[0])
-        first = diagnose(config, params, batch, key, mesh).first
-        where = f"the {first} are the first that are not" if first else "all values are"
-        message = f"{error}. In step {step + 1}, {where} finite"
+        # Whatever happens from here on, the error itself must be told.
         try:
             blowup = Blowup(config, params, step, batch, key)
             folder = save_blowup(run_dir, blowup, corpus.tokenizer)
-        except OSError as no_room:
-            raise FloatingPointError(f"{message}; {no_room}") from error
-        command = f"python -m jaxgpt replay {shlex.quote(str(folder))}"
-        raise FloatingPointError(f"{message}; take it again with: {command}") from error
+            command = f"python -m jaxgpt replay {shlex.quote(str(folder))}"
+            told.append(f"take step {step + 1} again with: {command}")
+        except Exception as failure:
+            told.append(f"step {step + 1} could not be kept ({failure})")
+        try:
+            first = diagnose(config, params, batch, key, mesh).first
+            where = f"the {first} are the first that are not" if first else "all are"
+            told.insert(1, f"of the values of step {step + 1} {where} finite")
+        except Exception as failure:
+            told.append(f"its layers could not be looked at ({failure})")
+        raise FloatingPointError("; ".join(told)) from error

@@ -59,7 +59,7 @@ class Monitor(AbstractContextManager):
         self._tokens_per_step = config.data.batch_size * config.model.block_size
         self._pending: tuple[int, Mapping[str, jax.Array], float] | None = None
         self._last_end = 0.0
-        self._skipped = 0  # steps, at the last that was
+        self._skipped = 0  # steps, until now
         self._bar: Progress | None = None
         if self._writes:
             self._bar = _progress_bar(config.train.max_steps, resumed_step or 0)
@@ -139,8 +139,8 @@ class Monitor(AbstractContextManager):
             values = {
                 name: float(metrics[name][step - first - 1]) for name in _OF_A_STEP
             }
+            self._skipped = int(metrics["skipped"][step - first - 1])
             if bad := not_finite(values):
-                self._skipped = int(metrics["skipped"][step - first - 1])
                 if self._skipped > self._config.max_skipped_steps:
                     check_finite(step, values)
                 found = ", ".join(f"{name} is {value}" for name, value in bad.items())

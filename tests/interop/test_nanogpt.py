@@ -310,7 +310,9 @@ def test_many_faults_are_counted(path):
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     path = tmp_path / "ckpt.pt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.* (cut short \(\w+|no code)"):
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(str(path))}.* (cut short \(\w+|no code)"
+    ):
         read(path)
 
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -60,6 +61,7 @@ def test_rows_that_find_no_room_stop_the_run_with_a_word(tmp_path):
     assert steps_logged(run_dir) == list(range(1, 101))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_a_folder_that_may_not_be_written_is_named(tmp_path):
     tmp_path.chmod(0o555)
     # Takes from root the right to write anywhere; others have none (prctl's 24).

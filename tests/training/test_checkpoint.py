@@ -1,6 +1,7 @@
 import os
 import re
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from jaxgpt.training.checkpoint import (
     open_checkpoints,
     restore_state,
     save_state,
+    val_loss,
 )
 from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import compile_train_steps, create_state
@@ -166,6 +168,31 @@ def test_parameters_can_be_read_though_the_optimizers_state_has_changed(
     assert find_step(tmp_path, "latest", ("params", "progress")) == 4
 
 
+def test_the_order_of_the_best_is_the_same_for_a_process_that_reads_nothing(
+    two_saved, tmp_path, monkeypatch
+):
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr("jaxgpt.training.checkpoint.process_share", lambda names: [])
+    assert val_loss(tmp_path, 6) == 0.5
+    (tmp_path / "6" / "metrics" / "metrics").write_text('{"val_loss": 7.5}')
+    assert val_loss(tmp_path, 6) is None
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(two_saved, tmp_path):
+    shutil.copytree(two_saved / "6", tmp_path / "8")
+    with pytest.raises(ValueError, match="8 is of step 6; give it its name back"):
+        restore(tmp_path, 8)
+
+
+def test_a_save_that_orbax_declines_is_an_error(folder):
+    save(folder, {4: 1.0})
+    with (
+        open_checkpoints(folder) as checkpoints,
+        pytest.raises(OSError, match="there is a checkpoint of a step after 2"),
+    ):
+        save_state(checkpoints, state_at(2), None)
+
+
 def test_if_no_checkpoint_is_whole_all_are_listed_and_stay(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     (tmp_path / "4" / "digests.json").write_text("{}")
@@ -173,7 +200,7 @@ def test_if_no_checkpoint_is_whole_all_are_listed_and_stay(two_saved, tmp_path):
     shutil.copytree(tmp_path / "6", tmp_path / "9", dirs_exist_ok=True)
     (tmp_path / "9" / "digests.json").unlink()
     (tmp_path / "12").mkdir()
-    everything = r"4 is damaged.*6 is damaged.*9 is damaged.*12 is damaged"
+    everything = r"12 is damaged.*9 is damaged.*6 is damaged.*4 is damaged"
     with pytest.raises(ValueError, match=rf"none .* is whole: .*{everything}"):
         newest_whole(tmp_path)
     with pytest.raises(ValueError, match=r"12 is damaged.*9 is.*6 is.*4 is damaged"):
@@ -202,7 +229,7 @@ def test_a_save_that_fails_is_told_of_at_the_next_step(folder, monkeypatch):
     with open_checkpoints(folder) as checkpoints:
         save_state(checkpoints, state_at(4), None)
         while checkpoints.is_saving_in_progress():
-            check_saves(checkpoints)
+            time.sleep(0.01)
         with pytest.raises(OSError, match=message):
             check_saves(checkpoints)
     with pytest.raises(OSError, match=message), open_checkpoints(folder) as checkpoints:

@@ -146,7 +146,7 @@ def test_a_step_that_blows_up_leaves_what_it_takes_to_take_it_again(wild, call):
     config, run_dir = wild
     with pytest.raises(FloatingPointError, match="at step 2; ") as stopped:
         run(config, run_dir)
-    (name,) = re.findall(r"In step 2, the (.*) are the first", str(stopped.value))
+    (name,) = re.findall(r"of step 2 the (.*) are the first", str(stopped.value))
     (command,) = re.findall(r"python -m jaxgpt (.*)$", str(stopped.value))
     out, _ = call("jaxgpt", *command.split())
     assert f"the first values that are not finite: {name}" in out
@@ -184,3 +184,16 @@ def test_a_bundle_that_is_damaged_is_named(wild):
     (run_dir / "blowup" / "step.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"step\.npz is damaged"):
         load_blowup(run_dir / "blowup", make_mesh(config))
+
+
+def test_the_error_is_told_whatever_happens_to_its_diagnosis(wild, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("too much")
+
+    config, run_dir = wild
+    where = "jaxgpt.training.diagnosis"
+    monkeypatch.setattr(f"{where}.diagnose", fail)
+    monkeypatch.setattr(f"{where}.save_params", fail)
+    message = r"^loss is nan at step 2; .* kept \(too much\); .* at \(too much\)$"
+    with pytest.raises(FloatingPointError, match=message):
+        run(config, run_dir)
