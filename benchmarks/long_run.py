@@ -36,7 +36,7 @@ class Arguments:
 
     steps: int = 20_000  # updates in all
     settled: int = 2_000  # updates from which on nothing should grow
-    interval: int = 250  # updates between evaluations, which draw and save
+    interval: int = 500  # updates between evaluations, which draw and save
     out: Path = HERE / "long_run"  # writes OUT.json and OUT.png
 
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxgpt.config import Config
 from jaxgpt.processes import is_first_process
-from jaxgpt.runtime import log_line, replace_file
+from jaxgpt.runtime import give_back_memory, log_line, replace_file
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -110,6 +110,7 @@ class Monitor(AbstractContextManager):
         self._say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         if self._writes:
             plot_losses(self._path, self._curve)
+        give_back_memory()
 
     def done(self, step: int, val_loss: float) -> None:
         """Logs the end of training with the exact loss on the validation split."""
