@@ -24,6 +24,7 @@ from jaxgpt import (
     runtime,
 )
 from jaxgpt.models import build_model
+from jaxgpt.training import monitor
 
 ROOT = Path(__file__).parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is an accelerator
@@ -154,6 +155,12 @@ def call(monkeypatch, capsys):
         return capsys.readouterr()
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch):
+    """To collect garbage takes seconds among what a thousand tests have left."""
+    monkeypatch.setattr(monitor, "give_back_memory", lambda: None)
 
 
 @pytest.fixture

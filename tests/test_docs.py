@@ -1,6 +1,7 @@
 """The pages in docs/ and the commands of README.md, as a reader would try them."""
 
 import doctest
+import hashlib
 import io
 import json
 import re
@@ -16,11 +17,12 @@ from jax.sharding import AbstractMesh
 from rich.console import Console
 from torch_nanogpt import CHARACTERS
 
-from jaxgpt import CharTokenizer
+from jaxgpt import CharTokenizer, runtime
 from jaxgpt.commands import lecture
 from jaxgpt.models import lecture as models
 from jaxgpt.models import parameter_shapes
 from jaxgpt.presets import PRESETS, lecture_bigram
+from jaxgpt.text import tinyshakespeare
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.text.pretrained import save_nanogpt_meta
 from jaxgpt.training.sharding import AXES, placed
@@ -48,6 +50,23 @@ def commands(text, *programs):
     return [words for words in found if words[0] in programs]
 
 
+@pytest.fixture
+def short_shakespeare(tmp_path, monkeypatch):
+    """The start of Tiny Shakespeare, with all its characters, in its place."""
+    load_corpus(lecture_bigram())  # says so if it has to fetch
+    cache = runtime.cache_dir()
+    text = (cache / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    short = text[:30_000] + "".join(sorted(set(text)))
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (cache / "gpt2").mkdir(exist_ok=True)
+    (tmp_path / "cache" / "gpt2").symlink_to(cache / "gpt2")
+    (tmp_path / "cache" / "tinyshakespeare.txt").write_text(short, encoding="utf-8")
+    digest = hashlib.sha256(short.encode()).hexdigest()
+    monkeypatch.setattr(tinyshakespeare, "SHA256", digest)
+
+
+@pytest.mark.usefixtures("short_shakespeare")
 def test_every_command_of_the_lectures_page_works(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lecture, "RUNGS", lecture.RUNGS[:1])

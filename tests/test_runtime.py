@@ -1,10 +1,12 @@
 import errno
+import gc
 import os
 import signal
+import weakref
 
 import pytest
 
-from jaxgpt.runtime import plain_errors, replace_file
+from jaxgpt.runtime import give_back_memory, plain_errors, replace_file
 
 
 def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
@@ -52,3 +54,19 @@ def test_sigterm_exits_with_its_number_and_leaves_the_handler_as_it_was(capsys):
     assert left.value.code == 143
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_memory_that_is_given_back_is_that_of_cycles_too():
+    class Node:
+        pass
+
+    node = Node()
+    node.itself, seen = node, weakref.ref(node)
+    gc.disable()
+    try:
+        del node
+        assert seen() is not None
+        give_back_memory()
+        assert seen() is None
+    finally:
+        gc.enable()
