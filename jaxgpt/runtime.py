@@ -66,7 +66,7 @@ def start() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if glibc := _glibc():
-        glibc.mallopt(_M_ARENA_MAX, 2)  # else each of many threads has a heap to grow
+        glibc.mallopt(_M_ARENA_MAX, 1)  # else each of many threads has a heap to grow
     if os.environ.get("TPU_SKIP_MDS_QUERY"):  # so JAX says that there is no TPU here
         # Where libtpu is installed for --plan, it would complain of it at every start.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -76,7 +76,8 @@ def start() -> None:
 def give_back_memory() -> None:
     """Frees what is no longer used, so that a long run does not grow (0.1 s).
 
-    `python -m benchmarks.long_run` grows by 7% without this and the limit of heaps.
+    Without this, and with a heap per thread, `python -m benchmarks.long_run` grows by
+    7%.
     """
     gc.collect()  # pictures and saves leave cycles behind
     if glibc := _glibc():
