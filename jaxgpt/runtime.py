@@ -76,8 +76,8 @@ def start() -> None:
 def give_back_memory() -> None:
     """Frees what is no longer used, so that a long run does not grow (0.1 s).
 
-    Without this, and with a heap per thread, `python -m benchmarks.long_run` grows by
-    7%.
+    Without it, and with a heap for each thread, `python -m benchmarks.long_run` with
+    an interval of 250 grew by 12% from step 2,000 to 20,000.
     """
     gc.collect()  # pictures and saves leave cycles behind
     if glibc := _glibc():
