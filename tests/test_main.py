@@ -1,8 +1,6 @@
 import pytest
 from conftest import assert_every_flag_is_explained, finish, start_script
-from jax.errors import JaxRuntimeError
 
-from jaxgpt import runtime
 from jaxgpt.__main__ import COMMANDS
 
 
@@ -30,13 +28,3 @@ def test_an_error_is_one_line_and_the_status_1(tmp_path):
     assert out == ""
     (line,) = err.splitlines()
     assert line.startswith(f"error: {tmp_path} is not a run")
-
-
-def test_running_out_of_memory_is_told_in_a_line_and_other_bugs_in_full(capsys):
-    with pytest.raises(SystemExit) as stopped, runtime.plain_errors():
-        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
-    assert stopped.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: make the batch or the model smaller. RESOURCE_EXHA")
-    with pytest.raises(RuntimeError, match="a bug"), runtime.plain_errors():
-        raise RuntimeError("a bug")

@@ -5,6 +5,7 @@ import signal
 import weakref
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from jaxgpt.runtime import give_back_memory, plain_errors, replace_file
 
@@ -31,7 +32,7 @@ def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
         (OSError(errno.EROFS, "read-only", "x"), "error: the permissions forbid it"),
         (OSError("RESOURCE_EXHAUSTED: No space"), "error: RESOURCE_EXHAUSTED: No"),
         (MemoryError(), "error: there is too little memory; make the batch"),
-        (RuntimeError("RESOURCE_EXHAUSTED: x"), "error: there is too little memory"),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: x"), "error: there is too little memory"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_that_says_how(capsys, error, message):
