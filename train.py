@@ -93,7 +93,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
     """Runs the experiment; returns the signal that stopped it early, or 0."""
     with claim_run(run_dir, resume=resume, overwrite=overwrite):
         check_alike((config, resume, overwrite))
-        tokenizer = own_tokenizer(run_dir, config) if resume else None
+        goes_on = resume and has_run(run_dir)  # else it was killed before it was one
+        tokenizer = own_tokenizer(run_dir, config) if goes_on else None
         corpus, config = load_corpus(config, log_line, tokenizer)
         check_alike(config)
         mesh = make_mesh(config, log_line)

@@ -202,6 +202,13 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_at_step_0(tales, tmp_p
     assert losses(run_dir) == losses(reference_dir)
 
 
+def test_a_run_stopped_before_its_config_was_saved_starts_at_step_0(tales, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").touch()
+    run(tales, tmp_path / "run", resume=True)
+    assert load_run(tmp_path / "run", "latest").step == 8
+
+
 def test_the_corpus_of_a_resumed_run_must_be_the_same(tales, text_file, tmp_path):
     run_dir = tmp_path / "run"
     run(tales, run_dir)
