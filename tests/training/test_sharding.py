@@ -60,7 +60,7 @@ def reference():
     return losses
 
 
-@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize("pieces", [1, 2, 4])
 @pytest.mark.parametrize("shape", MESHES)
 def test_every_mesh_trains_as_one_device_with_dropout(reference, shape, pieces):
     losses, _ = train(on(WIDE, *shape, pieces=pieces))
