@@ -57,6 +57,7 @@ def start() -> None:
     """
     # Orbax warns of what is meant, and logs with a traceback what we tell in a line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _tell_unraisable
     if not (
         "JAX_NUM_CPU_DEVICES" in os.environ
         or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -71,6 +72,15 @@ def start() -> None:
         # Where libtpu is installed for --plan, it would complain of it at every start.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+
+
+def _tell_unraisable(unraisable: Any) -> None:
+    """Prints what Python can't raise, as it would, but for the rest of a failed save.
+
+    Where one of its files finds no room, Orbax does not wait for the others.
+    """
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def give_back_memory() -> None:

@@ -5,6 +5,7 @@ import signal
 import weakref
 
 import pytest
+from conftest import finish, start_script
 from jax.errors import JaxRuntimeError
 
 from jaxgpt.runtime import give_back_memory, plain_errors, replace_file
@@ -55,6 +56,26 @@ def test_sigterm_exits_with_its_number_and_leaves_the_handler_as_it_was(capsys):
     assert left.value.code == 143
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_only_what_a_failed_save_leaves_behind_is_not_told_of():
+    left_behind = """
+import asyncio, tensorstore
+from jaxgpt.runtime import start
+class Broken:
+    def __del__(self):
+        raise ValueError("a defect")
+start()
+promise, written = tensorstore.Promise.new()
+loop = asyncio.new_event_loop()
+written.add_done_callback(lambda _: loop.call_soon_threadsafe(print))
+loop.close()
+promise.set_result(None)
+Broken()
+"""
+    _, err = finish(start_script("-c", left_behind))
+    assert "ValueError: a defect" in err
+    assert "Event loop is closed" not in err
 
 
 def test_memory_that_is_given_back_is_that_of_cycles_too():
