@@ -19,6 +19,7 @@ from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
 from jaxgpt.processes import check_alike, join_processes, several_processes
 from jaxgpt.run import (
+    PROFILE,
     claim_run,
     clear_run,
     has_run,
@@ -42,6 +43,7 @@ from jaxgpt.training.diagnosis import explained
 from jaxgpt.training.evaluation import estimate_losses, evaluate_exactly
 from jaxgpt.training.monitor import Monitor, check_finite
 from jaxgpt.training.plan import describe
+from jaxgpt.training.profile import profiled
 from jaxgpt.training.sharding import make_mesh, model_mesh, read_batches
 from jaxgpt.training.step import (
     call_size,
@@ -126,6 +128,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             open_checkpoints(folder) as checkpoints,
             Monitor(run_dir, config, resumed_step, STARTED) as monitor,
             explained(lambda: state, run_dir, config, corpus, mesh),
+            profiled(run_dir / PROFILE, config.train.profile) as trace,
         ):
 
             @cache
@@ -150,6 +153,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                     started = time.monotonic()
                     state, metrics = run_steps(state, batches)
                     monitor.train(step, metrics, started)
+                    trace(metrics)
                     check_saves(checkpoints)
                     step += count
 

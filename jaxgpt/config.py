@@ -86,10 +86,15 @@ class ModelConfig:
     # of activations; parameters, softmax, logits and loss stay float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False  # recompute each block in the backward pass, to save memory
+    # on NVIDIA GPUs use cuDNN's attention, which is for bfloat16 without dropout
+    fused_attention: bool = True
+    # layers that are compiled one by one, and run faster so; deeper models loop over as
+    # many at a time, and remat over one
+    unroll: int = 8
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_at_least(self, 1, "block_size", "n_layer", "n_head", "n_embd")
+        _check_at_least(self, 1, "block_size", "n_layer", "n_head", "n_embd", "unroll")
         if self.vocab_size is not None:
             _check_at_least(self, 1, "vocab_size")
         if self.n_embd % self.n_head:
@@ -115,7 +120,7 @@ class ModelConfig:
         """Fields that the architecture has no use for."""
         if self.architecture == "gpt":
             return ()
-        of_gpt = ("bias", "gelu", "compute_dtype", "remat")
+        of_gpt = ("bias", "gelu", "compute_dtype", "remat", "fused_attention", "unroll")
         if self.architecture != "bigram":
             return of_gpt
         return ("n_layer", "n_head", "n_embd", "dropout", *of_gpt)
@@ -142,7 +147,9 @@ class DataConfig:
     # a saved one: tokenizer.json, or vocab.json and merges.txt in a directory
     tokenizer: str = "char"
     batch_size: int = 12  # sequences per update, over all devices
-    gradient_accumulation_steps: int = 1  # pieces a batch is cut into, to save memory
+    # pieces a batch is cut into, to save memory; -1: none, on a CPU such as stay in its
+    # cache
+    gradient_accumulation_steps: int = -1
     sha256: str = ""  # of the corpus, filled in by the first run; a resume must match
 
     @property
@@ -152,14 +159,21 @@ class DataConfig:
 
     @property
     def rows_at_once(self) -> int:
-        """Sequences that run at the same time, over all devices."""
-        return self.batch_size // self.gradient_accumulation_steps
+        """Sequences that run at the same time, over all devices, at most."""
+        return self.batch_size // self.pieces
+
+    @property
+    def pieces(self) -> int:
+        """gradient_accumulation_steps, 1 where it is left to the device."""
+        return max(1, self.gradient_accumulation_steps)
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_at_least(self, 1, "batch_size", "gradient_accumulation_steps")
+        _check_at_least(self, 1, "batch_size")
+        if self.gradient_accumulation_steps != -1:
+            _check_at_least(self, 1, "gradient_accumulation_steps")
         _check(
-            self.batch_size % self.gradient_accumulation_steps == 0,
+            self.batch_size % self.pieces == 0,
             f"batch_size={self.batch_size} is not divisible by "
             f"gradient_accumulation_steps={self.gradient_accumulation_steps}",
         )
@@ -207,6 +221,7 @@ class TrainConfig:
     # updates to leave out if their loss or gradients are not finite; one more of them
     # stops the run
     max_skipped_steps: int = 0
+    profile: int = 0  # dispatches to trace, from the second on, into RUN_DIR/profile
     seed: int = 1337  # of initialisation, batches and dropout
     # run to start from, as --init-from names it; then the folder of its checkpoint
     init_from: tyro.conf.Suppress[str] = ""
@@ -223,7 +238,7 @@ class TrainConfig:
             "checkpoint_interval",
             "steps_per_call",
         )
-        _check_at_least(self, 0, "max_skipped_steps")
+        _check_at_least(self, 0, "max_skipped_steps", "profile")
         check_seed(self.seed)
 
 

@@ -48,7 +48,11 @@ TOKENIZER = "tokenizer.json"
 LOCK = "lock"
 ATTENTION = "attention.png"
 BLOWUP = "blowup"
-_OWN = (CONFIG, TOKENIZER, CHECKPOINTS, METRICS, CURVE, LOCK, ATTENTION, BLOWUP)
+PROFILE = "profile"
+_OWN = (
+    *(CONFIG, TOKENIZER, CHECKPOINTS, METRICS, CURVE, LOCK, ATTENTION),
+    *(BLOWUP, PROFILE),
+)
 
 
 @dataclass(frozen=True)
@@ -290,7 +294,8 @@ def _clear_run(run_dir: Path) -> None:
         checkpoints.unlink()
     elif checkpoints.exists():
         shutil.rmtree(checkpoints)
-    shutil.rmtree(run_dir / BLOWUP, ignore_errors=True)
+    for folder in (BLOWUP, PROFILE):
+        shutil.rmtree(run_dir / folder, ignore_errors=True)
     for name in (TOKENIZER, METRICS, CURVE, ATTENTION, CONFIG):
         (run_dir / name).unlink(missing_ok=True)
 

@@ -1,6 +1,6 @@
-"""nanoGPT's model, optimizer and checkpoint in PyTorch, to check ours against.
+"""nanoGPT's loop and checkpoint in PyTorch, to check ours against.
 
-Written from nanoGPT's definition, with its names.
+The model and the optimizer are the benchmarks'.
 """
 
 import math
@@ -10,103 +10,26 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks import torch_gpt
 from jaxgpt.text.batches import batch
 
 
-class LayerNorm(nn.Module):
-    def __init__(self, width, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+class GPT(torch_gpt.GPT):
+    """With norms and biases that are not ones and zeros, so that each counts."""
 
-    def forward(self, x):
-        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-
-
-class Attention(nn.Module):
-    def __init__(self, n_embd, n_head, bias):
-        super().__init__()
-        self.n_head = n_head
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias)
-        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias)
-
-    def forward(self, x):
-        q, k, v = (
-            part.unflatten(2, (self.n_head, -1)).transpose(1, 2)
-            for part in self.c_attn(x).chunk(3, dim=2)
-        )
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, n_embd, bias):
-        super().__init__()
-        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
-        self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
-
-    def forward(self, x):
-        return self.c_proj(functional.gelu(self.c_fc(x)))
-
-
-class Block(nn.Module):
-    def __init__(self, n_embd, n_head, bias):
-        super().__init__()
-        self.ln_1 = LayerNorm(n_embd, bias)
-        self.attn = Attention(n_embd, n_head, bias)
-        self.ln_2 = LayerNorm(n_embd, bias)
-        self.mlp = MLP(n_embd, bias)
-
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-
-
-class GPT(nn.Module):
-    def __init__(
-        self, *, n_layer, n_head, n_embd, block_size, vocab_size, bias, dropout
-    ):
-        super().__init__()
-        assert dropout == 0
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(vocab_size, n_embd),
-                "wpe": nn.Embedding(block_size, n_embd),
-                "h": nn.ModuleList(
-                    [Block(n_embd, n_head, bias) for _ in range(n_layer)]
-                ),
-                "ln_f": LayerNorm(n_embd, bias),
-            }
-        )
-        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.transformer["wte"].weight = self.lm_head.weight
-        for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                deep = math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(parameter, std=0.02 / deep)
-            else:  # not zeros and ones, so that each counts
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        for parameter in self.parameters():
+            if parameter.dim() < 2:
                 nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.02)
-
-    def forward(self, tokens):
-        layers = self.transformer
-        x = layers["wte"](tokens) + layers["wpe"](torch.arange(tokens.shape[1]))
-        for block in layers["h"]:
-            x = block(x)
-        return self.lm_head(layers["ln_f"](x))
 
 
 def configure_optimizer(model, settings):
     """AdamW with nanoGPT's two groups."""
-    parameters = [p for _, p in model.named_parameters()]
-    groups = [
-        {
-            "params": [p for p in parameters if p.dim() >= 2],
-            "weight_decay": settings["weight_decay"],
-        },
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
     betas = (settings["beta1"], settings["beta2"])
-    return torch.optim.AdamW(groups, lr=settings["learning_rate"], betas=betas)
+    return torch_gpt.make_adamw(
+        model, settings["learning_rate"], betas, settings["weight_decay"]
+    )
 
 
 def learning_rate(step, settings):

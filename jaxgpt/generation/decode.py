@@ -4,6 +4,8 @@ The model always sees the last block_size tokens. While they all fit, the cache 
 token cost one position. Beyond that every position shifts, nothing cached holds, and
 the whole window is read again for each token, as the lecture does.
 
+Rows of a batch end at the same column; a shorter one begins later, at column first_B.
+
 B batch   T time (block_size)   V vocab
 """
 
@@ -12,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,26 +22,10 @@ from jaxgpt.config import SamplingConfig, check_seed
 from jaxgpt.generation.sampling import sample
 from jaxgpt.models import GPT
 from jaxgpt.models.cache import KVCache, empty_cache
+from jaxgpt.models.gpt import unstacked
 
 TOKENS_PER_CALL = 16
 _SMALLEST_BUCKET = 16
-
-
-@flax.struct.dataclass
-class DecodeState:
-    """What generation carries from token to token.
-
-    Attributes:
-      window_BT: each row's last tokens, i32, from the left; the rest is padding.
-      length_B: tokens in the window, i32, from 1 to T.
-      cache: of the window's tokens; None if the model has none.
-      logits_BV: of the next token, f32.
-    """
-
-    window_BT: jax.Array
-    length_B: jax.Array
-    cache: KVCache | None
-    logits_BV: jax.Array
 
 
 def generate_tokens(
@@ -51,10 +36,10 @@ def generate_tokens(
     sampling: SamplingConfig | None = None,
     seed: int = 1337,
 ) -> Iterator[np.ndarray]:
-    """Continues each prompt, and yields new tokens a few at a time.
+    """Continues each prompt, and yields new tokens a few at a time, the first alone.
 
     Compiles once for each batch size, sampling config and power of two that the longest
-    prompt fits into.
+    prompt fits into. A prompt that all rows share is read once.
 
     Args:
       prompts: B lists of token ids, of any lengths from 1; the model sees the last
@@ -77,91 +62,157 @@ def generate_tokens(
         if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < V:
             raise ValueError(f"a prompt needs token ids from 0 to {V - 1}: {prompt}")
 
-    windows = [np.asarray(prompt[-T:], np.int32) for prompt in prompts]
-    length_B = np.array([len(window) for window in windows], np.int32)
-    bucket = min(T, max(_SMALLEST_BUCKET, 1 << (int(length_B.max()) - 1).bit_length()))
-    tokens_BT = np.stack([np.pad(w, (0, bucket - len(w))) for w in windows])
+    texts = [np.asarray(prompt[-T:], np.int32) for prompt in prompts]
     row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(seed), jnp.arange(len(prompts))
     )
-    state = _read_prompts(model, params, tokens_BT, length_B)
-    for drawn in range(0, max_new_tokens, TOKENS_PER_CALL):
-        state, tokens = _draw(model, sampling, params, state, row_keys_B, drawn)
-        yield np.asarray(tokens)[:, : max_new_tokens - drawn]
+    length, drawn, cache = max(map(len, texts)), 0, None
+    if isinstance(model, GPT):
+        params = jax.jit(unstacked)(params)
+        shared = all(np.array_equal(text, texts[0]) for text in texts)
+        bucket = min(T, max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()))
+        aligned = _aligned(texts[:1] if shared else texts, length, bucket)
+        logits_BV, cache = _read_prompts(model, params, *aligned, length, len(texts))
+    while drawn < max_new_tokens:
+        count = min(TOKENS_PER_CALL if drawn else 1, max_new_tokens - drawn)
+        if cache and length < T:
+            count = min(count, T - length)
+            tokens, logits_BV, cache = _draw_cached(
+                model, sampling, params, logits_BV, cache, row_keys_B, drawn, count
+            )
+        else:
+            tokens = _draw_windowed(
+                model,
+                sampling,
+                params,
+                *_aligned(texts, T, T),
+                row_keys_B,
+                drawn,
+                count,
+            )
+        tokens = np.asarray(tokens)[:, :count]
+        texts = [np.append(*row)[-T:] for row in zip(texts, tokens, strict=True)]
+        length, drawn = length + count, drawn + count
+        yield tokens
 
 
-@partial(jax.jit, static_argnums=0)
+def _aligned(
+    texts: list[np.ndarray], end: int, columns: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The texts as rows of `columns` that all end before column `end`, and first_B."""
+    first_B = np.array([end - len(text) for text in texts], np.int32)
+    rows = zip(texts, first_B, strict=True)
+    tokens = [np.pad(text, (first, columns - end)) for text, first in rows]
+    return np.stack(tokens), first_B
+
+
+@partial(jax.jit, static_argnums=(0, 5))
 def _read_prompts(
-    model: nn.Module, params: Any, tokens_BT: jax.Array, length_B: jax.Array
-) -> DecodeState:
-    """Reads the prompts, padded to a bucket, all at once."""
-    logits_BV, cache = _read_window(model, params, tokens_BT, length_B)
-    padding = model.config.block_size - tokens_BT.shape[1]
-    window_BT = jnp.pad(tokens_BT, ((0, 0), (0, padding)))
-    return DecodeState(window_BT, length_B, cache, logits_BV)
+    model: GPT,
+    params: Any,
+    tokens_BT: jax.Array,
+    first_B: jax.Array,
+    length: jax.Array,
+    batch_size: int,
+) -> tuple[jax.Array, KVCache]:
+    """Reads the first `length` columns, of one row for all `batch_size` or of each.
+
+    Returns the logits of the next tokens and a cache with room for block_size.
+    """
+    bucket = tokens_BT.shape[1]
+    cache = empty_cache(model.config, first_B, bucket)
+    logits_BV, cache = model.apply(
+        {"params": params}, tokens_BT, length, cache, method=GPT.decode
+    )
+    room = ((0, 0), (0, 0), (0, model.config.block_size - bucket), (0, 0))
+
+    times = batch_size // len(first_B)
+
+    def grown(layers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(jnp.repeat(jnp.pad(a, room), times, axis=0) for a in layers)
+
+    cache = KVCache(
+        grown(cache.keys),
+        grown(cache.values),
+        cache.length,
+        jnp.repeat(first_B, times),
+    )
+    return jnp.repeat(logits_BV, times, axis=0), cache
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _draw(
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+def _draw_cached(
+    model: GPT,
+    sampling: SamplingConfig,
+    params: Any,
+    logits_BV: jax.Array,
+    cache: KVCache,
+    row_keys_B: jax.Array,
+    drawn: jax.Array,
+    count: jax.Array,
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Draws `count` tokens of each row, and reads each.
+
+    Returns them as the first of i32 [B, TOKENS_PER_CALL], the logits of the next, and
+    the cache.
+    """
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        tokens, logits_BV, cache = carry
+        new_B = sample(logits_BV, _keys(row_keys_B, drawn + i), sampling)
+        logits_BV, cache = model.apply(
+            {"params": params}, new_B[:, None], 1, cache, method=GPT.decode
+        )
+        return tokens.at[:, i].set(new_B), logits_BV, cache
+
+    no_tokens = jnp.zeros((len(row_keys_B), TOKENS_PER_CALL), jnp.int32)
+    return jax.lax.fori_loop(0, count, step, (no_tokens, logits_BV, cache))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _draw_windowed(
     model: nn.Module,
     sampling: SamplingConfig,
     params: Any,
-    state: DecodeState,
+    window_BT: jax.Array,
+    first_B: jax.Array,
     row_keys_B: jax.Array,
     drawn: jax.Array,
-) -> tuple[DecodeState, jax.Array]:
-    """Draws TOKENS_PER_CALL tokens; returns them as i32 [B, TOKENS_PER_CALL]."""
+    count: jax.Array,
+) -> jax.Array:
+    """Draws `count` tokens of each row, and reads the window again for each.
 
-    def step(state: DecodeState, index: jax.Array) -> tuple[DecodeState, jax.Array]:
-        keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, index)
-        tokens_B = sample(state.logits_BV, keys_B, sampling)
-        return _append(model, params, state, tokens_B), tokens_B
+    Returns them as the first of i32 [B, TOKENS_PER_CALL].
+    """
 
-    indices = drawn + jnp.arange(TOKENS_PER_CALL)
-    state, tokens = jax.lax.scan(step, state, indices)
-    return state, tokens.T
+    def step(i: jax.Array, carry: Any) -> Any:
+        tokens, window_BT, first_B = carry
+        logits_BV = _read_window(model, params, window_BT, first_B)
+        new_B = sample(logits_BV, _keys(row_keys_B, drawn + i), sampling)
+        window_BT = jnp.append(window_BT[:, 1:], new_B[:, None], axis=1)
+        return tokens.at[:, i].set(new_B), window_BT, jnp.maximum(first_B - 1, 0)
+
+    no_tokens = jnp.zeros((len(row_keys_B), TOKENS_PER_CALL), jnp.int32)
+    tokens, _, _ = jax.lax.fori_loop(0, count, step, (no_tokens, window_BT, first_B))
+    return tokens
 
 
-def _append(
-    model: nn.Module, params: Any, state: DecodeState, tokens_B: jax.Array
-) -> DecodeState:
-    """Puts a token at the end of each window and reads on."""
-    B, T = state.window_BT.shape
-    full_B = state.length_B == T
-    window_BT = jnp.where(
-        full_B[:, None], jnp.roll(state.window_BT, -1, axis=1), state.window_BT
-    )
-    length_B = jnp.minimum(state.length_B + 1, T)
-    window_BT = window_BT.at[jnp.arange(B), length_B - 1].set(tokens_B)
-
-    def read_window() -> tuple[jax.Array, KVCache | None]:
-        return _read_window(model, params, window_BT, length_B)
-
-    def read_token() -> tuple[jax.Array, KVCache | None]:
-        return model.apply(
-            {"params": params},
-            tokens_B[:, None],
-            jnp.ones_like(length_B),
-            state.cache,
-            method=GPT.decode,
-        )
-
-    if state.cache is None:
-        logits_BV, cache = read_window()
-    else:
-        logits_BV, cache = jax.lax.cond(full_B.any(), read_window, read_token)
-    return DecodeState(window_BT, length_B, cache, logits_BV)
+def _keys(row_keys_B: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, index)
 
 
 def _read_window(
-    model: nn.Module, params: Any, tokens_BT: jax.Array, length_B: jax.Array
-) -> tuple[jax.Array, KVCache | None]:
-    """Logits [B, V] after each row's `length_B` tokens, and their cache."""
+    model: nn.Module, params: Any, window_BT: jax.Array, first_B: jax.Array
+) -> jax.Array:
+    """Logits after each row's window, f32 [B, V]."""
+    T = window_BT.shape[1]
     if isinstance(model, GPT):
-        cache = empty_cache(model.config, len(tokens_BT))
-        return model.apply(
-            {"params": params}, tokens_BT, length_B, cache, method=GPT.decode
+        cache = empty_cache(model.config, first_B, T)
+        logits_BV, _ = model.apply(
+            {"params": params}, window_BT, T, cache, method=GPT.decode
         )
-    logits_BTV = model.apply({"params": params}, tokens_BT)
-    last_B1V = jnp.take_along_axis(logits_BTV, length_B[:, None, None] - 1, axis=1)
-    return last_B1V[:, 0], None
+        return logits_BV
+    rolled_BT = jax.vmap(jnp.roll)(window_BT, -first_B)
+    logits_BTV = model.apply({"params": params}, rolled_BT)
+    last_B11 = T - 1 - first_B[:, None, None]
+    return jnp.take_along_axis(logits_BTV, last_B11, axis=1)[:, 0]

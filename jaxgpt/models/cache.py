@@ -1,6 +1,6 @@
 """The KV cache: keys and values of the positions a model has read.
 
-L layers   B batch   S slots (block_size)   H heads   D head_dim
+L layers   B batch   H heads   S slots   D head_dim
 """
 
 import flax.struct
@@ -14,24 +14,23 @@ from jaxgpt.config import ModelConfig
 class KVCache:
     """An argument and a result of `GPT.decode`.
 
+    All rows end at the same slot, so that each new token is written in one place; rows
+    with fewer tokens begin later.
+
     Attributes:
-      keys_LBSHD, values_LBSHD: of every layer, in the compute dtype.
-      length_B: positions filled in, i32; slots from there on hold nothing of use.
+      keys, values: of each of L layers [B, H, S, D], in the compute dtype.
+      length: slots filled in, i32 scalar; those from there on hold nothing of use.
+      first_B: the slot of each row's first token, i32.
     """
 
-    keys_LBSHD: jax.Array
-    values_LBSHD: jax.Array
-    length_B: jax.Array
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length: jax.Array
+    first_B: jax.Array
 
 
-def empty_cache(config: ModelConfig, batch_size: int) -> KVCache:
-    """A cache for `batch_size` rows that have read nothing yet."""
-    shape = (
-        config.n_layer,
-        batch_size,
-        config.block_size,
-        config.n_head,
-        config.head_dim,
-    )
-    zeros = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
-    return KVCache(zeros, zeros, jnp.zeros(batch_size, jnp.int32))
+def empty_cache(config: ModelConfig, first_B: jax.Array, slots: int) -> KVCache:
+    """A cache for rows that have read nothing yet, and begin at slots first_B."""
+    shape = (len(first_B), config.n_head, slots, config.head_dim)
+    empty = (jnp.zeros(shape, jnp.dtype(config.compute_dtype)),) * config.n_layer
+    return KVCache(empty, empty, jnp.zeros((), jnp.int32), first_B)

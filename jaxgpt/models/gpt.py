@@ -3,6 +3,7 @@
 B batch   T time   C n_embd   V vocab   L layers
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +21,22 @@ from jaxgpt.models.layers import (
     check_length,
     constrain,
     dropout_rows,
+    einsum,
     layer_norm,
 )
 
-KV = tuple[jax.Array, jax.Array]  # keys and values
+
+def unstacked(params: Any) -> Any:
+    """The GPT's parameters with each layer's on their own, for `GPT.decode` in a loop.
+
+    XLA would cut them out of the stack for every token: 4 times the time of one.
+    """
+    stack = params["h"]
+    if isinstance(stack, tuple):
+        return params
+    n_layer = len(jax.tree.leaves(stack)[0])
+    layers = (jax.tree.map(operator.itemgetter(i), stack) for i in range(n_layer))
+    return {**params, "h": tuple(layers)}
 
 
 class GPT(nn.Module):
@@ -61,6 +74,20 @@ class GPT(nn.Module):
     ) -> jax.Array:
         """Logits of the token after each position, f32 [B, T, V].
 
+        As `hidden`, which is all but the head.
+        """
+        x_BTC = self.hidden(tokens_BT, deterministic=deterministic, rows_B=rows_B)
+        return constrain(self._head(x_BTC), ("batch", "time", "vocab"))
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        deterministic: bool = True,
+        rows_B: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the head multiplies with the token embedding, [B, T, C].
+
         Args:
           tokens_BT: token ids, i32, T at most block_size.
           deterministic: False applies dropout, which needs rngs={"dropout": key}.
@@ -81,39 +108,39 @@ class GPT(nn.Module):
         x_BTC = self.wte(tokens_BT) + self.wpe(jnp.arange(T))
         x_BTC = constrain(self.drop(x_BTC, rows_B), RESIDUAL)
         x_BTC, _ = self._over_layers(body)(self.h, x_BTC)
-        return constrain(self._head(x_BTC), ("batch", "time", "vocab"))
+        return self.ln_f(x_BTC)
 
     def decode(
-        self, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCache
+        self, tokens_BT: jax.Array, count: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         """Reads the next tokens of each row, with the earlier ones in the cache.
 
         Args:
-          tokens_BT: token ids, i32; the first count_B of each row are read.
-          count_B: i32, from 1 to T.
-          cache: with room for T more positions in every row.
+          tokens_BT: token ids, i32; the first `count` of each row are read.
+          count: i32 scalar, from 1 to T.
+          cache: with T more slots; what a row has before its first is passed over.
 
         Returns the logits of the token that follows each row, f32 [B, V], and the cache
         with the tokens read. Raises ValueError if T is above block_size.
         """
         T = tokens_BT.shape[1]
         check_length(T, self.config)
-        start_B = cache.length_B
-
-        def body(block: Block, x_BTC: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
-            x_BTC, k_BSHD, v_BSHD = block.decode(x_BTC, start_B, *kv)
-            return x_BTC, (k_BSHD, v_BSHD)
-
-        position_BT = start_B[:, None] + jnp.arange(T)
-        # Padding may stand past the last position; any embedding will do for it.
-        position_BT = jnp.minimum(position_BT, self.config.block_size - 1)
+        start, first_B = cache.length, cache.first_B
+        position_BT = start + jnp.arange(T) - first_B[:, None]
+        # Padding may stand before the first position, or past the last one.
+        position_BT = jnp.clip(position_BT, 0, self.config.block_size - 1)
         x_BTC = self.wte(tokens_BT) + self.wpe(position_BT)
-        x_BTC, (keys_LBSHD, values_LBSHD) = self._over_layers(body)(
-            self.h, x_BTC, (cache.keys_LBSHD, cache.values_LBSHD)
-        )
-        last_B1C = jnp.take_along_axis(x_BTC, count_B[:, None, None] - 1, axis=1)
-        logits_BV = self._head(last_B1C)[:, 0]
-        return logits_BV, KVCache(keys_LBSHD, values_LBSHD, start_B + count_B)
+        block, keys, values = Block(self.config, parent=None), [], []
+        layers = unstacked(self.variables["params"])["h"]
+        for layer, *kv in zip(layers, cache.keys, cache.values, strict=True):
+            x_BTC, k_BHSD, v_BHSD = block.apply(
+                {"params": layer}, x_BTC, start, first_B, *kv, method=Block.decode
+            )
+            keys.append(k_BHSD)
+            values.append(v_BHSD)
+        last_B1C = jax.lax.dynamic_slice_in_dim(x_BTC, count - 1, 1, axis=1)
+        logits_BV = self._head(self.ln_f(last_B1C))[:, 0]
+        return logits_BV, KVCache(tuple(keys), tuple(values), start + count, first_B)
 
     def _over_layers(self, body: Callable[..., Any]) -> Callable[..., Any]:
         return nn.scan(
@@ -121,14 +148,10 @@ class GPT(nn.Module):
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.config.n_layer,
+            # What the loop computes again, XLA would compute once where there is none.
+            unroll=1 if self.config.remat else self.config.unroll,
         )
 
     def _head(self, x_BTC: jax.Array) -> jax.Array:
-        """Final LayerNorm and the head, whose weights are the token embedding's."""
-        x_BTC = self.ln_f(x_BTC)
-        return jnp.einsum(
-            "BTC,VC->BTV",
-            x_BTC,
-            self.wte.embedding.astype(x_BTC.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        """The head, whose weights are the token embedding's."""
+        return einsum("BTC,VC->BTV", x_BTC, self.wte.embedding.astype(x_BTC.dtype))

@@ -7,6 +7,10 @@ batch. With the step's key they decide the masks, so that a batch cut into piece
 spread over devices drops the same activations. None turns dropout off.
 """
 
+from functools import partial
+from string import ascii_lowercase
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +18,11 @@ import jax.numpy as jnp
 from jaxgpt.config import ModelConfig
 
 INIT_STD = 0.02
+# Queries attend in blocks, each to the keys up to its last, which leaves out most of
+# what the mask hides: 3/8 of the products with 4 blocks. On 2 CPU cores the 10.8M model
+# trains 1.2 times as fast as with one block.
+BLOCKS = 4
+SMALLEST_BLOCK = 64
 
 # Says by its axes' names how an activation is cut, if a mesh has rules for the names.
 constrain = nn.with_logical_constraint
@@ -33,6 +42,68 @@ def layer_norm(config: ModelConfig) -> nn.LayerNorm:
     return nn.LayerNorm(
         epsilon=1e-5, use_bias=config.bias, dtype=jnp.dtype(config.compute_dtype)
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.einsum` of two arrays of a dtype, summed and returned in float32.
+
+    The gradient is rounded to that dtype too, before it is multiplied. JAX alone would
+    multiply it as it comes, in float32, by arrays of bfloat16.
+    """
+    # Sums run over their axes by the alphabet: arrays of another order would be copied.
+    letters = dict.fromkeys(filter(str.isalpha, spec))
+    spec = spec.translate(
+        str.maketrans("".join(letters), ascii_lowercase[: len(letters)])
+    )
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _einsum_forward(spec: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
+    return einsum(spec, a, b), (a, b)
+
+
+def _einsum_backward(
+    spec: str, operands: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    (a, b), (axes, out) = operands, spec.split("->")
+    axes_a, axes_b = axes.split(",")
+    grad = grad.astype(a.dtype)
+    grad_a = einsum(f"{out},{axes_b}->{axes_a}", grad, b)
+    grad_b = einsum(f"{axes_a},{out}->{axes_b}", a, grad)
+    return grad_a.astype(a.dtype), grad_b.astype(b.dtype)
+
+
+einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+class Linear(nn.Module):
+    """`spec`, an einsum of the input and a kernel, and a bias if the config has them.
+
+    Attributes:
+      config: of the model.
+      spec: as in "BTC,CF->BTF".
+      shape: of the kernel.
+      init: of the kernel; biases begin at zero.
+    """
+
+    config: ModelConfig
+    spec: str
+    shape: tuple[int, ...]
+    init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.config.compute_dtype)
+        kernel = self.param("kernel", self.init, self.shape)
+        y = einsum(self.spec, x.astype(dtype), kernel.astype(dtype)).astype(dtype)
+        if self.config.bias:
+            axes, out = self.spec.split(",")[1].split("->")
+            sizes = zip(axes, self.shape, strict=True)
+            shape = tuple(size for axis, size in sizes if axis in out)
+            bias = self.param("bias", nn.initializers.zeros, shape)
+            y += bias.astype(dtype)
+        return y
 
 
 def check_length(length: int, config: ModelConfig) -> None:
@@ -64,10 +135,12 @@ class Dropout(nn.Module):
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
             self.make_rng("dropout"), rows_B
         )
+        # 16 random bits decide, half as many as `jax.random.bernoulli` draws.
+        dropped = round(self.rate * 2**16)
         keep = jax.vmap(
-            lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:])
+            lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16) >= dropped
         )(keys_B)
-        return jnp.where(keep, x / (1 - self.rate), 0)
+        return jnp.where(keep, x / (1 - dropped / 2**16), 0)
 
 
 class Attention(nn.Module):
@@ -80,55 +153,75 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        dtype = jnp.dtype(config.compute_dtype)
-        self.c_attn = nn.DenseGeneral(
-            (3, config.n_head, config.head_dim),
-            use_bias=config.bias,
-            dtype=dtype,
-            kernel_init=nn.initializers.normal(INIT_STD),
+        C, H, D = config.n_embd, config.n_head, config.head_dim
+        self.c_attn = Linear(
+            config, "BTC,CKHD->BTKHD", (C, 3, H, D), nn.initializers.normal(INIT_STD)
         )
-        self.c_proj = nn.DenseGeneral(
-            config.n_embd,
-            axis=(-2, -1),
-            use_bias=config.bias,
-            dtype=dtype,
-            kernel_init=residual_init(config),
-        )
+        self.c_proj = Linear(config, "BTHD,HDC->BTC", (H, D, C), residual_init(config))
         self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
 
     def __call__(self, x_BTC: jax.Array, rows_B: jax.Array | None) -> jax.Array:
         """Every position attends to itself and the positions before it."""
-        T = x_BTC.shape[1]
         q_BTHD, k_BTHD, v_BTHD = self._project(x_BTC)
-        mask_TS = jnp.tril(jnp.ones((T, T), bool))
-        return self._attend(q_BTHD, k_BTHD, v_BTHD, mask_TS, rows_B)
+        if self._fuses(rows_B):
+            fused_BTHD = jax.nn.dot_product_attention(
+                q_BTHD, k_BTHD, v_BTHD, is_causal=True, implementation="cudnn"
+            )
+            return self._leave(fused_BTHD, rows_B)
+        blocks, maps = [], []
+        T = x_BTC.shape[1]
+        size = max(SMALLEST_BLOCK, -(-T // BLOCKS))
+        for start in range(0, T, size):  # queries that share the keys up to the last
+            end = min(start + size, T)
+            mask_TS = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+            block_BTHD, map_BHTS = self._attend(
+                q_BTHD[:, start:end], k_BTHD[:, :end], v_BTHD[:, :end], mask_TS, rows_B
+            )
+            blocks.append(block_BTHD)
+            maps.append(jnp.pad(map_BHTS, ((0, 0),) * 3 + ((0, T - end),)))
+        self.sow("intermediates", "attention", jnp.concatenate(maps, axis=2))
+        return self._leave(jnp.concatenate(blocks, axis=1), rows_B)
 
     def decode(
         self,
         x_BTC: jax.Array,
-        start_B: jax.Array,
-        k_BSHD: jax.Array,
-        v_BSHD: jax.Array,
+        start: jax.Array,
+        first_B: jax.Array,
+        k_BHSD: jax.Array,
+        v_BHSD: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As `__call__`, for positions start_B + t after those in a cache of S slots.
+        """As `__call__`, for slots start + t of a cache, after those before them.
 
-        Returns the output [B, T, C], and the cached keys and values with the new ones
-        written in.
+        A row sees nothing before its slot first_B. Returns the output [B, T, C], and
+        the cached keys and values with the new ones written in.
         """
-        T, S = x_BTC.shape[1], k_BSHD.shape[1]
+        T, S = x_BTC.shape[1], k_BHSD.shape[2]
         q_BTHD, k_BTHD, v_BTHD = self._project(x_BTC)
+        where = (0, 0, start, 0)
+        k_BHSD = jax.lax.dynamic_update_slice(k_BHSD, k_BTHD.swapaxes(1, 2), where)
+        v_BHSD = jax.lax.dynamic_update_slice(v_BHSD, v_BTHD.swapaxes(1, 2), where)
+        slot_T1, slot_S = start + jnp.arange(T)[:, None], jnp.arange(S)
+        # What is before the first token sees itself, since it must see something.
+        own = slot_S >= first_B[:, None, None, None]
+        mask_B1TS = (slot_S <= slot_T1) & (own | (slot_S == slot_T1))
+        k_BSHD, v_BSHD = k_BHSD.swapaxes(1, 2), v_BHSD.swapaxes(1, 2)
+        out_BTHD, _ = self._attend(q_BTHD, k_BSHD, v_BSHD, mask_B1TS, None)
+        return self._leave(out_BTHD, None), k_BHSD, v_BHSD
 
-        def write(
-            cache_SHD: jax.Array, new_THD: jax.Array, start: jax.Array
-        ) -> jax.Array:
-            return jax.lax.dynamic_update_slice(cache_SHD, new_THD, (start, 0, 0))
-
-        k_BSHD = jax.vmap(write)(k_BSHD, k_BTHD, start_B)
-        v_BSHD = jax.vmap(write)(v_BSHD, v_BTHD, start_B)
-        position_BT = start_B[:, None] + jnp.arange(T)
-        mask_B1TS = (jnp.arange(S) <= position_BT[..., None])[:, None]
-        return self._attend(q_BTHD, k_BSHD, v_BSHD, mask_B1TS, None), k_BSHD, v_BSHD
+    def _fuses(self, rows_B: jax.Array | None) -> bool:
+        """Whether cuDNN's attention, which keeps no scores, can do what is asked."""
+        config, device = self.config, jax.sharding.get_abstract_mesh().abstract_device
+        return (
+            config.fused_attention
+            and device is not None
+            and device.device_kind.startswith("NVIDIA")
+            and config.compute_dtype == "bfloat16"
+            and config.head_dim <= 128
+            and config.head_dim % 8 == 0
+            and (rows_B is None or config.dropout == 0)
+            and not self.is_mutable_collection("intermediates")  # which has the maps
+        )
 
     def _project(self, x_BTC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         qkv_BT3HD = constrain(
@@ -143,19 +236,23 @@ class Attention(nn.Module):
         v_BSHD: jax.Array,
         mask: jax.Array,
         rows_B: jax.Array | None,
-    ) -> jax.Array:
-        """Averages the values, weighted by softmax of the scaled, masked scores."""
-        scores_BHTS = jnp.einsum(
-            "BTHD,BSHD->BHTS", q_BTHD, k_BSHD, preferred_element_type=jnp.float32
-        )
+    ) -> tuple[jax.Array, jax.Array]:
+        """Averages the values, weighted by softmax of the scaled, masked scores.
+
+        Returns the averages and the weights.
+        """
+        scores_BHTS = einsum("BSHD,BTHD->BHTS", k_BSHD, q_BTHD)
         scores_BHTS *= self.config.head_dim**-0.5
         scores_BHTS = jnp.where(mask, scores_BHTS, -jnp.inf)
         weights_BHTS = jax.nn.softmax(scores_BHTS).astype(q_BTHD.dtype)
-        self.sow("intermediates", "attention", weights_BHTS)
-        weights_BHTS = self.attn_dropout(weights_BHTS, rows_B)
-        out_BTHD = jnp.einsum("BHTS,BSHD->BTHD", weights_BHTS, v_BSHD)
-        out_BTHD = constrain(out_BTHD, ("batch", "time", "heads", "head_dim"))
-        return self.resid_dropout(self.c_proj(out_BTHD), rows_B)
+        dropped_BHTS = self.attn_dropout(weights_BHTS, rows_B)
+        out_BTHD = einsum("BHTS,BSHD->BTHD", dropped_BHTS, v_BSHD)
+        return out_BTHD.astype(q_BTHD.dtype), weights_BHTS
+
+    def _leave(self, x_BTHD: jax.Array, rows_B: jax.Array | None) -> jax.Array:
+        """Mixes the heads' averages."""
+        x_BTHD = constrain(x_BTHD, ("batch", "time", "heads", "head_dim"))
+        return self.resid_dropout(self.c_proj(x_BTHD), rows_B)
 
 
 class MLP(nn.Module):
@@ -165,19 +262,11 @@ class MLP(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        dtype = jnp.dtype(config.compute_dtype)
-        self.c_fc = nn.Dense(
-            4 * config.n_embd,
-            use_bias=config.bias,
-            dtype=dtype,
-            kernel_init=nn.initializers.normal(INIT_STD),
+        C, F = config.n_embd, 4 * config.n_embd
+        self.c_fc = Linear(
+            config, "BTC,CF->BTF", (C, F), nn.initializers.normal(INIT_STD)
         )
-        self.c_proj = nn.Dense(
-            config.n_embd,
-            use_bias=config.bias,
-            dtype=dtype,
-            kernel_init=residual_init(config),
-        )
+        self.c_proj = Linear(config, "BTF,FC->BTC", (F, C), residual_init(config))
         self.dropout = Dropout(config.dropout)
 
     def __call__(self, x_BTC: jax.Array, rows_B: jax.Array | None) -> jax.Array:
@@ -202,15 +291,11 @@ class Block(nn.Module):
         return x_BTC + self.mlp(self.ln_2(x_BTC), rows_B)
 
     def decode(
-        self,
-        x_BTC: jax.Array,
-        start_B: jax.Array,
-        k_BSHD: jax.Array,
-        v_BSHD: jax.Array,
+        self, x_BTC: jax.Array, start: jax.Array, first_B: jax.Array, *kv: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `__call__`, with the cached keys and values of earlier positions."""
-        out_BTC, k_BSHD, v_BSHD = self.attn.decode(
-            self.ln_1(x_BTC), start_B, k_BSHD, v_BSHD
+        out_BTC, k_BHSD, v_BHSD = self.attn.decode(
+            self.ln_1(x_BTC), start, first_B, *kv
         )
         x_BTC = x_BTC + out_BTC
-        return x_BTC + self.mlp(self.ln_2(x_BTC), None), k_BSHD, v_BSHD
+        return x_BTC + self.mlp(self.ln_2(x_BTC), None), k_BHSD, v_BHSD

@@ -35,6 +35,7 @@ from jaxgpt.training.step import (
     Batch,
     TrainState,
     accumulate,
+    in_pieces,
     step_key,
     training_loss,
 )
@@ -149,7 +150,7 @@ def diagnose(
       key: of the step's dropout.
       mesh: of the run, so that rounding is the same.
     """
-    model, pieces = build_model(config.model), config.data.gradient_accumulation_steps
+    model, pieces = build_model(config.model), in_pieces(config, mesh).data.pieces
     loss_fn = partial(training_loss, model, key)
     inputs_BT, targets_BT = map(np.asarray, batch)
     rows_B = np.arange(len(inputs_BT))

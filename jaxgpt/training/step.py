@@ -5,6 +5,7 @@ B batch   T time   N steps in one call
 A batch is inputs and targets, i32 [B, T].
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +19,9 @@ import optax
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config, TrainConfig
-from jaxgpt.training.objective import token_losses
+from jaxgpt.models import GPT
+from jaxgpt.runtime import bfloat16_options
+from jaxgpt.training.objective import head_losses, mean_head_loss, token_losses
 from jaxgpt.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxgpt.training.sharding import (
     activations_over,
@@ -28,6 +31,10 @@ from jaxgpt.training.sharding import (
     shardings,
     share_rows,
 )
+
+# Tokens of a piece of the batch, on each CPU device. Activations of so many stay in the
+# cache: on 2 cores the 10.8M model trains 1.5 times as fast as with all of 8192.
+CACHED_TOKENS = 1024
 
 Batch = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]  # inputs and targets
 Metrics = dict[str, jax.Array]
@@ -125,7 +132,7 @@ def make_train_step(
     """
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
     schedule = learning_rate_schedule(config.optimizer, config.train.max_steps)
-    pieces = config.data.gradient_accumulation_steps
+    pieces = config.data.pieces
     limit = config.train.max_skipped_steps
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -199,14 +206,18 @@ def training_loss(
       targets_BT: token ids, i32.
       rows_B: numbers of the rows in the whole batch, which key their dropout masks.
     """
-    logits_BTV = model.apply(
+    apply = partial(
+        model.apply,
         {"params": params},
         inputs_BT,
         deterministic=False,
         rows_B=rows_B,
         rngs={"dropout": key},
     )
-    return token_losses(logits_BTV, targets_BT).mean()
+    if isinstance(model, GPT):
+        table_VC = params["wte"]["embedding"]
+        return mean_head_loss(apply(method=GPT.hidden), table_VC, targets_BT)
+    return token_losses(apply(), targets_BT).mean()
 
 
 def accumulate(
@@ -258,18 +269,40 @@ def trace_train_steps(
     model: nn.Module, config: Config, mesh: Mesh, count: int
 ) -> jax.stages.Traced:
     """What `compile_train_steps` compiles; the mesh's devices need not be here."""
-    train_step = make_train_step(model, config)
+    train_step = make_train_step(model, in_pieces(config, mesh))
     state = abstract_state(model, config, mesh)
+    bfloat16 = config.model.compute_dtype == "bfloat16"
     train_steps = jax.jit(
         lambda state, batches: jax.lax.scan(train_step, state, batches),
         donate_argnums=0,
         out_shardings=(_shardings(state), replicated(mesh)),
+        compiler_options=bfloat16_options()
+        if bfloat16 and _platform(mesh) == "cpu"
+        else None,
     )
     shape = (count, config.data.batch_size, config.model.block_size)
     rows = over_rows(mesh, axis=1)
     tokens_NBT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     with activations_over(mesh):
         return train_steps.trace(state, (tokens_NBT, tokens_NBT))
+
+
+def in_pieces(config: Config, mesh: Mesh) -> Config:
+    """The config with gradient_accumulation_steps settled, where it is -1."""
+    data, T, pieces = config.data, config.model.block_size, 1
+    rows = data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])  # of a device
+    if data.gradient_accumulation_steps == -1 and _platform(mesh) == "cpu":
+        fitting = (n for n in range(1, rows) if rows % n == 0)
+        fitting = (n for n in fitting if rows // n * T <= CACHED_TOKENS)
+        pieces = next(fitting, rows)
+    data = dataclasses.replace(
+        data, gradient_accumulation_steps=max(pieces, data.pieces)
+    )
+    return dataclasses.replace(config, data=data)
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
 
 
 def compile_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
@@ -279,8 +312,11 @@ def compile_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
     """
 
     def losses(params: Any, batch: Batch) -> jax.Array:
-        inputs_BT, targets_BT = batch
-        return token_losses(model.apply({"params": params}, inputs_BT), targets_BT)
+        (inputs_BT, targets_BT), apply = batch, partial(model.apply, {"params": params})
+        if isinstance(model, GPT):
+            x_BTC = apply(inputs_BT, method=GPT.hidden)
+            return head_losses(x_BTC, params["wte"]["embedding"], targets_BT)
+        return token_losses(apply(inputs_BT), targets_BT)
 
     jitted = jax.jit(losses, out_shardings=replicated(mesh))
 

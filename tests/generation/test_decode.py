@@ -12,7 +12,7 @@ from jaxgpt import SamplingConfig
 from jaxgpt.generation import decode
 from jaxgpt.generation.decode import generate_tokens
 from jaxgpt.generation.sampling import scores
-from jaxgpt.models import build_model
+from jaxgpt.models import GPT, build_model
 
 T = TINY.model.block_size
 V = TINY.model.vocab_size
@@ -69,35 +69,60 @@ def test_text_is_the_lectures_across_the_windows_edge(
 def test_logits_are_the_lectures_across_the_windows_edge(tiny_model):
     model, params = tiny_model
     prompts = [[3, 1], [4, 1, 5, 9, 2]]
-    lengths = np.array([len(prompt) for prompt in prompts])
-    padded = np.stack([np.pad(p, (0, T - len(p))) for p in prompts])
-    state = decode._read_prompts(model, params, padded.astype(np.int32), lengths)
-    append = jax.jit(decode._append, static_argnums=0)
-    cached = 0
-    for token in range(3 * T):
+    texts, length = [np.array(prompt, np.int32) for prompt in prompts], 5
+    aligned = decode._aligned(texts, length, T)
+    logits, cache = decode._read_prompts(model, params, *aligned, length, 2)
+    read = jax.jit(partial(model.apply, method=GPT.decode))
+    for token in range(T - length + 1):  # until the longer row has filled its window
         expected = lecture_logits(model, params, prompts)
-        np.testing.assert_allclose(state.logits_BV, expected, atol=1e-4)
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
         new = jnp.array([token % V, (token * 7) % V])
-        cached += not (state.length_B == T).any()
-        state = append(model, params, state, new)
-        prompts = [[*p, int(t)] for p, t in zip(prompts, new, strict=True)]
-    assert cached == T - 5  # until the longer row filled its window
+        if cache.length < T:
+            logits, cache = read({"params": params}, new[:, None], 1, cache)
+            prompts = [[*p, int(t)] for p, t in zip(prompts, new, strict=True)]
+    for token in range(T):
+        texts = [np.array(prompt[-T:], np.int32) for prompt in prompts]
+        window, first = decode._aligned(texts, T, T)
+        logits = decode._read_window(model, params, jnp.asarray(window), first)
+        expected = lecture_logits(model, params, prompts)
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+        prompts = [[*p, (token * n) % V] for n, p in enumerate(prompts, 3)]
 
 
-def test_the_cache_is_read_inside_the_window_and_not_beyond_it(tiny_model):
+def test_the_cache_is_read_inside_the_window_and_not_beyond_it(tiny_model, monkeypatch):
     model, params = tiny_model
-    append = jax.jit(decode._append, static_argnums=0)
-    for length, reads_cache in ((T - 1, True), (T, False)):
-        window = np.arange(T, dtype=np.int32)[None]
-        state = decode._read_prompts(model, params, window, np.array([length]))
-        spoilt = state.replace(cache=jax.tree.map(jnp.ones_like, state.cache))
-        spoilt = spoilt.replace(cache=spoilt.cache.replace(length_B=state.length_B))
-        token = jnp.array([5])
-        same = np.array_equal(
-            append(model, params, state, token).logits_BV,
-            append(model, params, spoilt, token).logits_BV,
-        )
-        assert same != reads_cache
+    reads = []
+
+    def noted(name, call, *args):
+        reads.append((name, int(args[-1])))
+        return call(*args)
+
+    for name in ("_read_prompts", "_draw_cached", "_draw_windowed"):
+        monkeypatch.setattr(decode, name, partial(noted, name, getattr(decode, name)))
+    tokens_of(model, params, [[1, 2], [3, 4, 5]], 2 * T)
+    first, then = ("_draw_cached", 1), ("_draw_cached", T - 4)
+    beyond = ("_draw_windowed", 2 * T - (T - 3))
+    assert reads == [("_read_prompts", 2), first, then, beyond]
+
+
+def test_a_prompt_that_all_rows_share_is_read_once(tiny_model, monkeypatch):
+    model, params = tiny_model
+    rows, call = [], decode._read_prompts
+
+    def noted(model, params, tokens_BT, *args):
+        rows.append(len(tokens_BT))
+        return call(model, params, tokens_BT, *args)
+
+    monkeypatch.setattr(decode, "_read_prompts", noted)
+    shared = tokens_of(model, params, [[3, 1]] * 3, 4, SAMPLED)
+    among = tokens_of(model, params, [[3, 1]] * 3 + [[5]], 4, SAMPLED)
+    assert rows == [1, 4]
+    np.testing.assert_array_equal(shared, among[:3])
+
+
+def test_the_first_token_comes_alone(tiny_model):
+    pieces = generate_tokens(*tiny_model, [[1, 2]], 5)
+    assert [piece.shape for piece in pieces] == [(1, 1), (1, 4)]
 
 
 def test_models_without_a_cache_generate_too(bigram):
@@ -131,11 +156,13 @@ def test_prompts_of_all_lengths_share_a_program_per_power_of_two():
     config = changed(TINY, model={"block_size": 64}).model
     model = build_model(config)
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    reads, draws = decode._read_prompts._cache_size(), decode._draw._cache_size()
+    programs = (decode._read_prompts, decode._draw_cached, decode._draw_windowed)
+    before = [program._cache_size() for program in programs]
     for length in range(1, 70):
         next(generate_tokens(model, params, [[1] * length], 1))
-    assert decode._read_prompts._cache_size() - reads == 3  # up to 16, 32 and 64
-    assert decode._draw._cache_size() - draws == 1
+    after = [program._cache_size() for program in programs]
+    # Of prompts up to 16, 32 and 64 tokens; of drawing with the cache, and without.
+    assert [b - a for a, b in zip(before, after, strict=True)] == [3, 1, 1]
 
 
 @pytest.mark.parametrize(

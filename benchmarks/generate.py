@@ -1,0 +1,240 @@
+"""Generation against PyTorch: tokens/s inside the window and beyond it.
+
+python -m benchmarks.generate [--cases NAME ...] [--rounds N] [--contenders PART ...]
+
+The model has shakespeare-char's sizes (10.8M parameters, a window of 256), random
+weights, and float32. All draw at temperature 1 from all tokens. Contenders, each in a
+process of its own (benchmarks/rounds.py), all on the CPU:
+- jaxgpt: `generate_tokens`, to its last token.
+- transformers: its GPT-2's `generate`, with its cache. It has no way beyond the window,
+  which is tried and shown as a failure.
+- torch lecture: the lecture's `generate` (benchmarks/torch_gpt.py), which reads the
+  whole window again for each token.
+
+Beyond the window every contender reads the window again for each token, which takes
+minutes for many rows; so there are fewer new tokens there, from a window that is full.
+Writes benchmarks/generate.json.
+
+B batch   T time (of the prompt)
+"""
+
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from benchmarks.rounds import (
+    ON_CPU,
+    Facts,
+    Run,
+    calls_in,
+    compete,
+    machine,
+    rates,
+    wanted,
+    write_json,
+)
+from benchmarks.train import shape_config, torch_model
+
+CONTENDERS = ("jaxgpt", "transformers", "torch lecture")
+OUT = Path(__file__).with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is generated: for `rows` prompts alike, `new` tokens each."""
+
+    rows: int
+    prompt: int
+    new: int
+
+
+CASES = {
+    "inside, 1": Case(rows=1, prompt=16, new=200),
+    "inside, 8": Case(rows=8, prompt=16, new=200),
+    "inside, 64": Case(rows=64, prompt=16, new=200),
+    "beyond, 1": Case(rows=1, prompt=1, new=500),
+    "beyond, 8": Case(rows=8, prompt=256, new=32),
+    "beyond, 64": Case(rows=64, prompt=256, new=16),
+}
+LEFT_OUT = {
+    ("inside, 64", "torch lecture"): "some 5 minutes for each generation",
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Generates with jaxgpt and with PyTorch in turn, and compares."""
+
+    cases: tuple[str, ...] = ()  # only those that hold one of these, as inside or 64
+    rounds: int = 5  # of every contender, in turn
+    seconds: float = 3.0  # that a round takes, about; at least one generation
+    contenders: tuple[str, ...] = ()  # only those whose names hold one of these
+    out: Path = OUT  # where the report goes
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    arguments = tyro.cli(Arguments, prog="python -m benchmarks.generate")
+    os.environ |= ON_CPU
+    config = shape_config("shakespeare-char-no-dropout").to_dict()["model"]
+    report = machine("benchmarks.generate")
+    report |= {"rounds": arguments.rounds, "model": config, "cases": {}}
+    for name in wanted(CASES, arguments.cases):
+        names = wanted(CONTENDERS, arguments.contenders)
+        common = {
+            "config": config,
+            "case": asdict(CASES[name]),
+            "seconds": arguments.seconds,
+        }
+        results = compete(
+            "benchmarks.generate",
+            {
+                contender: {"contender": contender, **common}
+                for contender in names
+                if (name, contender) not in LEFT_OUT
+            },
+            arguments.rounds,
+        )
+        for contender in names:
+            if reason := LEFT_OUT.get((name, contender)):
+                results[contender] = {"left_out": reason}
+        report["cases"][name] = {
+            **asdict(CASES[name]),
+            "contenders": judge(results),
+        }
+        print_case(name, report["cases"][name])
+        write_json(arguments.out, report)
+
+
+def build(
+    contender: str, config: Facts, case: Facts, seconds: float
+) -> tuple[Facts, Run]:
+    """The facts and the round of a contender, for `compete`."""
+    drawn = np.random.default_rng(0).integers(config["vocab_size"], size=case["prompt"])
+    prompts_BT = np.tile(drawn, (case["rows"], 1))
+    if contender == "jaxgpt":
+        once = jaxgpt_generation(config, prompts_BT, case["new"])
+    else:
+        library = contender.split()[0]
+        once = torch_generation(library, config, prompts_BT, case["new"])
+    started = time.perf_counter()
+    calls = calls_in(seconds, once)
+    warm_up = time.perf_counter() - started
+
+    def run() -> dict[str, float] | None:
+        found = [once() for _ in range(calls)]
+        return found[-1]
+
+    tokens = calls * case["rows"] * case["new"]
+    return {"tokens": tokens, "warm_up_seconds": warm_up}, run
+
+
+def jaxgpt_generation(config: Facts, prompts_BT: np.ndarray, new: int) -> Run:
+    """Generates once, as generate.py does, and tells when the first tokens came."""
+    from jaxgpt import runtime
+
+    runtime.start()
+    import jax
+
+    from jaxgpt.config import ModelConfig, SamplingConfig
+    from jaxgpt.generation.decode import generate_tokens
+    from jaxgpt.models import build_model
+
+    model = build_model(ModelConfig(**config))
+    tokens_BT = np.zeros((1, 1), np.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens_BT)["params"]
+    sampling = SamplingConfig(temperature=1.0)
+    prompts = prompts_BT.tolist()
+
+    def once() -> dict[str, float]:
+        started = time.perf_counter()
+        pieces = generate_tokens(model, params, prompts, new, sampling)
+        first = next(pieces)
+        seconds = time.perf_counter() - started
+        count = first.shape[1] + sum(piece.shape[1] for piece in pieces)
+        _check_count(count, new)
+        return {"first_seconds": seconds, "first_tokens": first.shape[1]}
+
+    return once
+
+
+def torch_generation(
+    library: str, config: Facts, prompts_BT: np.ndarray, new: int
+) -> Run:
+    """Generates once, with the plain module or with transformers' GPT-2."""
+    import torch
+
+    model = torch_model(library, config).eval()
+    tokens_BT = torch.tensor(prompts_BT)
+    generate = partial(model.generate, tokens_BT, max_new_tokens=new)
+    if library == "transformers":
+        generate = partial(
+            generate,
+            attention_mask=torch.ones_like(tokens_BT),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            use_cache=True,
+            pad_token_id=0,  # of no use, but it warns without
+        )
+
+    def once() -> None:
+        _check_count(generate().shape[1] - tokens_BT.shape[1], new)
+
+    return once
+
+
+def _check_count(count: int, new: int) -> None:
+    if count != new:
+        raise ValueError(f"{count} new tokens, not {new}")
+
+
+def judge(results: dict[str, Facts]) -> dict[str, Facts]:
+    """Tokens/s of all, and the ratio of ours to each."""
+    judged: dict[str, Facts] = {}
+    for name, facts in results.items():
+        judged[name] = dict(facts)
+        if "rounds" in facts:
+            judged[name]["tokens_per_second"] = rates(facts, "tokens")
+            if "first_seconds" in facts["rounds"][0]:
+                each = [turn["first_seconds"] for turn in facts["rounds"]]
+                judged[name]["first_seconds"] = statistics.median(each)
+    ours: Any = judged.get(CONTENDERS[0], {}).get("tokens_per_second")
+    for facts in judged.values():
+        if "rounds" in facts:
+            speed = facts["tokens_per_second"]["median"]
+            facts["ratio"] = ours["median"] / speed if ours else None
+    return judged
+
+
+def print_case(name: str, found: Facts) -> None:
+    """A table of the contenders of one case."""
+    told = f"{found['rows']} x {found['new']} new tokens after {found['prompt']}"
+    print(f"\n{name}: {told}")
+    columns = f"{'tokens/s':>10}{'lowest - highest':>20}{'ratio':>7}{'peak MiB':>10}"
+    print(f"{'':20}{columns}")
+    for contender, facts in found["contenders"].items():
+        if "rounds" not in facts:
+            told = "; ".join(f"{how}: {why}" for how, why in facts.items())
+            print(f"{contender:20}{told.replace('_', ' ')}")
+            continue
+        speed = facts["tokens_per_second"]
+        spread = f"{speed['lowest']:,.0f} - {speed['highest']:,.0f}"
+        ratio, peak = facts["ratio"], facts["peak_mib"]
+        line = f"{contender:20}{speed['median']:10,.0f}{spread:>20}"
+        line += f"{'-' if ratio is None else f'{ratio:.2f}':>7}"
+        line += f"{'-' if peak is None else f'{peak:.0f}':>10}"
+        if "first_seconds" in facts:
+            line += f"  first tokens after {1000 * facts['first_seconds']:.0f} ms"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

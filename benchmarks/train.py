@@ -1,0 +1,411 @@
+"""Training against PyTorch: tokens/s, memory, and the share of what products reach.
+
+python -m benchmarks.train [--shapes NAME ...] [--rounds N] [--contenders PART ...]
+
+Contenders, each in a process of its own (benchmarks/rounds.py), all on the CPU:
+- jaxgpt, as train.py runs it: its devices, its mesh, its compiled train steps, with
+  float32 or bfloat16 activations.
+- torch: benchmarks/torch_gpt.py, the very same architecture.
+- transformers: its GPT-2, which differs where it can't be told otherwise: it has
+  biases, and GPT-2's own GELU (by tanh).
+Both of PyTorch's use scaled_dot_product_attention, AdamW (fused, the fastest on a CPU)
+at a constant learning rate, and clipping, eagerly or by torch.compile (of forward, loss
+and backward), in float32 or bfloat16 autocast.
+
+A round is as many updates as take about --seconds, on batches that are in memory before
+the clock starts; the loss is read once, at its end. The peak of memory is a process's
+own, with its libraries and its compilation. Writes benchmarks/train.json.
+
+B batch   T time   N batches, which come round again
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from benchmarks.rounds import (
+    ON_CPU,
+    Facts,
+    Run,
+    calls_in,
+    compete,
+    machine,
+    rates,
+    wanted,
+    write_json,
+)
+
+# Libraries are imported where they are measured, so that none is in another's memory.
+
+OURS = ("jaxgpt float32", "jaxgpt bfloat16")
+THEIRS = tuple(  # the likely fastest first, for where memory ends
+    f"{library} {mode} {dtype}"
+    for library in ("torch", "transformers")
+    for dtype in ("float32", "bfloat16")
+    for mode in ("compile", "eager")
+)
+CEILINGS = tuple(
+    f"ceiling {library} {dtype}"
+    for library in ("jax", "torch")
+    for dtype in ("float32", "bfloat16")
+)
+SHAPES = (
+    "shakespeare-char-cpu",
+    "shakespeare-char",
+    "shakespeare-char-no-dropout",
+    "gpt2-124m",
+)
+OUT = Path(__file__).with_suffix(".json")
+_PRODUCTS = ((2048, 1024, 1024), (1024, 1024, 4096), (2048, 2048, 2048))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Trains with jaxgpt and with PyTorch in turn, and compares."""
+
+    # any of shakespeare-char-cpu, shakespeare-char, shakespeare-char-no-dropout,
+    # gpt2-124m, and tiny, for the tests
+    shapes: tuple[str, ...] = SHAPES
+    rounds: int = 5  # of every contender, in turn
+    seconds: float = 3.0  # that a round takes, about
+    contenders: tuple[str, ...] = ()  # only those whose names hold one of these
+    out: Path = OUT  # where the report goes
+
+
+def main() -> int:
+    """Measures, prints, writes; returns 1 if a contender failed."""
+    arguments = tyro.cli(Arguments, prog="python -m benchmarks.train")
+    if unknown := set(arguments.shapes) - {*SHAPES, "tiny"}:
+        sys.exit(f"no shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
+    os.environ |= ON_CPU
+    report = machine("benchmarks.train") | {
+        "rounds": arguments.rounds,
+        "ceilings": {},
+        "shapes": {},
+    }
+    ask = partial(contend, rounds=arguments.rounds, seconds=arguments.seconds)
+    ceilings = report["ceilings"]
+    names = wanted((*OURS, *THEIRS), arguments.contenders)
+    precisions = {name.split()[-1] for name in names}
+    able = [name for name in CEILINGS if name.split()[-1] in precisions]
+    for name, facts in ask(able, {}).items():
+        if "failed" not in facts:
+            facts["gflops"] = rates(facts, "flops")["highest"] / 1e9
+            print(f"{name:28}{facts['gflops']:8.1f} GFLOP/s")
+        ceilings[name] = facts
+    for shape in arguments.shapes:
+        config = shape_config(shape)
+        results = ask(names, config.to_dict())
+        report["shapes"][shape] = judge(config, results, ceilings)
+        print_shape(shape, report["shapes"][shape])
+        write_json(arguments.out, report)
+    judged = [shape["contenders"] for shape in report["shapes"].values()]
+    return int(any("failed" in facts for s in judged for facts in s.values()))
+
+
+def contend(
+    names: Iterable[str], config: Facts, *, rounds: int, seconds: float
+) -> dict[str, Facts]:
+    """The rounds of these contenders with one config."""
+    task = {"config": config, "seconds": seconds}
+    tasks = {name: {"contender": name, **task} for name in names}
+    return compete("benchmarks.train", tasks, rounds)
+
+
+def shape_config(shape: str) -> Any:
+    """The preset's config with all that a run would fill in, in float32."""
+    from jaxgpt.presets import PRESETS
+
+    name = {"tiny": "smoke"}.get(shape, shape.removesuffix("-no-dropout"))
+    config = PRESETS[name]()
+    model = dataclasses.replace(
+        config.model,
+        vocab_size=config.model.vocab_size or 65,  # Tiny Shakespeare's characters
+        dropout=0.0 if shape.endswith("-no-dropout") else config.model.dropout,
+        compute_dtype="float32",
+        remat=False,
+    )
+    data = config.data
+    if shape == "gpt2-124m":
+        model = dataclasses.replace(model, block_size=512)
+        data = dataclasses.replace(data, batch_size=2, gradient_accumulation_steps=1)
+    return dataclasses.replace(config, model=model, data=data)
+
+
+def build(contender: str, config: Facts, seconds: float) -> tuple[Facts, Run]:
+    """The facts and the round of a contender, for `compete`."""
+    library, *mode, dtype = contender.split()
+    if library == "ceiling":
+        return build_ceiling(mode[0], dtype, seconds)
+    if library == "jaxgpt":
+        config["model"]["compute_dtype"] = dtype
+        update, finish, count = jaxgpt_updates(config)
+    else:
+        model = torch_model(library, config["model"])
+        compiles = mode == ["compile"]
+        update, finish, count = torch_updates(model, config, dtype, compiles)
+
+    def run(calls: int) -> dict[str, float]:
+        for _ in range(calls):
+            update()
+        loss = finish()
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"the loss is {loss}")
+        return {"loss": loss}
+
+    started = time.perf_counter()
+    calls = calls_in(seconds, partial(run, 1))
+    tokens = config["data"]["batch_size"] * config["model"]["block_size"]
+    facts = {"updates": calls * count, "tokens": calls * count * tokens}
+    facts["warm_up_seconds"] = time.perf_counter() - started
+    return facts, partial(run, calls)
+
+
+def batches(config: Facts) -> tuple[np.ndarray, np.ndarray]:
+    """Random inputs and targets, i32 [N, B, T], the same for all contenders."""
+    shape = (
+        config["train"]["steps_per_call"],
+        config["data"]["batch_size"],
+        config["model"]["block_size"] + 1,
+    )
+    drawn = np.random.default_rng(0).integers(config["model"]["vocab_size"], size=shape)
+    tokens = drawn.astype(np.int32)
+    return tokens[:, :, :-1], tokens[:, :, 1:]
+
+
+Updates = tuple[Callable[[], None], Callable[[], float], int]
+
+
+def jaxgpt_updates(values: Facts) -> Updates:
+    """A call, what waits for its loss, and the updates in it, as in train.py."""
+    from jaxgpt import runtime
+
+    runtime.start()
+    import jax
+
+    from jaxgpt.config import Config
+    from jaxgpt.models import build_model
+    from jaxgpt.training.sharding import make_mesh, over_rows
+    from jaxgpt.training.step import compile_train_steps, create_state
+
+    config = Config.from_dict(values)
+    count = config.train.steps_per_call
+    mesh = make_mesh(config)
+    model = build_model(config.model)
+    train_steps = compile_train_steps(model, config, mesh, count)
+    placed = jax.device_put(batches(values), over_rows(mesh, axis=1))
+    state, metrics = create_state(model, config, mesh), None
+
+    def update() -> None:
+        nonlocal state, metrics
+        state, metrics = train_steps(state, placed)
+
+    def finish() -> float:
+        jax.block_until_ready((state, metrics))
+        return float(metrics["loss"][-1])  # type: ignore[index] # after an update
+
+    return update, finish, count
+
+
+def torch_model(library: str, sizes: Facts) -> Any:
+    """The plain module, or transformers' GPT-2, with the sizes of a model config."""
+    names = ("n_layer", "n_head", "n_embd", "vocab_size")
+    same = {name: sizes[name] for name in names}
+    dropout = sizes["dropout"]
+    if library == "torch":
+        from benchmarks.torch_gpt import GPT
+
+        more = {name: sizes[name] for name in ("block_size", "bias")}
+        return GPT(**same, **more, dropout=dropout)
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        **same,
+        n_positions=sizes["block_size"],
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        activation_function="gelu_new",
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,  # generation ends by length alone
+    )
+    config._attn_implementation = "sdpa"
+    return GPT2LMHeadModel(config)
+
+
+def torch_updates(model: Any, config: Facts, dtype: str, compiles: bool) -> Updates:
+    """An update, what reads its loss, and 1."""
+    import torch
+    from torch.nn import functional
+    from torch.nn.utils import clip_grad_norm_
+
+    from benchmarks.torch_gpt import make_adamw
+
+    settings = config["optimizer"]
+    betas = settings["beta1"], settings["beta2"]
+    optimizer = make_adamw(
+        model,
+        settings["learning_rate"],
+        betas,
+        settings["weight_decay"],
+        fused=True,
+    )
+    parameters = list(model.parameters())
+    inputs, targets = (
+        torch.tensor(part, dtype=torch.int64) for part in batches(config)
+    )
+    half = torch.autocast("cpu", torch.bfloat16)
+    precision = half if dtype == "bfloat16" else nullcontext()
+
+    def loss_of(tokens: Any, targets: Any) -> Any:
+        logits = model(tokens)
+        if not torch.is_tensor(logits):  # transformers'
+            logits = logits.logits
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    if compiles:
+        loss_of = torch.compile(loss_of)
+    turns = itertools.cycle(list(zip(inputs, targets, strict=True)))
+    loss = torch.zeros(())
+    model.train()
+
+    def update() -> None:
+        nonlocal loss
+        with precision:
+            loss = loss_of(*next(turns))
+        loss.backward()
+        if settings["grad_clip"]:
+            clip_grad_norm_(parameters, settings["grad_clip"])
+        optimizer.step()
+        optimizer.zero_grad()  # at once, so that they take no room while others run
+
+    return update, lambda: loss.item(), 1
+
+
+def build_ceiling(library: str, dtype: str, seconds: float) -> tuple[Facts, Run]:
+    """Repeats the fastest of a few large matrix products."""
+    make, multiply = products(library, dtype)
+    draw = np.random.default_rng(0).standard_normal
+    best: Facts = {"flops": 0}
+    for M, K, N in _PRODUCTS:
+        call = partial(multiply, make(draw((M, K))), make(draw((K, N))))
+        calls = calls_in(seconds, call)
+        if calls * 2 * M * K * N > best["flops"]:
+            best = {"flops": calls * 2 * M * K * N, "product": [M, K, N]}
+            best_call, best_calls = call, calls
+
+    def run() -> None:
+        for _ in range(best_calls):
+            best_call()
+
+    return best, run
+
+
+def products(library: str, dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What makes an array, and what multiplies two and waits for it."""
+    if library == "torch":
+        import torch
+
+        return partial(torch.tensor, dtype=getattr(torch, dtype)), torch.matmul
+    import jax
+    import jax.numpy as jnp
+
+    product = jax.jit(jnp.matmul)
+    return partial(jnp.asarray, dtype=dtype), lambda a, b: product(
+        a, b
+    ).block_until_ready()
+
+
+def judge(config: Any, results: dict[str, Facts], ceilings: dict[str, Facts]) -> Facts:
+    """Tokens/s, ratios and shares of all, and how the best of both sides compare."""
+    from jaxgpt.training.flops import step_flops
+
+    tokens = config.data.batch_size * config.model.block_size
+    flops = step_flops(config)
+    judged = {
+        name: facts
+        if "failed" in facts
+        else facts | {"tokens_per_second": rates(facts, "tokens")}
+        for name, facts in results.items()
+    }
+    speeds = {
+        name: facts["tokens_per_second"]["median"]
+        for name, facts in judged.items()
+        if "failed" not in facts
+    }
+    for name, speed in speeds.items():
+        peers = [
+            facts["gflops"]
+            for ceiling, facts in ceilings.items()
+            if ceiling.split()[-1] == name.split()[-1] and "failed" not in facts
+        ]
+        facts, gflops = judged[name], speed / tokens * flops / 1e9
+        facts["gflops"] = gflops
+        facts["share_of_ceiling"] = gflops / max(peers) if peers else None
+        facts["ratio"] = speeds[OURS[0]] / speed if OURS[0] in speeds else None
+
+    return {
+        "config": config.to_dict(),
+        "flops_per_update": flops,
+        "contenders": judged,
+        "best_float32": best_of(speeds, "float32"),
+        "best": best_of(speeds, ""),
+    }
+
+
+def best_of(speeds: dict[str, float], precision: str) -> Facts | None:
+    """The fastest of each side at a precision (at any, if empty), and their ratio."""
+    able = [name for name in speeds if name.endswith(precision)]
+    ours = [name for name in able if name in OURS]
+    theirs = [name for name in able if name in THEIRS]
+    if not (ours and theirs):
+        return None
+    our, their = (max(side, key=speeds.__getitem__) for side in (ours, theirs))
+    return {"ours": our, "theirs": their, "ratio": speeds[our] / speeds[their]}
+
+
+def print_shape(shape: str, found: Facts) -> None:
+    """A table of the contenders, and a line of the best."""
+    print(f"\n{shape}: {found['flops_per_update'] / 1e9:.1f} GFLOP an update")
+    columns = f"{'tokens/s':>10}{'lowest - highest':>20}{'ratio':>7}"
+    print(f"{'':30}{columns}{'peak MiB':>10}{'ceiling':>9}")
+    for name, facts in found["contenders"].items():
+        if "failed" in facts:
+            print(f"{name:30}failed: {facts['failed']}")
+            continue
+        speed = facts["tokens_per_second"]
+        spread = f"{speed['lowest']:,.0f} - {speed['highest']:,.0f}"
+        print(
+            f"{name:30}{speed['median']:10,.0f}{spread:>20}"
+            f"{_known(facts['ratio'], '.2f'):>7}{_known(facts['peak_mib'], '.0f'):>10}"
+            f"{_known(facts['share_of_ceiling'], '.0%'):>9}"
+        )
+    lines = (("best_float32", "float32"), ("best", "any precision"))
+    told = [
+        f"best of PyTorch at {precision}: {best['theirs']}, ratio of {best['ours']} "
+        f"{best['ratio']:.2f}"
+        for key, precision in lines
+        if (best := found[key])
+    ]
+    print("; ".join(told) or "no two sides to compare", flush=True)
+
+
+def _known(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

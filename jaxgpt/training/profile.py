@@ -1,0 +1,40 @@
+"""A profiler trace of a few dispatches, on demand."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxgpt.runtime import log_line
+
+
+@contextmanager
+def profiled(folder: Path, calls: int) -> Iterator[Callable[[Any], None]]:
+    """Traces `calls` dispatches from the second on, the first being slower, if any.
+
+    Yields a function to be given what each dispatch has returned. The trace is for
+    TensorBoard and for Perfetto.
+    """
+    done = 0
+
+    def called(result: Any) -> None:
+        nonlocal done
+        done += 1
+        if calls and done in (1, 1 + calls):
+            jax.block_until_ready(result)
+            if done == 1:
+                jax.profiler.start_trace(folder, create_perfetto_trace=True)
+            else:
+                stop()
+
+    def stop() -> None:
+        jax.profiler.stop_trace()
+        log_line(f"traced {min(done - 1, calls)} dispatches into {folder}")
+
+    try:
+        yield called
+    finally:
+        if 1 <= done <= calls:
+            stop()
