@@ -116,6 +116,12 @@ def _tell_unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def device_kind() -> str:
+    """The kind of devices that a program is traced for; "" where nothing says it."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else ""
+
+
 def give_back_memory() -> None:
     """Frees what is no longer used, so that a long run does not grow (0.1 s).
 

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxgpt import runtime
 from jaxgpt.config import ModelConfig
 
 INIT_STD = 0.02
@@ -211,11 +212,10 @@ class Attention(nn.Module):
 
     def _fuses(self, rows_B: jax.Array | None) -> bool:
         """Whether cuDNN's attention, which keeps no scores, can do what is asked."""
-        config, device = self.config, jax.sharding.get_abstract_mesh().abstract_device
+        config = self.config
         return (
             config.fused_attention
-            and device is not None
-            and device.device_kind.startswith("NVIDIA")
+            and runtime.device_kind().startswith("NVIDIA")
             and config.compute_dtype == "bfloat16"
             and config.head_dim <= 128
             and config.head_dim % 8 == 0
