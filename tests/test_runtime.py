@@ -1,13 +1,16 @@
 import errno
 import gc
 import os
+import platform
 import signal
 import weakref
 
+import jax
 import pytest
 from conftest import finish, start_script
 from jax.errors import JaxRuntimeError
 
+from jaxgpt import runtime
 from jaxgpt.runtime import give_back_memory, plain_errors, replace_file
 
 
@@ -76,6 +79,29 @@ Broken()
     _, err = finish(start_script("-c", left_behind))
     assert "ValueError: a defect" in err
     assert "Event loop is closed" not in err
+
+
+def flags_after_start(flags):
+    show = "from jaxgpt import runtime; runtime.start(); import os, jax"
+    show += "; jax.devices(); print(os.environ.get('XLA_FLAGS'))"
+    out, _ = finish(start_script("-c", show, XLA_FLAGS=flags))
+    return out.split()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="set where measured")
+def test_xlas_flags_are_the_users_where_they_name_them():
+    ours, theirs = "--xla_cpu_experimental_ynn_fusion_type=", "--xla_cpu_ftz=true"
+    assert flags_after_start(theirs) == [theirs, runtime._YNN]
+    one = f"{ours}LIBRARY_FUSION_TYPE_REDUCE"
+    assert flags_after_start(one) == [one]
+
+
+def test_a_flag_that_xla_does_not_know_is_not_set(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(runtime, "_YNN_FLAG", "xla_cpu_no_such_flag")
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    runtime.start()
+    assert os.environ["XLA_FLAGS"] == ""
 
 
 def test_memory_that_is_given_back_is_that_of_cycles_too():

@@ -108,9 +108,10 @@ class Monitor(AbstractContextManager):
         self._write("eval", step, train_loss=train_loss, val_loss=val_loss)
         self._sync()
         self._say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        if self._writes:
-            plot_losses(self._path, self._curve)
-        give_back_memory()
+        if step:  # before it there is no curve, and the first step should come soon
+            if self._writes:
+                plot_losses(self._path, self._curve)
+            give_back_memory()
 
     def done(self, step: int, val_loss: float) -> None:
         """Logs the end of training with the exact loss on the validation split."""

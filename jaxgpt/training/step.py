@@ -7,7 +7,7 @@ A batch is inputs and targets, i32 [B, T].
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -95,6 +95,7 @@ def _shardings(state: TrainState) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
+@cache  # as a start asks for it several times
 def abstract_state(model: nn.Module, config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without its memory."""
     return placed(jax.eval_shape(partial(init_state, model, config)), mesh)

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from numpy_gpt import logits as numpy_logits
 
 from jaxgpt import GPT
+from jaxgpt.generation.decode import generate_tokens
 from jaxgpt.models import build_model
 from jaxgpt.models.cache import empty_cache
 from jaxgpt.presets import PRESETS
 from jaxgpt.training.objective import token_losses
+from jaxgpt.training.step import training_loss
 
 T = TINY.model.block_size
 V = TINY.model.vocab_size
@@ -165,6 +167,31 @@ def test_bfloat16_computes_near_float32_and_keeps_parameters_and_logits_float32(
     expected = exact.apply({"params": params}, ONE_ROW)
     assert not np.array_equal(logits, expected)
     np.testing.assert_allclose(logits, expected, atol=2e-2 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("n_head", "n_embd", "block_size", "vocab_size", "rows"),
+    [(1, 8, 1, 11, 1), (3, 9, 7, 11, 3), (1, 1, 1, 2, 1), (5, 40, 130, 1, 2)],
+)
+def test_bfloat16_trains_and_generates_in_odd_shapes(
+    n_head, n_embd, block_size, vocab_size, rows
+):
+    # XLA's CPU library knows bfloat16's products in some orders of their axes only.
+    model, params = init(
+        n_head=n_head,
+        n_embd=n_embd,
+        block_size=block_size,
+        vocab_size=vocab_size,
+        compute_dtype="bfloat16",
+        bias=True,
+    )
+    tokens = np.zeros((rows, block_size), np.int32)
+    loss = jax.jit(partial(training_loss, model, jax.random.key(0)))
+    grads = jax.jit(jax.grad(loss))(params, tokens, tokens, np.arange(rows))
+    assert np.isfinite(optax.tree.norm(grads))
+    prompts = [[0] * length for length in range(1, rows + 1)]
+    drawn = list(generate_tokens(model, params, prompts, block_size + 2))
+    assert np.concatenate(drawn, axis=1).shape == (rows, block_size + 2)
 
 
 def test_each_layer_draws_its_own_dropout_mask():

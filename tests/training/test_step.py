@@ -16,6 +16,7 @@ from jaxgpt.training.step import (
     check_skipped,
     compile_train_steps,
     create_state,
+    in_pieces,
     init_state,
     make_train_step,
 )
@@ -28,13 +29,13 @@ BATCHES = stack_batches(TOKENS, range(STEPS), TINY)
 def run(config, calls=(STEPS,)):
     """Trains for STEPS steps, so many a call; returns losses, norms and parameters."""
     model, mesh = build_model(config.model), make_mesh(config, lambda line: None)
-    state, rows, step = create_state(model, config, mesh), [], 0
+    state, rows, done = create_state(model, config, mesh), [], 0
     for count in calls:
         train_steps = compile_train_steps(model, config, mesh, count)
-        batches = jax.tree.map(lambda a: a[step : step + count], BATCHES)  # noqa: B023
+        batches = jax.tree.map(lambda a: a[done : done + count], BATCHES)  # noqa: B023
         state, metrics = train_steps(state, batches)
         rows += zip(metrics["loss"], metrics["grad_norm"], strict=True)
-        step += count
+        done += count
     assert state.step == STEPS
     return jax.device_get((rows, state.params))
 
@@ -55,6 +56,31 @@ def assert_same(one, other, tolerance):
 def test_accumulated_pieces_train_as_the_whole_batch_with_dropout(reference, pieces):
     data = {"gradient_accumulation_steps": pieces}
     assert_same(run(changed(TINY, data=data, mesh={"data": 1})), reference, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "pieces"),
+    [(-1, "cpu", 16), (1, "cpu", 1), (2, "cpu", 2), (-1, "gpu", 1)],
+)
+def test_a_cpu_is_left_to_choose_pieces_that_fit_its_cache(
+    monkeypatch, asked, platform, pieces
+):
+    config = changed(
+        TINY,
+        model={"block_size": 256},
+        data={"batch_size": 128, "gradient_accumulation_steps": asked},
+        mesh={"data": 2},  # 64 rows each, of which 4 make 1024 tokens
+    )
+    monkeypatch.setattr("jaxgpt.training.step._platform", lambda mesh: platform)
+    mesh = make_mesh(config, lambda line: None)
+    assert in_pieces(config, mesh).data.gradient_accumulation_steps == pieces
+
+
+def test_pieces_that_a_cpu_chooses_train_as_the_whole_batch(reference, monkeypatch):
+    monkeypatch.setattr("jaxgpt.training.step.CACHED_TOKENS", 16)  # of 8 x 8: 4 pieces
+    config = changed(TINY, mesh={"data": 1})
+    assert in_pieces(config, make_mesh(config)).data.pieces == 4
+    assert_same(run(config), reference, 2e-5)
 
 
 @pytest.mark.parametrize("devices", [2, 8])
