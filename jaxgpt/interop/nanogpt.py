@@ -236,6 +236,7 @@ def _settings(config: Config) -> dict[str, Any]:
     }
     return settings | {
         "batch_size": config.data.rows_at_once,
+        "gradient_accumulation_steps": config.data.pieces,
         "block_size": config.model.block_size,
         "max_iters": config.train.max_steps,
         "lr_decay_iters": config.train.max_steps,
