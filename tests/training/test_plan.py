@@ -145,6 +145,7 @@ TEXTBOOK = changed(
         "vocab_size": 1000,
         "dropout": 0.0,
         "compute_dtype": "bfloat16",
+        "unroll": 1,
     },
     data={"batch_size": 64},
 )
