@@ -13,7 +13,7 @@ from jaxgpt.models.layers import constrain, einsum
 
 # Logits of a row that are in memory at a time: a chunk of its positions has no more.
 # GPT-2's 50,257 at each of 1,024 positions would be 200 MB a row, several times over.
-LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**23
 
 
 def token_losses(logits_BTV: jax.Array, targets_BT: jax.typing.ArrayLike) -> jax.Array:
