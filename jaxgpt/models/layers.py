@@ -45,9 +45,11 @@ def layer_norm(config: ModelConfig) -> nn.LayerNorm:
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`jnp.einsum` of two arrays of a dtype, summed and returned in float32.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def einsum(
+    spec: str, a: jax.Array, b: jax.Array, dtype: Any = jnp.float32
+) -> jax.Array:
+    """`jnp.einsum` of two arrays of a dtype, summed in float32, returned in `dtype`.
 
     The gradient is rounded to that dtype too, before it is multiplied. JAX alone would
     multiply it as it comes, in float32, by arrays of bfloat16.
@@ -57,22 +59,27 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     spec = spec.translate(
         str.maketrans("".join(letters), ascii_lowercase[: len(letters)])
     )
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    # CPUs multiply bfloat16 only so; devices that share a sum exchange it in its dtype.
+    on_cpu = runtime.device_kind() in ("", "cpu")
+    sums = jnp.float32 if on_cpu else dtype
+    return jnp.einsum(spec, a, b, preferred_element_type=sums).astype(dtype)
 
 
-def _einsum_forward(spec: str, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
-    return einsum(spec, a, b), (a, b)
+def _einsum_forward(
+    spec: str, a: jax.Array, b: jax.Array, dtype: Any
+) -> tuple[jax.Array, Any]:
+    return einsum(spec, a, b, dtype), (a, b)
 
 
 def _einsum_backward(
-    spec: str, operands: tuple[jax.Array, jax.Array], grad: jax.Array
+    spec: str, _: Any, operands: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     (a, b), (axes, out) = operands, spec.split("->")
     axes_a, axes_b = axes.split(",")
     grad = grad.astype(a.dtype)
-    grad_a = einsum(f"{out},{axes_b}->{axes_a}", grad, b)
-    grad_b = einsum(f"{axes_a},{out}->{axes_b}", a, grad)
-    return grad_a.astype(a.dtype), grad_b.astype(b.dtype)
+    grad_a = einsum(f"{out},{axes_b}->{axes_a}", grad, b, a.dtype)
+    grad_b = einsum(f"{axes_a},{out}->{axes_b}", a, grad, b.dtype)
+    return grad_a, grad_b
 
 
 einsum.defvjp(_einsum_forward, _einsum_backward)
@@ -97,7 +104,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.config.compute_dtype)
         kernel = self.param("kernel", self.init, self.shape)
-        y = einsum(self.spec, x.astype(dtype), kernel.astype(dtype)).astype(dtype)
+        y = einsum(self.spec, x.astype(dtype), kernel.astype(dtype), dtype)
         if self.config.bias:
             axes, out = self.spec.split(",")[1].split("->")
             sizes = zip(axes, self.shape, strict=True)
@@ -246,8 +253,8 @@ class Attention(nn.Module):
         scores_BHTS = jnp.where(mask, scores_BHTS, -jnp.inf)
         weights_BHTS = jax.nn.softmax(scores_BHTS).astype(q_BTHD.dtype)
         dropped_BHTS = self.attn_dropout(weights_BHTS, rows_B)
-        out_BTHD = einsum("BHTS,BSHD->BTHD", dropped_BHTS, v_BSHD)
-        return out_BTHD.astype(q_BTHD.dtype), weights_BHTS
+        out_BTHD = einsum("BHTS,BSHD->BTHD", dropped_BHTS, v_BSHD, q_BTHD.dtype)
+        return out_BTHD, weights_BHTS
 
     def _leave(self, x_BTHD: jax.Array, rows_B: jax.Array | None) -> jax.Array:
         """Mixes the heads' averages."""

@@ -70,7 +70,7 @@ def _loss_and_gradients(
         loss = token_losses(logits_BTV, chunk_targets_BT).sum()
         grad_BTV = jax.nn.softmax(logits_BTV) - jax.nn.one_hot(chunk_targets_BT, V)
         grad_BTV = (grad_BTV / targets_BT.size).astype(dtype)
-        grad_x_BTC = einsum("BTV,VC->BTC", grad_BTV, table).astype(dtype)
+        grad_x_BTC = einsum("BTV,VC->BTC", grad_BTV, table, dtype)
         grad_VC = einsum("BTV,BTC->VC", grad_BTV, x_BTC)
         return jax.tree.map(jnp.add, total, (loss, grad_VC)), grad_x_BTC
 
