@@ -108,11 +108,16 @@ def bfloat16_options() -> dict[str, str] | None:
 
 
 def _tell_unraisable(unraisable: Any) -> None:
-    """Prints what Python can't raise, as it would, but for the rest of a failed save.
+    """Prints what Python can't raise, as it would, but for two kinds.
 
-    Where one of its files finds no room, Orbax does not wait for the others.
+    An interrupt is raised again; and where one of a save's files finds no room, Orbax
+    does not wait for the others.
     """
-    if "Event loop is closed" not in str(unraisable.exc_value):
+    error = unraisable.exc_value
+    expected = isinstance(error, KeyboardInterrupt) or (
+        "Event loop is closed" in str(error)
+    )
+    if not expected:
         sys.__unraisablehook__(unraisable)
 
 
@@ -178,44 +183,91 @@ def plain_errors() -> Iterator[None]:
     JAXGPT_TRACEBACK=1 shows the traceback all the same. Ctrl-C exits with 130, SIGTERM
     with 143.
     """
+    with _interrupts() as asked:
+        try:
+            yield
+        except KeyboardInterrupt:
+            _leave_interrupted(asked() or signal.SIGINT)
+        except BrokenPipeError:  # its reader has gone, as in `generate.py | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except _EXPECTED as error:
+            if asked():  # the interrupt has become another error on its way
+                _leave_interrupted(asked())
+            _leave_with(error)
 
-    def terminate(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(number)
 
-    previous = signal.signal(signal.SIGTERM, terminate)
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], int]]:
+    """Raises KeyboardInterrupt on Ctrl-C and SIGTERM; gives the signal's number, or 0.
+
+    It is raised again until it arrives: what is raised within a callback from C, as
+    the garbage collector's are, is lost (of 300 interrupts of a starting run, five).
+    """
+    asked = 0
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = number
+        if repeats:
+            signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+        raise KeyboardInterrupt
+
+    def interrupt_again(number: int, frame: object) -> None:
+        if not _is_interrupted():
+            signal.raise_signal(asked)
+
+    handlers: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM), interrupt)
+    repeats = hasattr(signal, "setitimer")  # not on Windows
+    if repeats:
+        handlers[signal.SIGALRM] = interrupt_again
+    previous = {each: signal.signal(each, handlers[each]) for each in handlers}
     try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        print("\ninterrupted", file=sys.stderr)
-        _leave(128 + (interrupt.args or [signal.SIGINT])[0])
-    except BrokenPipeError:  # the reader of a pipe has gone, as in `generate.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except _EXPECTED as error:
-        out_of_memory = isinstance(error, MemoryError) or (
-            isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-        )
-        lost = several_processes() and isinstance(error, (RuntimeError, TimeoutError))
-        unexpected = isinstance(error, RuntimeError) and not (out_of_memory or lost)
-        if os.environ.get("JAXGPT_TRACEBACK") or unexpected:
-            if not several_processes():
-                raise
-            traceback.print_exc()
-            _leave(1)
-        hint = ""
-        if isinstance(error, OSError):
-            hint = _HINTS.get(error.errno or 0, "")
-        if out_of_memory:
-            hint = "there is too little memory; make the batch or the model smaller. "
-        elif lost:
-            hint = (
-                "another process of the run has ended, or can't be reached; when all "
-                "have ended, start them again with --resume. "
-            )
-        print(f"error: {hint}{error}", file=sys.stderr)
-        _leave(1)
+        yield lambda: asked
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if repeats:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+def _is_interrupted() -> bool:
+    """Whether a KeyboardInterrupt is on its way through what has to be closed."""
+    error = sys.exception()
+    while error and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+def _leave_interrupted(number: int) -> NoReturn:
+    print("\ninterrupted", file=sys.stderr)
+    _leave(128 + number)
+
+
+def _leave_with(error: Exception) -> NoReturn:
+    """Ends the script with a line on the error; raises what is the code's own fault."""
+    out_of_memory = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    )
+    lost = several_processes() and isinstance(error, (RuntimeError, TimeoutError))
+    unexpected = isinstance(error, RuntimeError) and not (out_of_memory or lost)
+    if os.environ.get("JAXGPT_TRACEBACK") or unexpected:
+        if not several_processes():
+            raise error
+        traceback.print_exc()
+        _leave(1)
+    hint = ""
+    if isinstance(error, OSError):
+        hint = _HINTS.get(error.errno or 0, "")
+    if out_of_memory:
+        hint = "there is too little memory; make the batch or the model smaller. "
+    elif lost:
+        hint = (
+            "another process of the run has ended, or can't be reached; when all "
+            "have ended, start them again with --resume. "
+        )
+    print(f"error: {hint}{error}", file=sys.stderr)
+    _leave(1)
 
 
 def _leave(status: int) -> NoReturn:

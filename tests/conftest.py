@@ -33,6 +33,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # The tests build the same programs over and over, as a user's runs do.
 jax.config.update("jax_compilation_cache_dir", os.environ["JAXGPT_CACHE"] + "/xla")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# Most run once: LLVM would take longer than it saves. Scripts run as a user's do.
+jax.config.update("jax_disable_most_optimizations", True)
 
 TEXT = "".join(
     f"{word} tells a tale of {n} winters.\n"

@@ -3,7 +3,9 @@ import gc
 import os
 import platform
 import signal
+import time
 import weakref
+from contextlib import suppress
 
 import jax
 import pytest
@@ -59,6 +61,49 @@ def test_sigterm_exits_with_its_number_and_leaves_the_handler_as_it_was(capsys):
     assert left.value.code == 143
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def wait_on(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def lose_an_interrupt():
+    with suppress(KeyboardInterrupt):  # as a callback from C does
+        signal.raise_signal(signal.SIGINT)
+    wait_on(10)
+
+
+def make_an_interrupt_another_error():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise ValueError("while comparing") from error
+
+
+@pytest.mark.parametrize("end", [lose_an_interrupt, make_an_interrupt_another_error])
+def test_an_interrupt_ends_a_script_whatever_becomes_of_it(end, capsys):
+    with pytest.raises(SystemExit) as left, plain_errors():
+        end()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_what_an_interrupt_has_to_close_is_closed_in_peace():
+    closed = False
+
+    def close_slowly():
+        nonlocal closed
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            wait_on(1.2)
+            closed = True
+
+    with pytest.raises(SystemExit), plain_errors():
+        close_slowly()
+    assert closed
 
 
 def test_only_what_a_failed_save_leaves_behind_is_not_told_of():
