@@ -124,12 +124,12 @@ def _read_prompts(
     logits_BV, cache = model.apply(
         {"params": params}, tokens_BT, length, cache, method=GPT.decode
     )
-    room = ((0, 0), (0, 0), (0, model.config.block_size - bucket), (0, 0))
+    room = ((0, 0), (0, model.config.block_size - bucket), (0, 0))
 
     times = batch_size // len(first_B)
 
     def grown(layers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(jnp.repeat(jnp.pad(a, room), times, axis=0) for a in layers)
+        return tuple(jnp.tile(jnp.pad(a, room), (times, 1, 1)) for a in layers)
 
     cache = KVCache(
         grown(cache.keys),

@@ -133,11 +133,11 @@ class GPT(nn.Module):
         block, keys, values = Block(self.config, parent=None), [], []
         layers = unstacked(self.variables["params"])["h"]
         for layer, *kv in zip(layers, cache.keys, cache.values, strict=True):
-            x_BTC, k_BHSD, v_BHSD = block.apply(
+            x_BTC, k_NSD, v_NSD = block.apply(
                 {"params": layer}, x_BTC, start, first_B, *kv, method=Block.decode
             )
-            keys.append(k_BHSD)
-            values.append(v_BHSD)
+            keys.append(k_NSD)
+            values.append(v_NSD)
         last_B1C = jax.lax.dynamic_slice_in_dim(x_BTC, count - 1, 1, axis=1)
         logits_BV = self._head(self.ln_f(last_B1C))[:, 0]
         return logits_BV, KVCache(tuple(keys), tuple(values), start + count, first_B)

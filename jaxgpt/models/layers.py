@@ -1,6 +1,7 @@
 """What every model shares: attention, the feed-forward MLP, and the block of both.
 
 B batch   T time   S key time   C n_embd   H heads   D head_dim   F mlp (4 C)
+N rows and heads (B H)
 
 Parameter names are nanoGPT's. `rows_B` turns dropout on: the rows' numbers in the whole
 batch. With the step's key they decide the masks, so that a batch cut into pieces or
@@ -151,6 +152,12 @@ class Dropout(nn.Module):
         return jnp.where(keep, x / (1 - dropped / 2**16), 0)
 
 
+def _heads_as_rows(x_BTHD: jax.Array) -> jax.Array:
+    """To [N, T, D]. XLA would copy a cache of four axes to multiply it so."""
+    B, T, H, D = x_BTHD.shape
+    return x_BTHD.swapaxes(1, 2).reshape(B * H, T, D)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention.
 
@@ -196,26 +203,26 @@ class Attention(nn.Module):
         x_BTC: jax.Array,
         start: jax.Array,
         first_B: jax.Array,
-        k_BHSD: jax.Array,
-        v_BHSD: jax.Array,
+        k_NSD: jax.Array,
+        v_NSD: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `__call__`, for slots start + t of a cache, after those before them.
 
         A row sees nothing before its slot first_B. Returns the output [B, T, C], and
         the cached keys and values with the new ones written in.
         """
-        T, S = x_BTC.shape[1], k_BHSD.shape[2]
-        q_BTHD, k_BTHD, v_BTHD = self._project(x_BTC)
-        where = (0, 0, start, 0)
-        k_BHSD = jax.lax.dynamic_update_slice(k_BHSD, k_BTHD.swapaxes(1, 2), where)
-        v_BHSD = jax.lax.dynamic_update_slice(v_BHSD, v_BTHD.swapaxes(1, 2), where)
+        (B, T, _), S, H = x_BTC.shape, k_NSD.shape[1], self.config.n_head
+        q_NTD, k_NTD, v_NTD = map(_heads_as_rows, self._project(x_BTC))
+        k_NSD = jax.lax.dynamic_update_slice(k_NSD, k_NTD, (0, start, 0))
+        v_NSD = jax.lax.dynamic_update_slice(v_NSD, v_NTD, (0, start, 0))
         slot_T1, slot_S = start + jnp.arange(T)[:, None], jnp.arange(S)
         # What is before the first token sees itself, since it must see something.
-        own = slot_S >= first_B[:, None, None, None]
-        mask_B1TS = (slot_S <= slot_T1) & (own | (slot_S == slot_T1))
-        k_BSHD, v_BSHD = k_BHSD.swapaxes(1, 2), v_BHSD.swapaxes(1, 2)
-        out_BTHD, _ = self._attend(q_BTHD, k_BSHD, v_BSHD, mask_B1TS, None)
-        return self._leave(out_BTHD, None), k_BHSD, v_BHSD
+        own = slot_S >= jnp.repeat(first_B, H)[:, None, None]
+        mask_NTS = (slot_S <= slot_T1) & (own | (slot_S == slot_T1))
+        weights_NTS = self._weights(einsum("NSD,NTD->NTS", k_NSD, q_NTD), mask_NTS)
+        out_NTD = einsum("NTS,NSD->NTD", weights_NTS, v_NSD, v_NSD.dtype)
+        out_BTHD = out_NTD.reshape(B, H, T, -1).swapaxes(1, 2)
+        return self._leave(out_BTHD, None), k_NSD, v_NSD
 
     def _fuses(self, rows_B: jax.Array | None) -> bool:
         """Whether cuDNN's attention, which keeps no scores, can do what is asked."""
@@ -249,12 +256,15 @@ class Attention(nn.Module):
         Returns the averages and the weights.
         """
         scores_BHTS = einsum("BSHD,BTHD->BHTS", k_BSHD, q_BTHD)
-        scores_BHTS *= self.config.head_dim**-0.5
-        scores_BHTS = jnp.where(mask, scores_BHTS, -jnp.inf)
-        weights_BHTS = jax.nn.softmax(scores_BHTS).astype(q_BTHD.dtype)
+        weights_BHTS = self._weights(scores_BHTS, mask)
         dropped_BHTS = self.attn_dropout(weights_BHTS, rows_B)
         out_BTHD = einsum("BHTS,BSHD->BTHD", dropped_BHTS, v_BSHD, q_BTHD.dtype)
         return out_BTHD, weights_BHTS
+
+    def _weights(self, scores: jax.Array, mask: jax.Array) -> jax.Array:
+        """Softmax over the last axis of the scaled scores, of those that `mask` has."""
+        scores = jnp.where(mask, scores * self.config.head_dim**-0.5, -jnp.inf)
+        return jax.nn.softmax(scores).astype(self.config.compute_dtype)
 
     def _leave(self, x_BTHD: jax.Array, rows_B: jax.Array | None) -> jax.Array:
         """Mixes the heads' averages."""
@@ -301,8 +311,6 @@ class Block(nn.Module):
         self, x_BTC: jax.Array, start: jax.Array, first_B: jax.Array, *kv: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `__call__`, with the cached keys and values of earlier positions."""
-        out_BTC, k_BHSD, v_BHSD = self.attn.decode(
-            self.ln_1(x_BTC), start, first_B, *kv
-        )
+        out_BTC, k_NSD, v_NSD = self.attn.decode(self.ln_1(x_BTC), start, first_B, *kv)
         x_BTC = x_BTC + out_BTC
-        return x_BTC + self.mlp(self.ln_2(x_BTC), None), k_BHSD, v_BHSD
+        return x_BTC + self.mlp(self.ln_2(x_BTC), None), k_NSD, v_NSD
