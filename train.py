@@ -117,6 +117,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         if not resume:
             clear_run(run_dir)  # only now that the new one can begin
         step, last_step = resumed_step or 0, config.train.max_steps
+        saved = resumed_step
         if step > last_step:
             raise ValueError(
                 f"max_steps={last_step}, but the run has made {step} steps; give more "
@@ -154,7 +155,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                     state, metrics = run_steps(state, batches)
                     monitor.train(step, metrics, started)
                     trace(metrics)
-                    check_saves(checkpoints)
+                    saved = check_saves(checkpoints, saved)
                     step += count
 
                     if step % config.train.eval_interval == 0 or step == last_step:

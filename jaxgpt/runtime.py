@@ -79,7 +79,9 @@ def start() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if glibc := _glibc():
-        glibc.mallopt(_M_ARENA_MAX, 1)  # else each of many threads has a heap to grow
+        # Else each of many threads has a heap to grow. With one for all, a step of
+        # `shakespeare-char-cpu` took 19.6 ms, with two 18.1.
+        glibc.mallopt(_M_ARENA_MAX, 2)
     if os.environ.get("TPU_SKIP_MDS_QUERY"):  # so JAX says that there is no TPU here
         # Where libtpu is installed for --plan, it would complain of it at every start.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

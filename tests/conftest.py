@@ -24,7 +24,7 @@ from jaxgpt import (
     runtime,
 )
 from jaxgpt.models import build_model
-from jaxgpt.training import monitor
+from jaxgpt.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is an accelerator
@@ -162,7 +162,7 @@ def call(monkeypatch, capsys):
 @pytest.fixture(autouse=True)
 def no_collection(monkeypatch):
     """To collect garbage takes seconds among what a thousand tests have left."""
-    monkeypatch.setattr(monitor, "give_back_memory", lambda: None)
+    monkeypatch.setattr(checkpoint, "give_back_memory", lambda: None)
 
 
 @pytest.fixture

@@ -9,11 +9,19 @@ from conftest import finish, start_script
 
 from benchmarks.generate import judge as judge_generation
 from benchmarks.rounds import compete, rates, wanted
+from benchmarks.torch_recipe import exact_loss, learning_rate
 from benchmarks.train import best_of
+from benchmarks.wall_clock import judge as judge_wall_clock
+from benchmarks.wall_clock import wait_for
+from jaxgpt import OptimizerConfig
 from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.interop.state_dict import to_state_dict
 from jaxgpt.models import build_model
+from jaxgpt.training.evaluation import evaluate_exactly
 from jaxgpt.training.objective import token_losses
+from jaxgpt.training.optimizer import learning_rate_schedule
+from jaxgpt.training.sharding import make_mesh
+from jaxgpt.training.step import compile_eval_step
 
 FAKE = """
 import time
@@ -172,3 +180,39 @@ def test_the_ratios_of_a_report_are_the_quotients_of_its_medians(tmp_path):
     assert found["best_float32"]["ratio"] == pytest.approx(
         ours / found["contenders"][names[1]]["tokens_per_second"]["median"]
     )
+
+
+def test_pytorchs_recipe_has_our_learning_rates():
+    config = OptimizerConfig(warmup_steps=3)
+    ours = learning_rate_schedule(config, max_steps=20)
+    theirs = [learning_rate(step, 20, vars(config)) for step in range(20)]
+    np.testing.assert_allclose(theirs, [ours(step) for step in range(20)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [2, 8, 9, 20, 8 * 65 + 3])
+def test_pytorchs_exact_loss_is_ours(tmp_path, length):
+    path = tmp_path / "ckpt.pt"
+    theirs, _ = torch_nanogpt.make(path)
+    config, state, _ = read_nanogpt(path, log=pytest.fail)
+    T = config.model.block_size
+    tokens = np.random.default_rng(0).integers(11, size=length).astype(np.int32)
+    model = build_model(config.model)
+    eval_step = compile_eval_step(model, make_mesh(config))
+    ours = evaluate_exactly(eval_step, state.params, tokens, config)
+    found = exact_loss(theirs, torch.tensor(tokens, dtype=torch.int64), T)
+    assert found == pytest.approx(ours.nats_per_token, rel=1e-5)
+
+
+def test_seconds_are_those_until_the_line_is_printed():
+    late = "import time; time.sleep(0.5); print('step 1/', flush=True); time.sleep(1)"
+    seconds, line = wait_for("step 1/", ["-c", late], {})
+    assert 0.5 < seconds < 1.4
+    assert line == "step 1/\n"
+    with pytest.raises(RuntimeError, match="chatter"):
+        wait_for("step 1/", ["-c", "print('chatter')"], {})
+
+
+def test_the_wall_clock_compares_with_the_faster_of_pytorchs():
+    seconds = {"first start": 8.0, "second start": 2.0, "jaxgpt fast": 20.0}
+    seconds |= {"jaxgpt": 50.0, "torch eager": 100.0, "torch compile": 80.0}
+    assert list(judge_wall_clock(seconds).values()) == [0.25, 0.25, 0.625]

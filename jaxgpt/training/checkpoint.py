@@ -30,7 +30,7 @@ from jaxgpt.processes import (
     several_processes,
     wait_for_all,
 )
-from jaxgpt.runtime import log_line
+from jaxgpt.runtime import give_back_memory, log_line
 from jaxgpt.training.step import TrainState, abstract_state
 
 CHECKPOINTS = "checkpoints"
@@ -266,11 +266,19 @@ def _save(
             raise ValueError(f"there is a checkpoint of a step after {step}")
 
 
-def check_saves(checkpoints: ocp.CheckpointManager) -> None:
-    """Raises OSError if a save in the background has failed; waits for none."""
+def check_saves(checkpoints: ocp.CheckpointManager, saved: int | None) -> int | None:
+    """The newest step that is saved; gives back a save's memory if it is not `saved`.
+
+    Raises OSError if a save in the background has failed; waits for none.
+    """
     with _telling_of_room():
-        if not checkpoints.is_saving_in_progress():
-            checkpoints.wait_until_finished()  # raises what the save has left
+        if checkpoints.is_saving_in_progress():
+            return saved
+        checkpoints.wait_until_finished()  # raises what the save has left
+    newest = checkpoints.latest_step()
+    if newest != saved:
+        give_back_memory()
+    return newest
 
 
 def has_progress(folder: Path, step: int) -> bool:

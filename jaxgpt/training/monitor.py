@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxgpt.config import Config
 from jaxgpt.processes import is_first_process
-from jaxgpt.runtime import give_back_memory, log_line, replace_file
+from jaxgpt.runtime import log_line, replace_file
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -108,10 +108,8 @@ class Monitor(AbstractContextManager):
         self._write("eval", step, train_loss=train_loss, val_loss=val_loss)
         self._sync()
         self._say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        if step:  # before it there is no curve, and the first step should come soon
-            if self._writes:
-                plot_losses(self._path, self._curve)
-            give_back_memory()
+        if step and self._writes:  # before it there is no curve
+            plot_losses(self._path, self._curve)
 
     def done(self, step: int, val_loss: float) -> None:
         """Logs the end of training with the exact loss on the validation split."""

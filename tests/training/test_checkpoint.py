@@ -24,6 +24,8 @@ from jaxgpt.training.step import compile_train_steps, create_state
 MODEL = build_model(TINY.model)
 MESH = make_mesh(TINY)
 
+CHECKPOINT = "jaxgpt.training.checkpoint"
+
 
 def state_at(step, shift=0.0):
     state = create_state(MODEL, TINY, MESH)
@@ -223,19 +225,32 @@ def test_a_save_that_fails_is_told_of_at_the_next_step(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     save(folder, {2: 1.0})
-    where = "jaxgpt.training.checkpoint"
-    monkeypatch.setattr(f"{where}._sha256s", fail)
+    monkeypatch.setattr(f"{CHECKPOINT}._sha256s", fail)
     message = r"could not be saved \(.*No space left.* are kept"
     with open_checkpoints(folder) as checkpoints:
         save_state(checkpoints, state_at(4), None)
         while checkpoints.is_saving_in_progress():
             time.sleep(0.01)
         with pytest.raises(OSError, match=message):
-            check_saves(checkpoints)
+            check_saves(checkpoints, 2)
     with pytest.raises(OSError, match=message), open_checkpoints(folder) as checkpoints:
         save_state(checkpoints, state_at(4), None)
     monkeypatch.undo()
     assert newest_whole(folder) == 2
+
+
+def test_memory_is_given_back_once_after_each_save(folder, monkeypatch):
+    given = []
+    monkeypatch.setattr(f"{CHECKPOINT}.give_back_memory", lambda: given.append(True))
+    with open_checkpoints(folder) as checkpoints:
+        saved = check_saves(checkpoints, None)
+        for step in (2, 4):
+            save_state(checkpoints, state_at(step), None)
+            checkpoints.wait_until_finished()
+            for _ in range(2):
+                saved = check_saves(checkpoints, saved)
+            assert saved == step
+            assert len(given) == step / 2
 
 
 def test_a_checkpoint_of_another_config_names_the_first_parameter(folder):
