@@ -86,7 +86,7 @@ class ModelConfig:
     # of activations; parameters, softmax, logits and loss stay float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False  # recompute each block in the backward pass, to save memory
-    # on NVIDIA GPUs use cuDNN's attention, which is for bfloat16 without dropout
+    # on NVIDIA GPUs from Ampere on use cuDNN's attention, for bfloat16 without dropout
     fused_attention: bool = True
     # layers that are compiled one by one, and run faster so; deeper models loop over as
     # many at a time, and remat over one

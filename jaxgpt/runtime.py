@@ -58,7 +58,7 @@ def cache_dir() -> Path:
 def start() -> None:
     """Sets what makes JAX fast here, and a persistent compilation cache.
 
-    What the user has set wins: JAX_NUM_CPU_DEVICES, XLA_FLAGS,
+    What the user has set wins: JAX_NUM_CPU_DEVICES, XLA_FLAGS, MALLOC_ARENA_MAX,
     JAX_COMPILATION_CACHE_DIR.
     """
     # Orbax warns of what is meant, and logs with a traceback what we tell in a line.
@@ -78,7 +78,7 @@ def start() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    if glibc := _glibc():
+    if "MALLOC_ARENA_MAX" not in os.environ and (glibc := _glibc()):
         # Else each of many threads has a heap to grow. With one for all, a step of
         # `shakespeare-char-cpu` took 19.6 ms, with two 18.1.
         glibc.mallopt(_M_ARENA_MAX, 2)
@@ -112,8 +112,8 @@ def bfloat16_options() -> dict[str, str] | None:
 def _tell_unraisable(unraisable: Any) -> None:
     """Prints what Python can't raise, as it would, but for two kinds.
 
-    An interrupt is raised again; and where one of a save's files finds no room, Orbax
-    does not wait for the others.
+    `plain_errors` raises an interrupt again; and where one of a save's files finds no
+    room, Orbax does not wait for the others.
     """
     error = unraisable.exc_value
     expected = isinstance(error, KeyboardInterrupt) or (
@@ -127,6 +127,12 @@ def device_kind() -> str:
     """The kind of devices that a program is traced for; "" where nothing says it."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else ""
+
+
+def has_fused_attention() -> bool:
+    """Whether a program is traced for GPUs with cuDNN's attention: Ampere and later."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", 8)
+    return device_kind().startswith("NVIDIA") and float(capability) >= 8
 
 
 def give_back_memory() -> None:
@@ -216,6 +222,8 @@ def _interrupts() -> Iterator[Callable[[], int]]:
         raise KeyboardInterrupt
 
     def interrupt_again(number: int, frame: object) -> None:
+        if signal.getsignal(asked) is not interrupt:  # it is deferred, and was noted
+            signal.setitimer(signal.ITIMER_REAL, 0)
         if not _is_interrupted():
             signal.raise_signal(asked)
 
@@ -242,6 +250,8 @@ def _is_interrupted() -> bool:
 
 
 def _leave_interrupted(number: int) -> NoReturn:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
     print("\ninterrupted", file=sys.stderr)
     _leave(128 + number)
 

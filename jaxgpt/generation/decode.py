@@ -69,6 +69,7 @@ def generate_tokens(
     length, drawn, cache = max(map(len, texts)), 0, None
     if isinstance(model, GPT):
         params = jax.jit(unstacked)(params)
+    if isinstance(model, GPT) and length < T:  # else the window is read in any case
         shared = all(np.array_equal(text, texts[0]) for text in texts)
         bucket = min(T, max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()))
         aligned = _aligned(texts[:1] if shared else texts, length, bucket)

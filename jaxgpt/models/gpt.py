@@ -30,6 +30,7 @@ def unstacked(params: Any) -> Any:
     """The GPT's parameters with each layer's on their own, for `GPT.decode` in a loop.
 
     XLA would cut them out of the stack for every token, which takes 3 times as long.
+    They are a copy: while text is generated, the layers take twice their memory.
     """
     stack = params["h"]
     if isinstance(stack, tuple):
@@ -43,7 +44,8 @@ class GPT(nn.Module):
     """Token ids to logits of each next token.
 
     The blocks' parameters are stacked along a leading axis of n_layer, and the blocks
-    run as one scan, so that a deep model compiles as fast as a shallow one.
+    run as one scan, of which `unroll` are compiled: a deep model takes no longer to
+    compile than one of so many.
 
     Source: nanoGPT model.py; GPT-2, "Language Models are Unsupervised Multitask
     Learners", section 2.3.

@@ -229,7 +229,7 @@ class Attention(nn.Module):
         config = self.config
         return (
             config.fused_attention
-            and runtime.device_kind().startswith("NVIDIA")
+            and runtime.has_fused_attention()
             and config.compute_dtype == "bfloat16"
             and config.head_dim <= 128
             and config.head_dim % 8 == 0

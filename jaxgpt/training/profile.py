@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jaxgpt.processes import is_first_process
 from jaxgpt.runtime import log_line
 
 
@@ -15,9 +16,9 @@ def profiled(folder: Path, calls: int) -> Iterator[Callable[[Any], None]]:
     """Traces `calls` dispatches from the second on, the first being slower, if any.
 
     Yields a function to be given what each dispatch has returned. The trace is for
-    TensorBoard and for Perfetto.
+    TensorBoard and for Perfetto; of several processes it is the first's.
     """
-    done = 0
+    done, calls = 0, calls if is_first_process() else 0
 
     def called(result: Any) -> None:
         nonlocal done

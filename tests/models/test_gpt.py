@@ -13,7 +13,7 @@ from numpy_gpt import logits as numpy_logits
 
 from jaxgpt import GPT
 from jaxgpt.generation.decode import generate_tokens
-from jaxgpt.models import build_model
+from jaxgpt.models import build_model, layers
 from jaxgpt.models.cache import empty_cache
 from jaxgpt.presets import PRESETS
 from jaxgpt.training.objective import token_losses
@@ -192,6 +192,28 @@ def test_bfloat16_trains_and_generates_in_odd_shapes(
     prompts = [[0] * length for length in range(1, rows + 1)]
     drawn = list(generate_tokens(model, params, prompts, block_size + 2))
     assert np.concatenate(drawn, axis=1).shape == (rows, block_size + 2)
+
+
+def test_attention_in_blocks_is_attention_at_once(tiny_model, monkeypatch):
+    model, params = tiny_model
+
+    def found(size):
+        """Logits, maps and gradients with blocks of so many queries."""
+        monkeypatch.setattr(layers, "SMALLEST_BLOCK", size)
+
+        def loss(params):
+            variables = {"params": params}
+            found = model.apply(variables, ONE_ROW, mutable="intermediates")
+            return jnp.square(found[0]).mean(), found
+
+        (_, logits_and_maps), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return logits_and_maps, grads
+
+    assert T % 3  # so that the last block is shorter
+    for in_blocks, at_once in zip(
+        jax.tree.leaves(found(3)), jax.tree.leaves(found(T)), strict=True
+    ):
+        np.testing.assert_allclose(in_blocks, at_once, rtol=1e-4, atol=1e-6)
 
 
 def test_each_layer_draws_its_own_dropout_mask():

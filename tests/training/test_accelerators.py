@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from importlib.util import find_spec
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from conftest import TINY, changed
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from jaxgpt import runtime
 from jaxgpt.models import build_model
 from jaxgpt.training import objective
 from jaxgpt.training.plan import not_cached, tpu_devices
@@ -22,10 +24,19 @@ B, T, V = 2, 512, 50257
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": T, "vocab_size": V}
 SMALL |= {"dropout": 0.0, "compute_dtype": "bfloat16", "unroll": 1}
 LETTERS = {"block_size": 64, "vocab_size": 65}  # compiles in a second
+NVIDIA = "NVIDIA H100 80GB HBM3"
 DATA = {"batch_size": B, "gradient_accumulation_steps": 1}
 needs_libtpu = pytest.mark.skipif(
     not find_spec("libtpu"), reason="libtpu is for Linux on x86-64"
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def users_optimizations():
+    """Compilers do here what they do for users, though other tests have no time."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def settled(**model):
@@ -50,8 +61,9 @@ def for_tpu(**model):
 
 def for_cuda(**model):
     """The train step's StableHLO for NVIDIA GPUs."""
-    config, built = settled(**model)
-    traced = trace_train_steps(built, config, one_device(), 1)
+    config, built = settled(**{"fused_attention": False} | model)  # needs cuDNN
+    with patch.object(runtime, "device_kind", return_value=NVIDIA):
+        traced = trace_train_steps(built, config, one_device(), 1)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -187,7 +199,6 @@ def asked(monkeypatch):
 
 
 TOKENS_BT = np.arange(B * 128).reshape(B, 128) % 65
-NVIDIA = "NVIDIA H100 80GB HBM3"
 
 
 def apply_for(kind, variables, model, **options):
