@@ -13,7 +13,12 @@ from conftest import finish, start_script
 from jax.errors import JaxRuntimeError
 
 from jaxgpt import runtime
-from jaxgpt.runtime import give_back_memory, plain_errors, replace_file
+from jaxgpt.runtime import (
+    deferred_interrupts,
+    give_back_memory,
+    plain_errors,
+    replace_file,
+)
 
 
 def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
@@ -88,6 +93,16 @@ def test_an_interrupt_ends_a_script_whatever_becomes_of_it(end, capsys):
         end()
     assert left.value.code == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_an_interrupt_that_is_lost_before_it_is_deferred_counts_once():
+    with plain_errors():
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with deferred_interrupts() as interrupt:
+            wait_on(1.2)
+            assert interrupt.reached()
+    assert interrupt.signal == signal.SIGTERM
 
 
 def test_what_an_interrupt_has_to_close_is_closed_in_peace():
