@@ -24,7 +24,6 @@ import tyro
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-_WINDOW = 1_000  # steps whose samples make a median
 _UNITS = {"memory_mib": "resident memory, MiB", "open_files": "open files"}
 
 Sample = dict[str, float]
@@ -36,6 +35,7 @@ class Arguments:
 
     steps: int = 20_000  # updates in all
     settled: int = 2_000  # updates from which on nothing should grow
+    window: int = 1_000  # updates whose samples make a median, there and at the end
     interval: int = 500  # updates between evaluations, which draw and save
     out: Path = HERE / "long_run"  # writes OUT.json and OUT.png
 
@@ -43,12 +43,14 @@ class Arguments:
 def main() -> int:
     """Measures, prints, writes, draws; returns 1 if memory grows by 2%, or files."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.long_run")
+    settled, end = arguments.settled, arguments.steps - arguments.window
+    if end < settled + arguments.window:
+        sys.exit("steps must hold settled and two windows: raise steps")
     samples = list(measure(arguments.steps, arguments.interval))
-    settled, end = arguments.settled, arguments.steps
     figures = {
         name: {
-            "before": median(samples, name, settled),
-            "after": median(samples, name, end - _WINDOW),
+            "before": median(samples, name, settled, arguments.window),
+            "after": median(samples, name, end, arguments.window),
         }
         for name in _UNITS
     }
@@ -73,7 +75,7 @@ def main() -> int:
 
 
 def measure(steps: int, interval: int) -> Iterator[Sample]:
-    """Trains in a process of its own, and yields samples of it, twice a second."""
+    """Trains in a process of its own, and yields samples of it, ten a second."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         command = [
@@ -87,7 +89,7 @@ def measure(steps: int, interval: int) -> Iterator[Sample]:
             )
             process = psutil.Process(training.pid)
             while training.poll() is None:
-                time.sleep(0.5)
+                time.sleep(0.1)
                 step = last_step(run_dir / "metrics.jsonl")
                 if not 0 < step < steps:  # it starts, or samples text
                     continue
@@ -110,9 +112,9 @@ def last_step(metrics: Path) -> int:
     return json.loads(whole[-1])["step"] if whole else 0
 
 
-def median(samples: list[Sample], name: str, first: int) -> float:
-    """The median over the steps from `first` on."""
-    window = range(first, first + _WINDOW)
+def median(samples: list[Sample], name: str, first: int, steps: int) -> float:
+    """The median over so many steps from `first` on."""
+    window = range(first, first + steps)
     return statistics.median(s[name] for s in samples if s["step"] in window)
 
 
