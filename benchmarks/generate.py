@@ -4,7 +4,7 @@ python -m benchmarks.generate [--cases NAME ...] [--rounds N] [--contenders PART
 
 The model has shakespeare-char's sizes (10.8M parameters, a window of 256), random
 weights, and float32. All draw at temperature 1 from all tokens. Contenders, each in a
-process of its own (benchmarks/rounds.py), all on the CPU:
+process of its own (benchmarks/rounds.py), all on the CPU, or with --device gpu on one:
 - jaxgpt: `generate_tokens`, to its last token.
 - transformers: its GPT-2's `generate`, with its cache. It has no way beyond the window,
   which is tried and shown as a failure.
@@ -18,7 +18,6 @@ Writes benchmarks/generate.json.
 B batch   T time (of the prompt)
 """
 
-import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -30,13 +29,15 @@ import numpy as np
 import tyro
 
 from benchmarks.rounds import (
-    ON_CPU,
+    Device,
     Facts,
     Run,
     calls_in,
     compete,
     machine,
     rates,
+    settle,
+    torch_device,
     wanted,
     write_json,
 )
@@ -76,15 +77,16 @@ class Arguments:
     rounds: int = 5  # of every contender, in turn
     seconds: float = 3.0  # that a round takes, about; at least one generation
     contenders: tuple[str, ...] = ()  # only those whose names hold one of these
+    device: Device = "cpu"
     out: Path = OUT  # where the report goes
 
 
 def main() -> None:
     """Measures, prints, writes."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.generate")
-    os.environ |= ON_CPU
+    settle(arguments.device)
     config = shape_config("shakespeare-char-no-dropout").to_dict()["model"]
-    report = machine("benchmarks.generate")
+    report = machine("benchmarks.generate", arguments.device)
     report |= {"rounds": arguments.rounds, "model": config, "cases": {}}
     for name in wanted(CASES, arguments.cases):
         names = wanted(CONTENDERS, arguments.contenders)
@@ -171,8 +173,9 @@ def torch_generation(
     """Generates once, with the plain module or with transformers' GPT-2."""
     import torch
 
-    model = torch_model(library, config).eval()
-    tokens_BT = torch.tensor(prompts_BT)
+    device = torch_device()
+    model = torch_model(library, config).eval().to(device)
+    tokens_BT = torch.tensor(prompts_BT, device=device)
     generate = partial(model.generate, tokens_BT, max_new_tokens=new)
     if library == "transformers":
         generate = partial(
@@ -186,7 +189,7 @@ def torch_generation(
         )
 
     def once() -> None:
-        _check_count(generate().shape[1] - tokens_BT.shape[1], new)
+        _check_count(generate().cpu().shape[1] - tokens_BT.shape[1], new)
 
     return once
 

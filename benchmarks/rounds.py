@@ -21,13 +21,22 @@ from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
 ROOT = Path(__file__).parent.parent
-# Every library on the CPU, and without a look at the web; set before it is imported.
-ON_CPU = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+Device = Literal["cpu", "gpu"]
+# Every library there, and without a look at the web; set before it is imported. On a
+# GPU, no contender takes the others' memory.
+_ENVIRONMENT = {
+    "cpu": {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+    "gpu": {
+        "JAX_PLATFORMS": "cuda",
+        "HF_HUB_OFFLINE": "1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    },
+}
 _PAUSE = 0.3  # seconds after a round, in which waiting threads cease to spin
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
@@ -41,7 +50,6 @@ def main() -> None:
     python -m benchmarks.rounds MODULE TASK, as `compete` runs it.
     """
     module, task = sys.argv[1:]
-    os.environ |= ON_CPU
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     facts, run = importlib.import_module(module).build(**json.loads(task))
@@ -51,6 +59,21 @@ def main() -> None:
         more = run() or {}
         seconds = time.perf_counter() - started
         print(json.dumps({"seconds": seconds, **more}), file=answers, flush=True)
+
+
+def settle(device: Device) -> None:
+    """Has this process and its contenders compute there, and print no logs for it."""
+    os.environ |= _ENVIRONMENT[device]
+
+
+def torch_device() -> Any:
+    """Where PyTorch computes, settled as is usual there."""
+    import torch
+
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        return torch.device("cpu")
+    torch.set_float32_matmul_precision("high")  # TF32, as JAX has it
+    return torch.device("cuda")
 
 
 def calls_in(seconds: float, call: Callable[[], Any]) -> int:
@@ -70,8 +93,9 @@ def compete(module: str, tasks: dict[str, Facts], rounds: int) -> dict[str, Fact
       tasks: of each contender, by its name; plain values.
       rounds: how many; every other one goes backwards.
 
-    Returns each contender's facts with its `rounds` and its `peak_mib` of memory (of
-    the whole process, from its start), or how it `failed`.
+    Returns each contender's facts with its `rounds` and its `peak_mib` of memory, or
+    how it `failed`. The peak is what the last round tells, or else of the whole process
+    from its start.
     """
     found: dict[str, Facts] = {}
     command = [sys.executable, "-m", "benchmarks.rounds", module]
@@ -102,7 +126,8 @@ def compete(module: str, tasks: dict[str, Facts], rounds: int) -> dict[str, Fact
                     _ask(running[name])
                     _hear(running, found, name)
             for name, child in running.items():
-                found[name]["peak_mib"] = peak_mib(child.pid)
+                last = found[name]["rounds"][-1]
+                found[name]["peak_mib"] = last.get("peak_mib") or peak_mib(child.pid)
         finally:
             for child in running.values():
                 child.communicate()  # the end of its input is its end
@@ -171,9 +196,10 @@ def rates(facts: Facts, amount: str) -> dict[str, float]:
     }
 
 
-def machine(module: str) -> Facts:
+def machine(module: str, device: Device = "cpu") -> Facts:
     """What it was measured on, when, and by which command."""
     cpuinfo = Path("/proc/cpuinfo")
+    gpus = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     model = re.search(
         r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else ""
     )
@@ -182,6 +208,9 @@ def machine(module: str) -> Facts:
         "date": date.today().isoformat(),
         "machine": {
             "cpu": model[1] if model else platform.processor(),
+            "gpu": subprocess.check_output(gpus, text=True).splitlines()
+            if device == "gpu"
+            else [],
             "cores": psutil.cpu_count(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "system": platform.platform(),

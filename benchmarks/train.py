@@ -2,19 +2,21 @@
 
 python -m benchmarks.train [--shapes NAME ...] [--rounds N] [--contenders PART ...]
 
-Contenders, each in a process of its own (benchmarks/rounds.py), all on the CPU:
+Contenders, each in a process of its own (benchmarks/rounds.py), all on the CPU, or with
+--device gpu on one GPU:
 - jaxgpt, as train.py runs it: its devices, its mesh, its compiled train steps, with
   float32 or bfloat16 activations.
 - torch: benchmarks/torch_gpt.py, the very same architecture.
 - transformers: its GPT-2, which differs where it can't be told otherwise: it has
   biases, and GPT-2's own GELU (by tanh).
-Both of PyTorch's use scaled_dot_product_attention, AdamW (fused, the fastest on a CPU)
+Both of PyTorch's use scaled_dot_product_attention, AdamW (fused, which is the fastest)
 at a constant learning rate, and clipping, eagerly or by torch.compile (of forward, loss
 and backward), in float32 or bfloat16 autocast.
 
 A round is as many updates as take about --seconds, on batches that are in memory before
 the clock starts; the loss is read once, at its end. The peak of memory is a process's
-own, with its libraries and its compilation. Writes benchmarks/train.json.
+own, with its libraries and its compilation, or on a GPU that of all arrays there.
+Writes benchmarks/train.json.
 
 B batch   T time   N batches, which come round again
 """
@@ -22,7 +24,6 @@ B batch   T time   N batches, which come round again
 import dataclasses
 import itertools
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -36,13 +37,15 @@ import numpy as np
 import tyro
 
 from benchmarks.rounds import (
-    ON_CPU,
+    Device,
     Facts,
     Run,
     calls_in,
     compete,
     machine,
     rates,
+    settle,
+    torch_device,
     wanted,
     write_json,
 )
@@ -68,7 +71,10 @@ SHAPES = (
     "gpt2-124m",
 )
 OUT = Path(__file__).with_suffix(".json")
-_PRODUCTS = ((2048, 1024, 1024), (1024, 1024, 4096), (2048, 2048, 2048))
+_PRODUCTS = {
+    "cpu": ((2048, 1024, 1024), (1024, 1024, 4096), (2048, 2048, 2048)),
+    "gpu": ((4096, 4096, 4096), (8192, 8192, 8192)),
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class Arguments:
     rounds: int = 5  # of every contender, in turn
     seconds: float = 3.0  # that a round takes, about
     contenders: tuple[str, ...] = ()  # only those whose names hold one of these
+    device: Device = "cpu"
     out: Path = OUT  # where the report goes
 
 
@@ -89,8 +96,8 @@ def main() -> int:
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.train")
     if unknown := set(arguments.shapes) - {*SHAPES, "tiny"}:
         sys.exit(f"no shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
-    os.environ |= ON_CPU
-    report = machine("benchmarks.train") | {
+    settle(arguments.device)
+    report = machine("benchmarks.train", arguments.device) | {
         "rounds": arguments.rounds,
         "ceilings": {},
         "shapes": {},
@@ -100,13 +107,13 @@ def main() -> int:
     names = wanted((*OURS, *THEIRS), arguments.contenders)
     precisions = {name.split()[-1] for name in names}
     able = [name for name in CEILINGS if name.split()[-1] in precisions]
-    for name, facts in ask(able, {}).items():
+    for name, facts in ask(able, {"products": _PRODUCTS[arguments.device]}).items():
         if "failed" not in facts:
             facts["gflops"] = rates(facts, "flops")["highest"] / 1e9
             print(f"{name:28}{facts['gflops']:8.1f} GFLOP/s")
         ceilings[name] = facts
     for shape in arguments.shapes:
-        config = shape_config(shape)
+        config = shape_config(shape, arguments.device)
         results = ask(names, config.to_dict())
         report["shapes"][shape] = judge(config, results, ceilings)
         print_shape(shape, report["shapes"][shape])
@@ -124,8 +131,11 @@ def contend(
     return compete("benchmarks.train", tasks, rounds)
 
 
-def shape_config(shape: str) -> Any:
-    """The preset's config with all that a run would fill in, in float32."""
+def shape_config(shape: str, device: Device = "cpu") -> Any:
+    """The preset's config with all that a run would fill in, in float32.
+
+    A large model's batch is small on a CPU, and on a GPU that of nanoGPT's bench.py.
+    """
     from jaxgpt.presets import PRESETS
 
     name = {"tiny": "smoke"}.get(shape, shape.removesuffix("-no-dropout"))
@@ -139,8 +149,9 @@ def shape_config(shape: str) -> Any:
     )
     data = config.data
     if shape == "gpt2-124m":
-        model = dataclasses.replace(model, block_size=512)
-        data = dataclasses.replace(data, batch_size=2, gradient_accumulation_steps=1)
+        rows, T = (2, 512) if device == "cpu" else (12, 1024)
+        model = dataclasses.replace(model, block_size=T)
+        data = dataclasses.replace(data, batch_size=rows, gradient_accumulation_steps=1)
     return dataclasses.replace(config, model=model, data=data)
 
 
@@ -148,14 +159,14 @@ def build(contender: str, config: Facts, seconds: float) -> tuple[Facts, Run]:
     """The facts and the round of a contender, for `compete`."""
     library, *mode, dtype = contender.split()
     if library == "ceiling":
-        return build_ceiling(mode[0], dtype, seconds)
+        return build_ceiling(mode[0], dtype, seconds, config["products"])
     if library == "jaxgpt":
         config["model"]["compute_dtype"] = dtype
-        update, finish, count = jaxgpt_updates(config)
+        update, finish, count, peak = jaxgpt_updates(config)
     else:
         model = torch_model(library, config["model"])
         compiles = mode == ["compile"]
-        update, finish, count = torch_updates(model, config, dtype, compiles)
+        update, finish, count, peak = torch_updates(model, config, dtype, compiles)
 
     def run(calls: int) -> dict[str, float]:
         for _ in range(calls):
@@ -163,7 +174,7 @@ def build(contender: str, config: Facts, seconds: float) -> tuple[Facts, Run]:
         loss = finish()
         if not math.isfinite(loss):
             raise ArithmeticError(f"the loss is {loss}")
-        return {"loss": loss}
+        return {"loss": loss, **peak()}
 
     started = time.perf_counter()
     calls = calls_in(seconds, partial(run, 1))
@@ -185,11 +196,12 @@ def batches(config: Facts) -> tuple[np.ndarray, np.ndarray]:
     return tokens[:, :, :-1], tokens[:, :, 1:]
 
 
-Updates = tuple[Callable[[], None], Callable[[], float], int]
+Peak = Callable[[], dict[str, float]]  # of a GPU's memory; empty on a CPU
+Updates = tuple[Callable[[], None], Callable[[], float], int, Peak]
 
 
 def jaxgpt_updates(values: Facts) -> Updates:
-    """A call, what waits for its loss, and the updates in it, as in train.py."""
+    """A call, what waits for its loss, the updates in it, and the peak."""
     from jaxgpt import runtime
 
     runtime.start()
@@ -216,7 +228,11 @@ def jaxgpt_updates(values: Facts) -> Updates:
         jax.block_until_ready((state, metrics))
         return float(metrics["loss"][-1])  # type: ignore[index] # after an update
 
-    return update, finish, count
+    def peak() -> dict[str, float]:
+        memory = jax.local_devices()[0].memory_stats()
+        return {"peak_mib": memory["peak_bytes_in_use"] / 2**20} if memory else {}
+
+    return update, finish, count, peak
 
 
 def torch_model(library: str, sizes: Facts) -> Any:
@@ -247,13 +263,15 @@ def torch_model(library: str, sizes: Facts) -> Any:
 
 
 def torch_updates(model: Any, config: Facts, dtype: str, compiles: bool) -> Updates:
-    """An update, what reads its loss, and 1."""
+    """An update, what reads its loss, 1, and the peak."""
     import torch
     from torch.nn import functional
     from torch.nn.utils import clip_grad_norm_
 
     from benchmarks.torch_gpt import make_adamw
 
+    device = torch_device()
+    model.to(device)
     settings = config["optimizer"]
     betas = settings["beta1"], settings["beta2"]
     optimizer = make_adamw(
@@ -265,9 +283,9 @@ def torch_updates(model: Any, config: Facts, dtype: str, compiles: bool) -> Upda
     )
     parameters = list(model.parameters())
     inputs, targets = (
-        torch.tensor(part, dtype=torch.int64) for part in batches(config)
+        torch.tensor(part, dtype=torch.int64, device=device) for part in batches(config)
     )
-    half = torch.autocast("cpu", torch.bfloat16)
+    half = torch.autocast(device.type, torch.bfloat16)
     precision = half if dtype == "bfloat16" else nullcontext()
 
     def loss_of(tokens: Any, targets: Any) -> Any:
@@ -292,15 +310,22 @@ def torch_updates(model: Any, config: Facts, dtype: str, compiles: bool) -> Upda
         optimizer.step()
         optimizer.zero_grad()  # at once, so that they take no room while others run
 
-    return update, lambda: loss.item(), 1
+    def peak() -> dict[str, float]:
+        if device.type == "cpu":
+            return {}
+        return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20}
+
+    return update, lambda: loss.item(), 1, peak
 
 
-def build_ceiling(library: str, dtype: str, seconds: float) -> tuple[Facts, Run]:
+def build_ceiling(
+    library: str, dtype: str, seconds: float, sizes: list[list[int]]
+) -> tuple[Facts, Run]:
     """Repeats the fastest of a few large matrix products."""
     make, multiply = products(library, dtype)
     draw = np.random.default_rng(0).standard_normal
     best: Facts = {"flops": 0}
-    for M, K, N in _PRODUCTS:
+    for M, K, N in sizes:
         call = partial(multiply, make(draw((M, K))), make(draw((K, N))))
         calls = calls_in(seconds, call)
         if calls * 2 * M * K * N > best["flops"]:
@@ -319,7 +344,15 @@ def products(library: str, dtype: str) -> tuple[Callable[..., Any], Callable[...
     if library == "torch":
         import torch
 
-        return partial(torch.tensor, dtype=getattr(torch, dtype)), torch.matmul
+        device = torch_device()
+
+        def multiply(a: Any, b: Any) -> None:
+            torch.matmul(a, b)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        make = partial(torch.tensor, dtype=getattr(torch, dtype), device=device)
+        return make, multiply
     import jax
     import jax.numpy as jnp
 

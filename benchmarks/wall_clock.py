@@ -27,7 +27,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.rounds import ON_CPU, ROOT, machine, write_json
+from benchmarks.rounds import ROOT, machine, settle, write_json
 from benchmarks.train import shape_config
 
 OUT = Path(__file__).with_suffix(".json")
@@ -46,6 +46,7 @@ class Arguments:
 def main() -> None:
     """Measures, prints, writes."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.wall_clock")
+    settle("cpu")
     report = machine("benchmarks.wall_clock")
     seconds: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
@@ -101,7 +102,7 @@ def wait_for(
     with subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
-        env=os.environ | ON_CPU | environment,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
