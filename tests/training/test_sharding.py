@@ -204,6 +204,18 @@ def test_axes_of_minus_one_take_the_devices_that_divide_the_rows(rows, mesh, sha
     assert lines == (idle if used < 8 else [])
 
 
+def test_one_device_holds_a_large_model_unless_more_are_asked_for():
+    def devices_of(**mesh):
+        large = {"n_layer": 12, "n_embd": 768}
+        config = changed(TINY, model=large, data={"batch_size": 8}, mesh=mesh)
+        return make_mesh(config, lines.append).size
+
+    lines = []
+    assert devices_of() == 1
+    assert lines == ["using 1 of 8 CPU devices: each would hold a copy"]
+    assert [devices_of(data=2), devices_of(fsdp=-1), devices_of(tensor=2)] == [2, 8, 8]
+
+
 def test_a_process_that_would_have_no_device_is_an_error():
     devices = [SimpleNamespace(process_index=host) for host in (0, 0, 1, 1)]
     config = changed(TINY, data={"batch_size": 2})
