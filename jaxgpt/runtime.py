@@ -24,11 +24,17 @@ import jaxlib
 
 from jaxgpt.processes import highest, is_first_process, several_processes
 
-# XLA's products and sums by YNNPACK, fused with what surrounds them, on x86-64: on 2
-# cores a step of `shakespeare-char-cpu` took 21.5 ms with the products, 29.0 without.
 _YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
-_YNN_FUSIONS = ("LIBRARY_FUSION_TYPE_DOT", "LIBRARY_FUSION_TYPE_REDUCE")
-_YNN = f"--{_YNN_FLAG}={','.join(_YNN_FUSIONS)}"
+_XLA_FLAGS = {
+    # Products and sums by YNNPACK, fused with what surrounds them, on x86-64: on 2
+    # cores a step of `shakespeare-char-cpu` took 21.5 ms with the products, 29.0
+    # without.
+    _YNN_FLAG: ("LIBRARY_FUSION_TYPE_DOT", "LIBRARY_FUSION_TYPE_REDUCE"),
+    # Products by cuBLAS alone: XLA would compile and time many of Triton's for each. On
+    # an H100 `shakespeare-char` then takes 39 s to compile, not 60, and a step is as
+    # fast.
+    "xla_gpu_enable_triton_gemm": ("false",),
+}
 _M_ARENA_MAX = -8  # glibc's malloc.h
 ASIDE = ".tmp"  # suffix of what is being written
 _EXPECTED = (
@@ -73,8 +79,10 @@ def start() -> None:
         # `shakespeare-char-cpu` takes two devices 17.2 ms, one 18.2. At most 8, since
         # each holds a copy of the parameters.
         jax.config.update("jax_num_cpu_devices", min(8, _cpu_cores()))
-    if _YNN_FLAG not in flags and _xla_knows(_YNN_FLAG, *_YNN_FUSIONS):
-        os.environ["XLA_FLAGS"] = f"{flags} {_YNN}".strip()
+    for name, values in _XLA_FLAGS.items():
+        if name not in flags and _xla_knows(name, *values):
+            flags = f"{flags} {_as_flag(name)}".strip()
+    os.environ["XLA_FLAGS"] = flags
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -86,6 +94,10 @@ def start() -> None:
         # Where libtpu is installed for --plan, it would complain of it at every start.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+
+
+def _as_flag(name: str) -> str:
+    return f"--{name}={','.join(_XLA_FLAGS[name])}"
 
 
 def _xla_knows(*names: str) -> bool:
@@ -104,7 +116,7 @@ def bfloat16_options() -> dict[str, str] | None:
     YNNPACK multiplies it as such only where a product stands alone: on 2 cores a step
     of the 10.8M model then takes 2.8 s, and else 3.9.
     """
-    if _YNN in os.environ.get("XLA_FLAGS", ""):
+    if _as_flag(_YNN_FLAG) in os.environ.get("XLA_FLAGS", ""):
         return {_YNN_FLAG: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
     return None
 
@@ -127,6 +139,11 @@ def device_kind() -> str:
     """The kind of devices that a program is traced for; "" where nothing says it."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device else ""
+
+
+def on_cpu() -> bool:
+    """Whether a program is traced for a CPU, as it is where nothing says for what."""
+    return device_kind() in ("", "cpu")
 
 
 def has_fused_attention() -> bool:

@@ -150,15 +150,15 @@ def flags_after_start(flags):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="set where measured")
 def test_xlas_flags_are_the_users_where_they_name_them():
-    ours, theirs = "--xla_cpu_experimental_ynn_fusion_type=", "--xla_cpu_ftz=true"
-    assert flags_after_start(theirs) == [theirs, runtime._YNN]
-    one = f"{ours}LIBRARY_FUSION_TYPE_REDUCE"
-    assert flags_after_start(one) == [one]
+    theirs, ours = "--xla_cpu_ftz=true", list(map(runtime._as_flag, runtime._XLA_FLAGS))
+    assert flags_after_start(theirs) == [theirs, *ours]
+    one = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
+    assert flags_after_start(one) == [one, *ours[1:]]
 
 
 def test_a_flag_that_xla_does_not_know_is_not_set(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(runtime, "_YNN_FLAG", "xla_cpu_no_such_flag")
+    monkeypatch.setattr(runtime, "_XLA_FLAGS", {"xla_cpu_no_such_flag": ("true",)})
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
     runtime.start()
     assert os.environ["XLA_FLAGS"] == ""

@@ -158,6 +158,21 @@ def test_cuda_is_asked_for_bfloat16_products_only(remat):
     assert set(products) == {("f32", "f32")}
 
 
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+def test_cuda_is_asked_to_add_in_float32_where_tokens_meet(compute_dtype):
+    text = for_cuda(compute_dtype=compute_dtype)
+    sums = re.findall(r'"stablehlo.scatter".*?-> tensor<\S+x(\w+)>', text, re.S)
+    assert sums == ["f32"]
+
+
+def test_cuda_is_given_a_vocabulary_that_it_multiplies_fast():
+    text = for_cuda()
+    products = re.findall(r"stablehlo\.dot_general.*", text)
+    heads = [line for line in products if "x50304x" in line]
+    assert len(heads) == 3  # for the logits, and for both gradients
+    assert not [line for line in products if f"x{V}x" in line]
+
+
 def test_cuda_is_given_the_state_to_write_over_and_calls_nothing():
     text = for_cuda()  # with a callback to the host, this would raise already
     assert "custom_call" not in text
@@ -182,7 +197,7 @@ def test_no_step_asks_for_all_logits_of_a_large_vocabulary(monkeypatch):
 
     assert max(largest()) <= B * objective.LOGITS_AT_ONCE < B * T * V
     monkeypatch.setattr(objective, "LOGITS_AT_ONCE", math.inf)
-    assert largest() == (B * T * V, B * T * V)
+    assert largest() == (B * T * 50304, B * T * V)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgpt import runtime
 from jaxgpt.training import objective
 from jaxgpt.training.objective import head_losses, mean_head_loss, token_losses
 
@@ -19,11 +20,13 @@ def losses_of_all_logits(x_BTC, table_VC):
     return token_losses(logits_BTV, TARGETS_BT)
 
 
-@pytest.mark.parametrize(("at_once", "chunks"), [(2**23, 1), (300, 2), (1, T)])
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100"])
+@pytest.mark.parametrize(("at_once", "chunks"), [(2**23, 1), (384, 2), (1, T)])
 def test_losses_and_gradients_in_chunks_are_those_of_all_logits(
-    monkeypatch, at_once, chunks
+    monkeypatch, at_once, chunks, kind
 ):
     monkeypatch.setattr(objective, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(runtime, "device_kind", lambda: kind)
     losses_BT = head_losses(X_BTC, TABLE_VC, TARGETS_BT)
     whole_BT = losses_of_all_logits(X_BTC, TABLE_VC)
     np.testing.assert_allclose(losses_BT, whole_BT, rtol=1e-6)
