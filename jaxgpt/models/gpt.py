@@ -18,12 +18,12 @@ from jaxgpt.models.layers import (
     RESIDUAL,
     Block,
     Dropout,
+    Embed,
     check_length,
     constrain,
     dropout_rows,
     einsum,
     layer_norm,
-    look_up,
 )
 
 
@@ -56,10 +56,14 @@ class GPT(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        V, C = config.known_vocab_size(), config.n_embd
+        dtype = jnp.dtype(config.compute_dtype)
         init = nn.initializers.normal(INIT_STD)
-        self.wte = nn.Embed(V, C, embedding_init=init)
-        self.wpe = nn.Embed(config.block_size, C, embedding_init=init)
+        self.wte = Embed(
+            config.known_vocab_size(), config.n_embd, dtype=dtype, embedding_init=init
+        )
+        self.wpe = Embed(
+            config.block_size, config.n_embd, dtype=dtype, embedding_init=init
+        )
         self.drop = Dropout(config.dropout)
         self.h = Block(config)
         self.ln_f = layer_norm(config)
@@ -104,9 +108,7 @@ class GPT(nn.Module):
 
         if self.config.remat:
             body = nn.remat(body, prevent_cse=False)
-        dtype = jnp.dtype(self.config.compute_dtype)
-        x_BTC = look_up(self.wte.embedding, tokens_BT, dtype)
-        x_BTC += self.wpe.embedding[:T].astype(dtype)
+        x_BTC = self.wte(tokens_BT) + self.wpe(jnp.arange(T))
         x_BTC = constrain(self.drop(x_BTC, rows_B), RESIDUAL)
         x_BTC, _ = self._over_layers(body)(self.h, x_BTC)
         return self.ln_f(x_BTC)
@@ -130,9 +132,7 @@ class GPT(nn.Module):
         position_BT = start + jnp.arange(T) - first_B[:, None]
         # Padding may stand before the first position, or past the last one.
         position_BT = jnp.clip(position_BT, 0, self.config.block_size - 1)
-        dtype = jnp.dtype(self.config.compute_dtype)
-        x_BTC = look_up(self.wte.embedding, tokens_BT, dtype)
-        x_BTC += look_up(self.wpe.embedding, position_BT, dtype)
+        x_BTC = self.wte(tokens_BT) + self.wpe(position_BT)
         block, keys, values = Block(self.config, parent=None), [], []
         layers = unstacked(self.variables["params"])["h"]
         for layer, *kv in zip(layers, cache.keys, cache.values, strict=True):

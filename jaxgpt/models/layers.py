@@ -113,6 +113,13 @@ def _look_up_backward(
 look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
+class Embed(nn.Embed):
+    """`nn.Embed`, with the gradients of `look_up`."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return look_up(self.embedding, inputs, self.dtype)
+
+
 class Linear(nn.Module):
     """`spec`, an einsum of the input and a kernel, and a bias if the config has them.
 

@@ -162,7 +162,7 @@ def test_cuda_is_asked_for_bfloat16_products_only(remat):
 def test_cuda_is_asked_to_add_in_float32_where_tokens_meet(compute_dtype):
     text = for_cuda(compute_dtype=compute_dtype)
     sums = re.findall(r'"stablehlo.scatter".*?-> tensor<\S+x(\w+)>', text, re.S)
-    assert sums == ["f32"]
+    assert set(sums) == {"f32"}
 
 
 def test_cuda_is_given_a_vocabulary_that_it_multiplies_fast():
