@@ -146,10 +146,15 @@ def on_cpu() -> bool:
     return device_kind() in ("", "cpu")
 
 
+def on_nvidia() -> bool:
+    """Whether a program is traced for NVIDIA GPUs."""
+    return device_kind().startswith("NVIDIA")
+
+
 def has_fused_attention() -> bool:
     """Whether a program is traced for GPUs with cuDNN's attention: Ampere and later."""
     capability = getattr(jax.local_devices()[0], "compute_capability", 8)
-    return device_kind().startswith("NVIDIA") and float(capability) >= 8
+    return on_nvidia() and float(capability) >= 8
 
 
 def give_back_memory() -> None:

@@ -97,7 +97,7 @@ def _aligned(table_VC: jax.Array) -> jax.Array:
 
     Source: nanoGPT model.py, whose vocabulary has 50,304 words for GPT-2's 50,257.
     """
-    missing = -len(table_VC) % 64 if runtime.device_kind().startswith("NVIDIA") else 0
+    missing = -len(table_VC) % 64 if runtime.on_nvidia() else 0
     return jnp.pad(table_VC, ((0, missing), (0, 0)))
 
 
