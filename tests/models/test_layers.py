@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jaxgpt import runtime
-from jaxgpt.models.layers import gelu, look_up
+from jaxgpt.models.layers import dropout_bits, gelu, look_up
 
 KINDS = ["cpu", "NVIDIA H100", "TPU v5 lite"]
 
@@ -21,6 +21,23 @@ def test_the_gradient_of_a_frequent_token_counts_every_place_it_stands(dtype):
     drawn_VC = jax.random.normal(jax.random.key(0), (3, 2))
     found_BTC = look_up(drawn_VC, tokens_BT, dtype)
     np.testing.assert_array_equal(found_BTC, drawn_VC.astype(dtype)[tokens_BT])
+
+
+def test_dropout_bits_are_as_those_of_fair_coins():
+    keys = jax.random.split(jax.random.key(1), 32)
+    bits = np.asarray(dropout_bits(keys, (16, 64, 32)))
+    assert len(np.unique(bits)) > 0.999 * bits.size  # 0.9999 of them are expected
+    coins = np.unpackbits(bits.view(np.uint8)).reshape(-1, 32) - 0.5
+    spread = 5 * 0.5 / len(coins) ** 0.5  # five standard deviations
+    assert abs(coins.mean(axis=0)).max() < spread
+    together = coins.T @ coins / len(coins) - np.eye(32) / 4
+    assert abs(together).max() < 2 * spread
+    # Neither neighbours along an axis nor rows have to do with each other.
+    for axis in range(bits.ndim):
+        low = bits < 0.2 * 2**32
+        pairs = low & np.roll(low, 1, axis)
+        assert abs(low.mean() - 0.2) < 5 * 0.4 / bits.size**0.5
+        assert abs(pairs.mean() - 0.04) < 5 * 0.2 / bits.size**0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
