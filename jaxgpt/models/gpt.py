@@ -136,13 +136,20 @@ class GPT(nn.Module):
         block, keys, values = Block(self.config, parent=None), [], []
         layers = unstacked(self.variables["params"])["h"]
         for layer, *kv in zip(layers, cache.keys, cache.values, strict=True):
+            # Of the last layer's output nothing but the last position is asked for.
+            asked = count - 1 if layer is layers[-1] else None
             x_BTC, k_NSD, v_NSD = block.apply(
-                {"params": layer}, x_BTC, start, first_B, *kv, method=Block.decode
+                {"params": layer},
+                x_BTC,
+                start,
+                first_B,
+                *kv,
+                asked=asked,
+                method=Block.decode,
             )
             keys.append(k_NSD)
             values.append(v_NSD)
-        last_B1C = jax.lax.dynamic_slice_in_dim(x_BTC, count - 1, 1, axis=1)
-        logits_BV = self._head(self.ln_f(last_B1C))[:, 0]
+        logits_BV = self._head(self.ln_f(x_BTC))[:, 0]
         return logits_BV, KVCache(tuple(keys), tuple(values), start + count, first_B)
 
     def _over_layers(self, body: Callable[..., Any]) -> Callable[..., Any]:

@@ -268,16 +268,22 @@ class Attention(nn.Module):
         first_B: jax.Array,
         k_NSD: jax.Array,
         v_NSD: jax.Array,
+        asked: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `__call__`, for slots start + t of a cache, after those before them.
 
-        A row sees nothing before its slot first_B. Returns the output [B, T, C], and
-        the cached keys and values with the new ones written in.
+        A row sees nothing before its slot first_B. Returns the output [B, T, C], or of
+        the one position t that is asked for [B, 1, C], and the cached keys and values
+        with the new ones written in.
         """
-        (B, T, _), S, H = x_BTC.shape, k_NSD.shape[1], self.config.n_head
+        B, S, H = len(x_BTC), k_NSD.shape[1], self.config.n_head
         q_NTD, k_NTD, v_NTD = map(_heads_as_rows, self._project(x_BTC))
         k_NSD = jax.lax.dynamic_update_slice(k_NSD, k_NTD, (0, start, 0))
         v_NSD = jax.lax.dynamic_update_slice(v_NSD, v_NTD, (0, start, 0))
+        if asked is not None:
+            q_NTD = jax.lax.dynamic_slice_in_dim(q_NTD, asked, 1, axis=1)
+            start += asked
+        T = q_NTD.shape[1]
         slot_T1, slot_S = start + jnp.arange(T)[:, None], jnp.arange(S)
         # What is before the first token sees itself, since it must see something.
         own = slot_S >= jnp.repeat(first_B, H)[:, None, None]
@@ -391,9 +397,19 @@ class Block(nn.Module):
         return x_BTC + self.mlp(self.ln_2(x_BTC), rows_B)
 
     def decode(
-        self, x_BTC: jax.Array, start: jax.Array, first_B: jax.Array, *kv: jax.Array
+        self,
+        x_BTC: jax.Array,
+        start: jax.Array,
+        first_B: jax.Array,
+        k_NSD: jax.Array,
+        v_NSD: jax.Array,
+        asked: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As `__call__`, with the cached keys and values of earlier positions."""
-        out_BTC, k_NSD, v_NSD = self.attn.decode(self.ln_1(x_BTC), start, first_B, *kv)
+        out_BTC, k_NSD, v_NSD = self.attn.decode(
+            self.ln_1(x_BTC), start, first_B, k_NSD, v_NSD, asked
+        )
+        if asked is not None:
+            x_BTC = jax.lax.dynamic_slice_in_dim(x_BTC, asked, 1, axis=1)
         x_BTC = x_BTC + out_BTC
         return x_BTC + self.mlp(self.ln_2(x_BTC), None), k_NSD, v_NSD
