@@ -213,6 +213,15 @@ def _heads_as_rows(x_BTHD: jax.Array) -> jax.Array:
     return x_BTHD.swapaxes(1, 2).reshape(B * H, T, D)
 
 
+def _prefixes(x_BTHD: jax.Array, starts: list[int]) -> list[jax.Array]:
+    """All positions before the end of each block [B, S, H, D], given their starts."""
+    if not runtime.on_cpu():
+        return [x_BTHD[:, :end] for end in (*starts[1:], None)]
+    # A slice's gradient is padded: their sum takes a CPU a tenth of a step.
+    blocks = jnp.split(x_BTHD, starts[1:], axis=1)
+    return [jnp.concatenate(blocks[: i + 1], axis=1) for i in range(len(starts))]
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention.
 
@@ -243,18 +252,13 @@ class Attention(nn.Module):
         T = x_BTC.shape[1]
         size = max(SMALLEST_BLOCK, -(-T // BLOCKS))
         starts = list(range(0, T, size))
-        # Split, and joined again: the gradient of `k_BTHD[:, :end]` would be a padded
-        # sum, which a CPU takes a tenth of a step for.
-        q_blocks, k_blocks, v_blocks = (
-            jnp.split(x_BTHD, starts[1:], axis=1) for x_BTHD in (q_BTHD, k_BTHD, v_BTHD)
-        )
+        q_blocks = jnp.split(q_BTHD, starts[1:], axis=1)
+        keys, values = _prefixes(k_BTHD, starts), _prefixes(v_BTHD, starts)
         for i, start in enumerate(starts):  # queries that share the keys up to the last
             end = min(start + size, T)
             mask_TS = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-            k_BSHD = jnp.concatenate(k_blocks[: i + 1], axis=1)
-            v_BSHD = jnp.concatenate(v_blocks[: i + 1], axis=1)
             block_BTHD, map_BHTS = self._attend(
-                q_blocks[i], k_BSHD, v_BSHD, mask_TS, rows_B
+                q_blocks[i], keys[i], values[i], mask_TS, rows_B
             )
             blocks.append(block_BTHD)
             maps.append(jnp.pad(map_BHTS, ((0, 0),) * 3 + ((0, T - end),)))
