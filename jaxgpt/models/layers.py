@@ -252,13 +252,12 @@ class Attention(nn.Module):
         T = x_BTC.shape[1]
         size = max(SMALLEST_BLOCK, -(-T // BLOCKS))
         starts = list(range(0, T, size))
-        q_blocks = jnp.split(q_BTHD, starts[1:], axis=1)
         keys, values = _prefixes(k_BTHD, starts), _prefixes(v_BTHD, starts)
         for i, start in enumerate(starts):  # queries that share the keys up to the last
             end = min(start + size, T)
             mask_TS = jnp.arange(end) <= jnp.arange(start, end)[:, None]
             block_BTHD, map_BHTS = self._attend(
-                q_blocks[i], keys[i], values[i], mask_TS, rows_B
+                q_BTHD[:, start:end], keys[i], values[i], mask_TS, rows_B
             )
             blocks.append(block_BTHD)
             maps.append(jnp.pad(map_BHTS, ((0, 0),) * 3 + ((0, T - end),)))
@@ -314,8 +313,10 @@ class Attention(nn.Module):
         qkv_BT3HD = constrain(
             self.c_attn(x_BTC), ("batch", "time", "qkv", "heads", "head_dim")
         )
-        q_BT1HD, k_BT1HD, v_BT1HD = jnp.split(qkv_BT3HD, 3, axis=2)
-        return q_BT1HD[:, :, 0], k_BT1HD[:, :, 0], v_BT1HD[:, :, 0]
+        if runtime.on_cpu():  # where gradients are better joined than padded and summed
+            q_BT1HD, k_BT1HD, v_BT1HD = jnp.split(qkv_BT3HD, 3, axis=2)
+            return q_BT1HD[:, :, 0], k_BT1HD[:, :, 0], v_BT1HD[:, :, 0]
+        return qkv_BT3HD[:, :, 0], qkv_BT3HD[:, :, 1], qkv_BT3HD[:, :, 2]
 
     def _attend(
         self,
