@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.models import GPT
-from jaxgpt.runtime import bfloat16_options
+from jaxgpt.runtime import fused_products
 from jaxgpt.training.objective import head_losses, mean_head_loss, token_losses
 from jaxgpt.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxgpt.training.sharding import (
@@ -272,14 +272,14 @@ def trace_train_steps(
     """What `compile_train_steps` compiles; the mesh's devices need not be here."""
     train_step = make_train_step(model, in_pieces(config, mesh))
     state = abstract_state(model, config, mesh)
-    bfloat16 = config.model.compute_dtype == "bfloat16"
+    float32_on_cpu = (
+        config.model.compute_dtype == "float32" and _platform(mesh) == "cpu"
+    )
     train_steps = jax.jit(
         lambda state, batches: jax.lax.scan(train_step, state, batches),
         donate_argnums=0,
         out_shardings=(_shardings(state), replicated(mesh)),
-        compiler_options=bfloat16_options()
-        if bfloat16 and _platform(mesh) == "cpu"
-        else None,
+        compiler_options=fused_products() if float32_on_cpu else None,
     )
     shape = (count, config.data.batch_size, config.model.block_size)
     rows = over_rows(mesh, axis=1)
