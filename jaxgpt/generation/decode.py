@@ -17,12 +17,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxgpt.config import SamplingConfig, check_seed
 from jaxgpt.generation.sampling import sample
 from jaxgpt.models import GPT
 from jaxgpt.models.cache import KVCache, empty_cache
 from jaxgpt.models.gpt import unstacked
+from jaxgpt.training.sharding import over_rows, replicated, row_mesh
 
 TOKENS_PER_CALL = 16
 _SMALLEST_BUCKET = 16
@@ -39,7 +41,8 @@ def generate_tokens(
     """Continues each prompt, and yields new tokens a few at a time, the first alone.
 
     Compiles once for each batch size, sampling config and power of two that the longest
-    prompt fits into. A prompt that all rows share is read once.
+    prompt fits into. A prompt that all rows share is read once. This process's devices
+    draw a share of the rows each, where there are enough (`row_mesh`).
 
     Args:
       prompts: B lists of token ids, of any lengths from 1; the model sees the last
@@ -66,7 +69,7 @@ def generate_tokens(
     row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(seed), jnp.arange(len(prompts))
     )
-    length, drawn, cache = max(map(len, texts)), 0, None
+    length, drawn, logits_BV, cache = max(map(len, texts)), 0, None, None
     if isinstance(model, GPT):
         params = jax.jit(unstacked)(params)
     if isinstance(model, GPT) and length < T:  # else the window is read in any case
@@ -74,6 +77,10 @@ def generate_tokens(
         bucket = min(T, max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()))
         aligned = _aligned(texts[:1] if shared else texts, length, bucket)
         logits_BV, cache = _read_prompts(model, params, *aligned, length, len(texts))
+    mesh = row_mesh(model.config, params, len(texts))
+    if mesh:
+        params = jax.device_put(params, replicated(mesh))
+    row_keys_B, logits_BV, cache = _over_rows((row_keys_B, logits_BV, cache), mesh)
     while drawn < max_new_tokens:
         count = min(TOKENS_PER_CALL if drawn else 1, max_new_tokens - drawn)
         if cache and length < T:
@@ -86,7 +93,7 @@ def generate_tokens(
                 model,
                 sampling,
                 params,
-                *_aligned(texts, T, T),
+                *_over_rows(_aligned(texts, T, T), mesh),
                 row_keys_B,
                 drawn,
                 count,
@@ -105,6 +112,15 @@ def _aligned(
     rows = zip(texts, first_B, strict=True)
     tokens = [np.pad(text, (first, columns - end)) for text, first in rows]
     return np.stack(tokens), first_B
+
+
+def _over_rows(arrays: Any, mesh: Mesh | None) -> Any:
+    """Cuts each array's first axis, of rows or of rows and heads, over the devices."""
+    if mesh is None:
+        return arrays
+    rows, whole = over_rows(mesh), replicated(mesh)
+    where = jax.tree.map(lambda array: rows if np.ndim(array) else whole, arrays)
+    return jax.device_put(arrays, where)
 
 
 @partial(jax.jit, static_argnums=(0, 5))

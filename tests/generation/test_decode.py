@@ -13,6 +13,7 @@ from jaxgpt.generation import decode
 from jaxgpt.generation.decode import generate_tokens
 from jaxgpt.generation.sampling import scores
 from jaxgpt.models import GPT, build_model
+from jaxgpt.training import sharding
 
 T = TINY.model.block_size
 V = TINY.model.vocab_size
@@ -118,6 +119,31 @@ def test_a_prompt_that_all_rows_share_is_read_once(tiny_model, monkeypatch):
     among = tokens_of(model, params, [[3, 1]] * 3 + [[5]], 4, SAMPLED)
     assert rows == [1, 4]
     np.testing.assert_array_equal(shared, among[:3])
+
+
+@pytest.mark.parametrize("length", [2, T])
+def test_devices_that_share_the_rows_draw_what_one_draws(
+    tiny_model, monkeypatch, length
+):
+    model, params = tiny_model
+    prompts = [[row % V] * length for row in range(24)]
+    count = T + 3  # within the window and beyond it
+    monkeypatch.setattr(sharding, "ROWS_OF_A_DEVICE", 100)
+    alone = tokens_of(model, params, prompts, count, SAMPLED)
+    monkeypatch.undo()
+    shares = []
+
+    def noted(call, *args):
+        rows = [a for a in jax.tree.leaves(args[3:-2]) if np.ndim(a)]
+        shares.extend(len(a) / len(a.addressable_data(0)) for a in rows)
+        return call(*args)
+
+    for name in ("_draw_cached", "_draw_windowed"):
+        monkeypatch.setattr(decode, name, partial(noted, getattr(decode, name)))
+    np.testing.assert_array_equal(
+        alone, tokens_of(model, params, prompts, count, SAMPLED)
+    )
+    assert set(shares) == {3}  # of 8 devices those that divide the rows
 
 
 def test_the_first_token_comes_alone(tiny_model):
