@@ -156,6 +156,15 @@ def test_xlas_flags_are_the_users_where_they_name_them():
     assert flags_after_start(one) == [one, *ours[1:]]
 
 
+def test_float32_training_fuses_products_unless_the_user_says_how_to_multiply(
+    monkeypatch,
+):
+    monkeypatch.setenv("XLA_FLAGS", runtime._as_flag(runtime._YNN_FLAG))
+    assert "LIBRARY_FUSION_TYPE_DOT" in runtime.fused_products()[runtime._YNN_FLAG]
+    monkeypatch.setenv("XLA_FLAGS", f"--{runtime._YNN_FLAG}=LIBRARY_FUSION_TYPE_REDUCE")
+    assert runtime.fused_products() is None
+
+
 def test_a_flag_that_xla_does_not_know_is_not_set(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(runtime, "_XLA_FLAGS", {"xla_cpu_no_such_flag": ("true",)})

@@ -27,6 +27,10 @@ from jaxgpt.models.gpt import unstacked
 from jaxgpt.training.sharding import over_rows, replicated, row_mesh
 
 TOKENS_PER_CALL = 16
+# Devices share the rows where each has so many to draw with the cache, or any number
+# without it. On 2 cores 64 rows of the 10.8M model then take 25 ms a token, not 34, 16
+# no less than before, and 8 beyond the window 169 ms, not 201.
+ROWS_OF_A_DEVICE = 8
 _SMALLEST_BUCKET = 16
 
 
@@ -70,14 +74,14 @@ def generate_tokens(
         jax.random.key(seed), jnp.arange(len(prompts))
     )
     length, drawn, logits_BV, cache = max(map(len, texts)), 0, None, None
-    if isinstance(model, GPT):
-        params = jax.jit(unstacked)(params)
+    params = jax.jit(unstacked)(params) if isinstance(model, GPT) else params
     if isinstance(model, GPT) and length < T:  # else the window is read in any case
         shared = all(np.array_equal(text, texts[0]) for text in texts)
         bucket = min(T, max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()))
         aligned = _aligned(texts[:1] if shared else texts, length, bucket)
         logits_BV, cache = _read_prompts(model, params, *aligned, length, len(texts))
-    mesh = row_mesh(model.config, params, len(texts))
+    least = ROWS_OF_A_DEVICE if cache else 1
+    mesh = row_mesh(model.config, params, len(texts), least)
     if mesh:
         params = jax.device_put(params, replicated(mesh))
     row_keys_B, logits_BV, cache = _over_rows((row_keys_B, logits_BV, cache), mesh)

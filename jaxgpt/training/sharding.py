@@ -21,6 +21,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -30,10 +31,6 @@ from jaxgpt.config import Config, MeshConfig, ModelConfig
 from jaxgpt.text.batches import stack_batches
 
 AXES = ("data", "fsdp", "tensor")
-
-# Devices share the rows of generation where each has so many. On 2 CPU cores 64 rows of
-# the 10.8M model then take 25 ms a token, not 34, and 16 no less than before.
-ROWS_OF_A_DEVICE = 8
 
 # How each parameter is cut, by the end of its path; the first rule that fits counts.
 # Vectors are small: a device holds them whole, but for what belongs to its own heads.
@@ -181,19 +178,19 @@ def model_mesh(config: Config, mesh: MeshConfig) -> Mesh:
     return make_mesh(config, log=lambda line: None)
 
 
-def row_mesh(model: ModelConfig, params: Any, rows: int) -> Mesh | None:
+def row_mesh(model: ModelConfig, params: Any, rows: int, least: int) -> Mesh | None:
     """The devices that share the rows of generation, each with all parameters.
 
-    None where that brings nothing: of less than ROWS_OF_A_DEVICE, of parameters that
-    devices share already, and of a large model on a CPU, which would hold it twice.
+    None where it would be one: where each is to have `least` rows, where devices share
+    the parameters already, and for a large model on a CPU, which would hold it twice.
     """
-    device, *others = jax.tree.leaves(params)[0].devices()
+    device, *others = jnp.asarray(jax.tree.leaves(params)[0]).devices()
     if others or (device.platform == "cpu" and _is_large(model)):
         return None
     devices = jax.local_devices(backend=device.platform)
-    most = min(len(devices), rows // ROWS_OF_A_DEVICE)
-    count = max((n for n in range(2, most + 1) if rows % n == 0), default=None)
-    return _mesh(np.array(devices[:count]).reshape(-1, 1, 1)) if count else None
+    most = min(len(devices), rows // least)
+    count = max((n for n in range(1, most + 1) if rows % n == 0), default=1)
+    return _mesh(np.array(devices[:count]).reshape(-1, 1, 1)) if count > 1 else None
 
 
 def placed(shapes: Any, mesh: Mesh) -> Any:

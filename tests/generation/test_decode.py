@@ -13,7 +13,6 @@ from jaxgpt.generation import decode
 from jaxgpt.generation.decode import generate_tokens
 from jaxgpt.generation.sampling import scores
 from jaxgpt.models import GPT, build_model
-from jaxgpt.training import sharding
 
 T = TINY.model.block_size
 V = TINY.model.vocab_size
@@ -121,20 +120,22 @@ def test_a_prompt_that_all_rows_share_is_read_once(tiny_model, monkeypatch):
     np.testing.assert_array_equal(shared, among[:3])
 
 
-@pytest.mark.parametrize("length", [2, T])
+@pytest.mark.parametrize(
+    ("rows", "length", "devices"), [(24, 2, 3), (20, 2, 2), (15, 2, 1), (15, T, 5)]
+)
 def test_devices_that_share_the_rows_draw_what_one_draws(
-    tiny_model, monkeypatch, length
+    tiny_model, monkeypatch, rows, length, devices
 ):
     model, params = tiny_model
-    prompts = [[row % V] * length for row in range(24)]
+    prompts = [[row % V] * length for row in range(rows)]
     count = T + 3  # within the window and beyond it
-    monkeypatch.setattr(sharding, "ROWS_OF_A_DEVICE", 100)
+    monkeypatch.setattr(decode, "row_mesh", lambda *args: None)
     alone = tokens_of(model, params, prompts, count, SAMPLED)
     monkeypatch.undo()
     shares = []
 
     def noted(call, *args):
-        rows = [a for a in jax.tree.leaves(args[3:-2]) if np.ndim(a)]
+        rows = [jnp.asarray(a) for a in jax.tree.leaves(args[3:-2]) if np.ndim(a)]
         shares.extend(len(a) / len(a.addressable_data(0)) for a in rows)
         return call(*args)
 
@@ -143,7 +144,7 @@ def test_devices_that_share_the_rows_draw_what_one_draws(
     np.testing.assert_array_equal(
         alone, tokens_of(model, params, prompts, count, SAMPLED)
     )
-    assert set(shares) == {3}  # of 8 devices those that divide the rows
+    assert set(shares) == {devices}  # of 8 those that divide the rows
 
 
 def test_the_first_token_comes_alone(tiny_model):
