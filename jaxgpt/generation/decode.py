@@ -119,7 +119,10 @@ def _aligned(
 
 
 def _over_rows(arrays: Any, mesh: Mesh | None) -> Any:
-    """Cuts each array's first axis, of rows or of rows and heads, over the devices."""
+    """Cuts each array's first axis, of rows or of rows and heads, over the devices.
+
+    Each holds scalars whole. Without a mesh all stays where it is.
+    """
     if mesh is None:
         return arrays
     rows, whole = over_rows(mesh), replicated(mesh)
