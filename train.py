@@ -45,13 +45,8 @@ from jaxgpt.training.monitor import Monitor, check_finite
 from jaxgpt.training.plan import describe
 from jaxgpt.training.profile import profiled
 from jaxgpt.training.sharding import make_mesh, model_mesh, read_batches
-from jaxgpt.training.step import (
-    call_size,
-    check_skipped,
-    compile_eval_step,
-    compile_train_steps,
-    create_state,
-)
+from jaxgpt.training.step import call_size, check_skipped, compile_eval_step
+from jaxgpt.training.traces import compile_train_steps, create_state
 
 STARTED = time.monotonic()
 
@@ -107,7 +102,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         folder = run_dir / CHECKPOINTS
         resumed_step = newest_whole(folder) if resume else None
         if resumed_step is None:
-            state = create_state(model, config, mesh, load_start(config, mesh))
+            state = create_state(config, mesh, load_start(config, mesh))
             if resume:
                 log_line(f"{run_dir} has no checkpoint; it begins at step 0")
         else:
@@ -135,7 +130,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             @cache
             def train_steps(count: int) -> jax.stages.Compiled:
                 monitor.flush()  # so that compiling counts as no step's time
-                return compile_train_steps(model, config, mesh, count)
+                return compile_train_steps(config, mesh, count)
 
             def save() -> None:
                 """Saves between evaluations, where the parameters still give a loss."""

@@ -24,7 +24,7 @@ from jaxgpt import (
     runtime,
 )
 from jaxgpt.models import build_model
-from jaxgpt.training import checkpoint
+from jaxgpt.training import checkpoint, traces
 
 ROOT = Path(__file__).parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is an accelerator
@@ -35,6 +35,8 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAXGPT_CACHE"] + "/xl
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 # Most run once: LLVM would take longer than it saves. Scripts run as a user's do.
 jax.config.update("jax_disable_most_optimizations", True)
+# A test may replace what is traced: only tests/training/test_traces.py keeps traces.
+traces_folder, traces._folder = traces._folder, lambda mesh: None
 
 TEXT = "".join(
     f"{word} tells a tale of {n} winters.\n"

@@ -270,22 +270,35 @@ def trace_train_steps(
     model: nn.Module, config: Config, mesh: Mesh, count: int
 ) -> jax.stages.Traced:
     """What `compile_train_steps` compiles; the mesh's devices need not be here."""
+    train_steps, arguments = jit_train_steps(model, config, mesh, count)
+    with activations_over(mesh):
+        return train_steps.trace(*arguments)
+
+
+def jit_train_steps(
+    model: nn.Module, config: Config, mesh: Mesh, count: int
+) -> tuple[Any, Any]:
+    """The jitted function that is traced, and the shapes of its arguments."""
     train_step = make_train_step(model, in_pieces(config, mesh))
     state = abstract_state(model, config, mesh)
-    float32_on_cpu = (
-        config.model.compute_dtype == "float32" and _platform(mesh) == "cpu"
-    )
     train_steps = jax.jit(
         lambda state, batches: jax.lax.scan(train_step, state, batches),
-        donate_argnums=0,
         out_shardings=(_shardings(state), replicated(mesh)),
-        compiler_options=fused_products() if float32_on_cpu else None,
+        **train_options(config, mesh),
     )
     shape = (count, config.data.batch_size, config.model.block_size)
     rows = over_rows(mesh, axis=1)
     tokens_NBT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    with activations_over(mesh):
-        return train_steps.trace(state, (tokens_NBT, tokens_NBT))
+    return train_steps, (state, (tokens_NBT, tokens_NBT))
+
+
+def train_options(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """How `jax.jit` is to compile the train steps, whatever it is that they train."""
+    float32_on_cpu = (
+        config.model.compute_dtype == "float32" and _platform(mesh) == "cpu"
+    )
+    options = fused_products() if float32_on_cpu else None
+    return {"donate_argnums": 0, "compiler_options": options}
 
 
 def in_pieces(config: Config, mesh: Mesh) -> Config:
