@@ -125,9 +125,10 @@ def _sources() -> set[Path]:
     """Files of this package, and of what is loaded but no library's."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     libraries = tuple(map(sysconfig.get_path, names))
-    loaded = (getattr(module, "__file__", None) for module in sys.modules.values())
-    others = {Path(file) for file in loaded if file and not file.startswith(libraries)}
-    return others | set(Path(jaxgpt.__file__).parent.rglob("*.py"))
+    loaded = [getattr(module, "__file__", None) for module in [*sys.modules.values()]]
+    own = {Path(file) for file in loaded if file and not file.startswith(libraries)}
+    own = {path for path in own if path.is_file()}  # of torch.classes it is none
+    return own.union(Path(jaxgpt.__file__).parent.rglob("*.py"))
 
 
 def _compile(
