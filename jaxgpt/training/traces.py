@@ -33,6 +33,8 @@ from jaxgpt.runtime import replace_file
 from jaxgpt.training import step
 from jaxgpt.training.sharding import activations_over
 
+_INSTALLED = {"site-packages", "dist-packages"}  # folders of libraries
+
 for _type in (
     optax.EmptyState,
     optax.MaskedState,
@@ -123,10 +125,10 @@ def _digest(of: tuple[Any, ...]) -> str:
 
 def _sources() -> set[Path]:
     """Files of this package, and of what is loaded but no library's."""
-    names = ("stdlib", "platstdlib", "purelib", "platlib")
-    libraries = tuple(map(sysconfig.get_path, names))
+    standard = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
     loaded = [getattr(module, "__file__", None) for module in [*sys.modules.values()]]
-    own = {Path(file) for file in loaded if file and not file.startswith(libraries)}
+    own = {Path(file) for file in loaded if file and not file.startswith(standard)}
+    own = {path for path in own if _INSTALLED.isdisjoint(path.parts)}
     own = {path for path in own if path.is_file()}  # of torch.classes it is none
     return own.union(Path(jaxgpt.__file__).parent.rglob("*.py"))
 
