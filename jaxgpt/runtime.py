@@ -67,7 +67,9 @@ def start() -> None:
     JAX_COMPILATION_CACHE_DIR.
     """
     # Orbax warns of what is meant, and logs with a traceback what we tell in a line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # So does asyncio, when more than one of a save's arrays could not be written.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _tell_unraisable
     flags = os.environ.get("XLA_FLAGS", "")
     if not (
