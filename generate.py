@@ -36,7 +36,8 @@ class Arguments:
         default_factory=SamplingConfig
     )
     seed: int = 1337  # the same seed gives the same text
-    stop: str = ""  # a sample ends before this text
+    # a sample ends before this text, or where the model ends the document
+    stop: str = ""
     # how devices share a model that is too large for one: by fsdp, by tensor
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
 

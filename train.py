@@ -17,6 +17,7 @@ from jaxgpt.arguments import parse_arguments, parse_processes
 from jaxgpt.config import Config
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
+from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.processes import check_alike, join_processes, several_processes
 from jaxgpt.run import (
     PROFILE,
@@ -95,7 +96,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         corpus, config = load_corpus(config, log_line, tokenizer)
         check_alike(config)
         mesh = make_mesh(config, log_line)
-        model = build_model(config.model)
+        model = build_model(config.model, platform_of(mesh))
         eval_step = compile_eval_step(model, mesh)
         evaluate = partial(estimate_losses, eval_step, corpus, config)
 

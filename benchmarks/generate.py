@@ -148,8 +148,9 @@ def jaxgpt_generation(config: Facts, prompts_BT: np.ndarray, new: int) -> Run:
     from jaxgpt.config import ModelConfig, SamplingConfig
     from jaxgpt.generation.decode import generate_tokens
     from jaxgpt.models import build_model
+    from jaxgpt.parallel.defaults import platform_of
 
-    model = build_model(ModelConfig(**config))
+    model = build_model(ModelConfig(**config), platform_of(jax.devices()[0]))
     tokens_BT = np.zeros((1, 1), np.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens_BT)["params"]
     sampling = SamplingConfig(temperature=1.0)
@@ -158,9 +159,9 @@ def jaxgpt_generation(config: Facts, prompts_BT: np.ndarray, new: int) -> Run:
     def once() -> dict[str, float]:
         started = time.perf_counter()
         pieces = generate_tokens(model, params, prompts, new, sampling)
-        first = next(pieces)
+        first, _ = next(pieces)
         seconds = time.perf_counter() - started
-        count = first.shape[1] + sum(piece.shape[1] for piece in pieces)
+        count = first.shape[1] + sum(tokens.shape[1] for tokens, _ in pieces)
         _check_count(count, new)
         return {"first_seconds": seconds, "first_tokens": first.shape[1]}
 

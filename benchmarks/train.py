@@ -209,13 +209,14 @@ def jaxgpt_updates(values: Facts) -> Updates:
 
     from jaxgpt.config import Config
     from jaxgpt.models import build_model
+    from jaxgpt.parallel.defaults import platform_of
     from jaxgpt.training.sharding import make_mesh, over_rows
     from jaxgpt.training.step import compile_train_steps, create_state
 
     config = Config.from_dict(values)
     count = config.train.steps_per_call
     mesh = make_mesh(config)
-    model = build_model(config.model)
+    model = build_model(config.model, platform_of(mesh))
     train_steps = compile_train_steps(model, config, mesh, count)
     placed = jax.device_put(batches(values), over_rows(mesh, axis=1))
     state, metrics = create_state(model, config, mesh), None

@@ -11,7 +11,8 @@ import jax
 import tyro
 
 from jaxgpt.config import Config
-from jaxgpt.presets import PRESETS, default_preset
+from jaxgpt.parallel.defaults import default_preset
+from jaxgpt.presets import PRESETS
 from jaxgpt.run import (
     TOKENIZER,
     check_readable,
@@ -76,7 +77,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
             "--resume goes on with the run's own parameters, and --init-from begins "
             "with another's; choose one"
         )
-    name = preset or default_preset(jax.default_backend())
+    name = preset or default_preset()
     init_from = options.init_from or PRESETS[name]().train.init_from
     if options.checkpoint != "best" and not init_from:
         raise ValueError(

@@ -88,9 +88,9 @@ class ModelConfig:
     remat: bool = False  # recompute each block in the backward pass, to save memory
     # on NVIDIA GPUs from Ampere on use cuDNN's attention, for bfloat16 without dropout
     fused_attention: bool = True
-    # layers that are compiled one by one, and run faster so; deeper models loop over as
-    # many at a time, and remat over one
-    unroll: int = 8
+    # layers that are compiled one by one, which runs faster; deeper models loop over
+    # this many at a time, and with remat over one
+    unroll: int = 12
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -130,6 +130,14 @@ class ModelConfig:
         if self.vocab_size is None:
             raise ValueError("vocab_size is not known; give --model.vocab-size")
         return self.vocab_size
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError if the model can't look at `length` tokens at once."""
+        _check(
+            length <= self.block_size,
+            f"{length} tokens do not fit block_size={self.block_size}; crop them to "
+            "the last block_size tokens",
+        )
 
     @property
     def head_dim(self) -> int:

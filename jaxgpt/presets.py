@@ -366,8 +366,3 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "gpt3-175b": gpt3_175b,
     "finetune-shakespeare": finetune_shakespeare,
 }
-
-
-def default_preset(platform: str) -> str:
-    """Name of the Tiny Shakespeare preset for a JAX platform ("cpu", "gpu", "tpu")."""
-    return "shakespeare-char-cpu" if platform == "cpu" else "shakespeare-char"

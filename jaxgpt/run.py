@@ -25,7 +25,8 @@ except ImportError:  # Windows has no flock: there, nothing keeps a second train
     fcntl = None  # type: ignore[assignment]
 
 from jaxgpt.config import Config, DataConfig
-from jaxgpt.models import build_model, crop_block_size, parameter_shapes
+from jaxgpt.models import build_model, parameter_shapes
+from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.processes import any_failed, highest, is_first_process, wait_for_all
 from jaxgpt.runtime import ASIDE, replace_file
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
@@ -91,9 +92,9 @@ def load_run(
             f"{run_dir / TOKENIZER} has {tokenizer.vocab_size} tokens, the model "
             f"{config.model.vocab_size}; is it another run's?"
         )
-    model = build_model(config.model)
     if mesh is None:
         mesh = one_device()
+    model = build_model(config.model, platform_of(mesh))
     shapes = placed(parameter_shapes(config.model), mesh)
     checkpoints = _checkpoints(run_dir)
     step = find_step(checkpoints, checkpoint)
@@ -115,6 +116,19 @@ def load_start(config: Config, mesh: Mesh) -> Any:
     params = crop_block_size(run.params, config.model.block_size)
     check_shapes(params, parameter_shapes(config.model), str(checkpoint))
     return params
+
+
+def crop_block_size(params: Any, block_size: int) -> Any:
+    """The parameters with the first `block_size` position embeddings only.
+
+    Source: nanoGPT model.py, crop_block_size.
+    """
+    cropped = dict(params)
+    for name in ("wpe", "position_embedding"):
+        if name in params:
+            table = params[name]["embedding"]
+            cropped[name] = {"embedding": table[:block_size]}
+    return cropped
 
 
 def _checkpoints(run_dir: Path) -> Path:
@@ -179,7 +193,7 @@ def load_state(
     checkpoints = _checkpoints(run_dir)
     step = find_step(checkpoints, checkpoint, ALL_PARTS)
     if has_progress(checkpoints, step):
-        model = build_model(config.model)
+        model = build_model(config.model, platform_of(mesh))
         state = restore_state(checkpoints, step, model, config, mesh)
     else:
         run = load_run(run_dir, step, mesh)

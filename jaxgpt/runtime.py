@@ -138,28 +138,6 @@ def _tell_unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def device_kind() -> str:
-    """The kind of devices that a program is traced for; "" where nothing says it."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device else ""
-
-
-def on_cpu() -> bool:
-    """Whether a program is traced for a CPU, as it is where nothing says for what."""
-    return device_kind() in ("", "cpu")
-
-
-def on_nvidia() -> bool:
-    """Whether a program is traced for NVIDIA GPUs."""
-    return device_kind().startswith("NVIDIA")
-
-
-def has_fused_attention() -> bool:
-    """Whether a program is traced for GPUs with cuDNN's attention: Ampere and later."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", 8)
-    return on_nvidia() and float(capability) >= 8
-
-
 def give_back_memory() -> None:
     """Frees what is no longer used, so that a long run does not grow (0.1 s).
 

@@ -130,7 +130,9 @@ def smoke(tmp_path_factory):
 @pytest.fixture(scope="session")
 def bigram():
     """A bigram model and its initial parameters."""
-    model = build_model(ModelConfig(architecture="bigram", block_size=8, vocab_size=11))
+    model = build_model(
+        ModelConfig(architecture="bigram", block_size=8, vocab_size=11), "cpu"
+    )
     return model, model.init(jax.random.key(0), jax.numpy.zeros((1, 1), int))["params"]
 
 
@@ -186,7 +188,7 @@ def fresh_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_model():
     """A GPT of two layers with parameters that are not small, and those parameters."""
-    model = build_model(TINY.model)
+    model = build_model(TINY.model, "cpu")
     tokens_BT = jax.numpy.zeros((1, 1), jax.numpy.int32)
     params = model.init(jax.random.key(0), tokens_BT)["params"]
     # GPT-2's small initialisation makes every logit nearly 0, and a test blind.

@@ -17,8 +17,8 @@ from jaxgpt import OptimizerConfig
 from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.interop.state_dict import to_state_dict
 from jaxgpt.models import build_model
+from jaxgpt.ops import cross_entropy
 from jaxgpt.training.evaluation import evaluate_exactly
-from jaxgpt.training.objective import token_losses
 from jaxgpt.training.optimizer import learning_rate_schedule
 from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import compile_eval_step
@@ -70,10 +70,10 @@ def test_the_plain_pytorch_gpt_has_our_loss_and_gradients(tmp_path, bias):
     torch.save(torch.load(path) | {"model": theirs.state_dict()}, path)
     config, state, _ = read_nanogpt(path, log=pytest.fail)
     ((inputs, targets),) = torch_nanogpt.batches([9])
-    model = build_model(config.model)
+    model = build_model(config.model, "cpu")
 
     def our_loss(params):
-        return token_losses(model.apply({"params": params}, inputs), targets).mean()
+        return cross_entropy(model.apply({"params": params}, inputs), targets).mean()
 
     our, gradients = jax.value_and_grad(our_loss)(state.params)
     loss = torch.nn.functional.cross_entropy(
@@ -196,7 +196,7 @@ def test_pytorchs_exact_loss_is_ours(tmp_path, length):
     config, state, _ = read_nanogpt(path, log=pytest.fail)
     T = config.model.block_size
     tokens = np.random.default_rng(0).integers(11, size=length).astype(np.int32)
-    model = build_model(config.model)
+    model = build_model(config.model, "cpu")
     eval_step = compile_eval_step(model, make_mesh(config))
     ours = evaluate_exactly(eval_step, state.params, tokens, config)
     found = exact_loss(theirs, torch.tensor(tokens, dtype=torch.int64), T)

@@ -18,7 +18,7 @@ from jaxgpt.training.sharding import make_mesh, one_device
 from jaxgpt.training.step import create_state
 
 TOKENIZER = CharTokenizer("\nabcdefghij")
-STATE = create_state(build_model(TINY.model), TINY, make_mesh(TINY))
+STATE = create_state(build_model(TINY.model, "cpu"), TINY, make_mesh(TINY))
 
 
 @pytest.fixture

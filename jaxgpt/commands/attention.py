@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from jaxgpt.models import GPT
 from jaxgpt.run import ATTENTION, load_run, text_tokenizer
 from jaxgpt.runtime import log_line
 from jaxgpt.text.tokenizer import encode_prompt
@@ -61,12 +60,10 @@ def attention_maps(model: nn.Module, params: Any, tokens_T: np.ndarray) -> np.nd
         raise ValueError(
             f"a {model.config.architecture} model has no attention to show"
         )
-    sown, layers = variables["intermediates"], range(model.config.n_layer)
-    if isinstance(model, GPT):
-        (weights_LBHTS,) = jax.tree.leaves(sown)
-    else:
-        weights_LBHTS = [jax.tree.leaves(sown[f"block_{i}"])[0] for i in layers]
-    return np.asarray(weights_LBHTS, np.float32)[:, 0]
+    # In the order of the layers; the GPT's are stacked along an axis of their own.
+    sown = flatten_dict(variables["intermediates"]).values()
+    layers = [maps.reshape(-1, *maps.shape[-4:]) for (maps,) in sown]
+    return np.concatenate(layers).astype(np.float32)[:, 0]
 
 
 def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:

@@ -24,6 +24,7 @@ from rich.table import Table
 from jaxgpt.config import Config, MeshConfig, SamplingConfig, check_seed
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
+from jaxgpt.parallel.defaults import has_accelerator, platform_of
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import Run
 from jaxgpt.runtime import log_line
@@ -98,7 +99,7 @@ def lecture(
         raise ValueError(f"--seeds {seeds} must be one or more, all different")
     for seed in seeds:
         check_seed(seed)
-    if scaled and jax.default_backend() == "cpu":
+    if scaled and not has_accelerator():
         log_line("the scaled rung wants an accelerator; a CPU takes half a day a seed")
     trial = "-trial" if steps_scale < 1 else ""  # which must not replace the real thing
     out_dir = out_dir or Path(f"runs/lecture{trial}")
@@ -129,8 +130,9 @@ def climb(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any
     config = _shortened(PRESETS[rung.preset](), steps_scale)
     corpus, config = load_corpus(config, log_line)
     started = time.monotonic()
-    model = build_model(config.model)
-    eval_step = compile_eval_step(model, make_mesh(config, lambda line: None))
+    mesh = make_mesh(config, lambda line: None)
+    model = build_model(config.model, platform_of(mesh))
+    eval_step = compile_eval_step(model, mesh)
     curve = []
     for step, params_S in train_seeds(model, config, corpus, seeds):
         each_params = [

@@ -4,26 +4,25 @@ The model always sees the last block_size tokens. While they all fit, the cache 
 token cost one position. Beyond that every position shifts, nothing cached holds, and
 the whole window is read again for each token, as the lecture does.
 
-Rows of a batch end at the same column; a shorter one begins later, at column first_B.
-
-B batch   T time (block_size)   V vocab
+B batch   T time (block_size)   V vocab   N tokens in one call
 """
 
+import operator
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax import Array
 
 from jaxgpt.config import SamplingConfig, check_seed
 from jaxgpt.generation.sampling import sample
-from jaxgpt.models import GPT
-from jaxgpt.models.cache import KVCache, empty_cache
-from jaxgpt.models.gpt import unstacked
+from jaxgpt.models.layers import take
+from jaxgpt.ops.attention import KV
 from jaxgpt.training.sharding import over_rows, replicated, row_mesh
 
 TOKENS_PER_CALL = 16
@@ -34,6 +33,157 @@ ROWS_OF_A_DEVICE = 8
 _SMALLEST_BUCKET = 16
 
 
+@flax.struct.dataclass
+class DecodingState:
+    """A batch of texts as they are drawn; every array has its rows on axis 0.
+
+    Attributes:
+      tokens_BT: the last block_size tokens of each row, padded on the right, i32.
+      length_B: how many they are, i32.
+      key_B: of each row; its n-th token is drawn with fold_in(key, n).
+      drawn_B: tokens drawn so far, i32.
+      finished_B: whether the row has drawn an end token; it then stays as it is.
+      caches: each layer's keys and values of what precedes the last token, which the
+        next step overwrites; None where the whole window is read for each token.
+    """
+
+    tokens_BT: Array
+    length_B: Array
+    key_B: Array
+    drawn_B: Array
+    finished_B: Array
+    caches: tuple[KV, ...] | None
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def start(
+    model: nn.Module,
+    params: Any,
+    prompts_BT: Array,
+    length_B: Array,
+    key_B: Array,
+    cached: bool,
+) -> DecodingState:
+    """The state of rows that have drawn nothing yet.
+
+    Args:
+      model, params: of a run, the layers `unstacked`.
+      prompts_BT: token ids, i32, padded on the right; one row may stand for all.
+      length_B: tokens of each prompt, from 1 to T.
+      key_B: a key for each row.
+      cached: whether to keep the keys and values of what has been read.
+    """
+    (B, T), rows = prompts_BT.shape, len(key_B)
+    tokens_BT = jnp.pad(prompts_BT, ((0, 0), (0, model.config.block_size - T)))
+    caches = model.init_cache(B) if cached else None
+    if cached:
+        _, caches = _read(model, params, prompts_BT, length_B - 1, None, caches)
+    tokens_BT, length_B, caches = jax.tree.map(
+        lambda a: jnp.tile(a, (rows // B, *(1,) * (a.ndim - 1))),
+        (tokens_BT, jnp.asarray(length_B), caches),
+    )
+    drawn_B, finished_B = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
+    return DecodingState(tokens_BT, length_B, key_B, drawn_B, finished_B, caches)
+
+
+def decode_step(
+    model: nn.Module,
+    sampling: SamplingConfig,
+    end_tokens: tuple[int, ...],
+    params: Any,
+    state: DecodingState,
+) -> tuple[DecodingState, tuple[Array, Array]]:
+    """Reads each row's last token, and draws the next.
+
+    Returns the state, and of each row the token and its log-probability, by the model
+    alone, in nats. A finished row repeats its end token, with 0.
+    """
+    tokens_BT, length_B, finished_B = state.tokens_BT, state.length_B, state.finished_B
+    caches, last_B, T = state.caches, length_B - 1, tokens_BT.shape[1]
+    last_token_B1 = take(tokens_BT, last_B)
+    if caches is None:
+        logits_BV, _ = _read(model, params, tokens_BT, last_B)
+    else:
+        logits_BV, caches = _read(
+            model, params, last_token_B1, jnp.zeros_like(last_B), last_B, caches
+        )
+    key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.drawn_B)
+    token_B = sample(logits_BV, key_B, sampling)
+    log_prob_B = take(jax.nn.log_softmax(logits_BV), token_B)[:, 0]
+    token_B = jnp.where(finished_B, last_token_B1[:, 0], token_B)
+    log_prob_B = jnp.where(finished_B, 0, log_prob_B)
+
+    # A full window loses its first token.
+    kept_BT = jnp.where((length_B == T)[:, None], jnp.roll(tokens_BT, -1, 1), tokens_BT)
+    new_BT = jnp.arange(T) == jnp.minimum(length_B, T - 1)[:, None]
+    appended_BT = jnp.where(new_BT, token_B[:, None], kept_BT)
+    state = DecodingState(
+        jnp.where(finished_B[:, None], tokens_BT, appended_BT),
+        jnp.where(finished_B, length_B, jnp.minimum(length_B + 1, T)),
+        state.key_B,
+        state.drawn_B + ~finished_B,
+        finished_B | jnp.isin(token_B, jnp.array(end_tokens, jnp.int32)),
+        caches,
+    )
+    return state, (token_B, log_prob_B)
+
+
+def _read(
+    model: nn.Module,
+    params: Any,
+    tokens_BT: Array,
+    last_B: Array,
+    start_B: Array | None = None,
+    caches: tuple[KV, ...] | None = None,
+) -> tuple[Array, tuple[KV, ...] | None]:
+    """As `GPT.read`; a model that can't computes the logits of all positions."""
+    variables = {"params": params}
+    if hasattr(model, "read"):
+        arguments = tokens_BT, last_B, start_B, caches
+        return model.apply(variables, *arguments, method="read")
+    return take(model.apply(variables, tokens_BT), last_B)[:, 0], None
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def decode(
+    model: nn.Module,
+    sampling: SamplingConfig,
+    end_tokens: tuple[int, ...],
+    params: Any,
+    state: DecodingState,
+    count: Array,
+) -> tuple[DecodingState, Array, Array]:
+    """Takes `count` steps, at most TOKENS_PER_CALL (N).
+
+    Returns the state, and tokens i32 [B, N] and log-probabilities f32 [B, N], of which
+    the first `count` are drawn.
+    """
+
+    def step(i: Array, carry: Any) -> Any:
+        state, *drawn = carry
+        state, new = decode_step(model, sampling, end_tokens, params, state)
+        return state, *(a.at[:, i].set(b) for a, b in zip(drawn, new, strict=True))
+
+    shape = (len(state.length_B), TOKENS_PER_CALL)
+    drawn = jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+    return jax.lax.fori_loop(0, count, step, (state, *drawn))
+
+
+@jax.jit
+def unstacked(params: Any) -> Any:
+    """The parameters with each layer's on their own, where a model stacks them.
+
+    XLA would cut them out of the stack for every token, which takes 3 times as long.
+    They are a copy: while text is generated, the layers take twice their memory.
+    """
+    stack = params.get("h", ())
+    if isinstance(stack, tuple):
+        return params
+    n_layer = len(jax.tree.leaves(stack)[0])
+    layers = (jax.tree.map(operator.itemgetter(i), stack) for i in range(n_layer))
+    return {**params, "h": tuple(layers)}
+
+
 def generate_tokens(
     model: nn.Module,
     params: Any,
@@ -41,7 +191,8 @@ def generate_tokens(
     max_new_tokens: int,
     sampling: SamplingConfig | None = None,
     seed: int = 1337,
-) -> Iterator[np.ndarray]:
+    end_tokens: tuple[int, ...] = (),
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Continues each prompt, and yields new tokens a few at a time, the first alone.
 
     Compiles once for each batch size, sampling config and power of two that the longest
@@ -54,9 +205,13 @@ def generate_tokens(
       max_new_tokens: to draw in all for each prompt.
       sampling: how tokens are drawn.
       seed: row b's tokens are a function of its prompt, (seed, b) and the model.
+      end_tokens: a row ends with the first of these that it draws, which it repeats
+        while others go on; generation ends when all rows have.
 
-    Yields i32 [B, n], where the n sum to max_new_tokens. Raises ValueError on a prompt
-    that is empty or has ids outside the vocabulary, and on a top_k above its size.
+    Yields tokens i32 [B, n] and their log-probabilities f32 [B, n], as `decode_step`
+    has them; the n sum to max_new_tokens, or less if all rows end. Raises ValueError on
+    a prompt that is empty or has ids outside the vocabulary, and on a top_k above its
+    size.
     """
     sampling = sampling or SamplingConfig()
     V, T = model.config.vocab_size, model.config.block_size
@@ -69,174 +224,43 @@ def generate_tokens(
         if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < V:
             raise ValueError(f"a prompt needs token ids from 0 to {V - 1}: {prompt}")
 
+    params = unstacked(params)
     texts = [np.asarray(prompt[-T:], np.int32) for prompt in prompts]
-    row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(seed), jnp.arange(len(prompts))
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.key(seed), jnp.arange(len(texts))
     )
-    length, drawn, logits_BV, cache = max(map(len, texts)), 0, None, None
-    params = jax.jit(unstacked)(params) if isinstance(model, GPT) else params
-    if isinstance(model, GPT) and length < T:  # else the window is read in any case
-        shared = all(np.array_equal(text, texts[0]) for text in texts)
-        bucket = min(T, max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()))
-        aligned = _aligned(texts[:1] if shared else texts, length, bucket)
-        logits_BV, cache = _read_prompts(model, params, *aligned, length, len(texts))
-    least = ROWS_OF_A_DEVICE if cache else 1
-    mesh = row_mesh(model.config, params, len(texts), least)
-    if mesh:
-        params = jax.device_put(params, replicated(mesh))
-    row_keys_B, logits_BV, cache = _over_rows((row_keys_B, logits_BV, cache), mesh)
-    while drawn < max_new_tokens:
+    if all(np.array_equal(text, texts[0]) for text in texts):
+        texts = texts[:1]
+    length_B = np.array([len(text) for text in texts], np.int32)
+    longest = int(length_B.max())
+    bucket = min(T, max(_SMALLEST_BUCKET, 1 << (longest - 1).bit_length()))
+    prompts_BT = np.stack([np.pad(text, (0, bucket - len(text))) for text in texts])
+    cached = hasattr(model, "init_cache") and longest < T
+    state = start(model, params, prompts_BT, length_B, key_B, cached)
+    params, state = _over_devices(model, params, state)
+    drawn, going_on_B = 0, np.ones(len(prompts), bool)
+    while drawn < max_new_tokens and going_on_B.any():
+        longest = drawn + int(np.max(length_B * going_on_B))
+        if state.caches is not None and longest > T:
+            state = state.replace(caches=None)  # type: ignore[attr-defined]
+            params, state = _over_devices(model, params, state)
         count = min(TOKENS_PER_CALL if drawn else 1, max_new_tokens - drawn)
-        if cache and length < T:
-            count = min(count, T - length)
-            tokens, logits_BV, cache = _draw_cached(
-                model, sampling, params, logits_BV, cache, row_keys_B, drawn, count
-            )
-        else:
-            tokens = _draw_windowed(
-                model,
-                sampling,
-                params,
-                *_over_rows(_aligned(texts, T, T), mesh),
-                row_keys_B,
-                drawn,
-                count,
-            )
-        tokens = np.asarray(tokens)[:, :count]
-        texts = [np.append(*row)[-T:] for row in zip(texts, tokens, strict=True)]
-        length, drawn = length + count, drawn + count
-        yield tokens
+        if state.caches is not None:
+            count = min(count, T + 1 - longest)
+        state, *new = decode(model, sampling, end_tokens, params, state, count)
+        tokens, log_probs = (np.asarray(array)[:, :count] for array in new)
+        yield tokens, log_probs
+        drawn += count
+        if end_tokens:
+            going_on_B = ~np.asarray(state.finished_B)
 
 
-def _aligned(
-    texts: list[np.ndarray], end: int, columns: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The texts as rows of `columns` that all end before column `end`, and first_B."""
-    first_B = np.array([end - len(text) for text in texts], np.int32)
-    rows = zip(texts, first_B, strict=True)
-    tokens = [np.pad(text, (first, columns - end)) for text, first in rows]
-    return np.stack(tokens), first_B
-
-
-def _over_rows(arrays: Any, mesh: Mesh | None) -> Any:
-    """Cuts each array's first axis, of rows or of rows and heads, over the devices.
-
-    Each holds scalars whole. Without a mesh all stays where it is.
-    """
+def _over_devices(
+    model: nn.Module, params: Any, state: DecodingState
+) -> tuple[Any, DecodingState]:
+    """Spreads the rows over this process's devices, where there are enough."""
+    least = 1 if state.caches is None else ROWS_OF_A_DEVICE
+    mesh = row_mesh(model.config, params, len(state.length_B), least)
     if mesh is None:
-        return arrays
-    rows, whole = over_rows(mesh), replicated(mesh)
-    where = jax.tree.map(lambda array: rows if np.ndim(array) else whole, arrays)
-    return jax.device_put(arrays, where)
-
-
-@partial(jax.jit, static_argnums=(0, 5))
-def _read_prompts(
-    model: GPT,
-    params: Any,
-    tokens_BT: jax.Array,
-    first_B: jax.Array,
-    length: jax.Array,
-    batch_size: int,
-) -> tuple[jax.Array, KVCache]:
-    """Reads the first `length` columns, of one row for all `batch_size` or of each.
-
-    Returns the logits of the next tokens and a cache with room for block_size.
-    """
-    bucket = tokens_BT.shape[1]
-    cache = empty_cache(model.config, first_B, bucket)
-    logits_BV, cache = model.apply(
-        {"params": params}, tokens_BT, length, cache, method=GPT.decode
-    )
-    room = ((0, 0), (0, model.config.block_size - bucket), (0, 0))
-
-    times = batch_size // len(first_B)
-
-    def grown(layers: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(jnp.tile(jnp.pad(a, room), (times, 1, 1)) for a in layers)
-
-    cache = KVCache(
-        grown(cache.keys),
-        grown(cache.values),
-        cache.length,
-        jnp.repeat(first_B, times),
-    )
-    return jnp.repeat(logits_BV, times, axis=0), cache
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
-def _draw_cached(
-    model: GPT,
-    sampling: SamplingConfig,
-    params: Any,
-    logits_BV: jax.Array,
-    cache: KVCache,
-    row_keys_B: jax.Array,
-    drawn: jax.Array,
-    count: jax.Array,
-) -> tuple[jax.Array, jax.Array, KVCache]:
-    """Draws `count` tokens of each row, and reads each.
-
-    Returns them as the first of i32 [B, TOKENS_PER_CALL], the logits of the next, and
-    the cache.
-    """
-
-    def step(i: jax.Array, carry: Any) -> Any:
-        tokens, logits_BV, cache = carry
-        new_B = sample(logits_BV, _keys(row_keys_B, drawn + i), sampling)
-        logits_BV, cache = model.apply(
-            {"params": params}, new_B[:, None], 1, cache, method=GPT.decode
-        )
-        return tokens.at[:, i].set(new_B), logits_BV, cache
-
-    no_tokens = jnp.zeros((len(row_keys_B), TOKENS_PER_CALL), jnp.int32)
-    return jax.lax.fori_loop(0, count, step, (no_tokens, logits_BV, cache))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _draw_windowed(
-    model: nn.Module,
-    sampling: SamplingConfig,
-    params: Any,
-    window_BT: jax.Array,
-    first_B: jax.Array,
-    row_keys_B: jax.Array,
-    drawn: jax.Array,
-    count: jax.Array,
-) -> jax.Array:
-    """Draws `count` tokens of each row, and reads the window again for each.
-
-    Returns them as the first of i32 [B, TOKENS_PER_CALL].
-    """
-
-    def step(i: jax.Array, carry: Any) -> Any:
-        tokens, window_BT, first_B = carry
-        logits_BV = _read_window(model, params, window_BT, first_B)
-        new_B = sample(logits_BV, _keys(row_keys_B, drawn + i), sampling)
-        window_BT = jnp.append(window_BT[:, 1:], new_B[:, None], axis=1)
-        return tokens.at[:, i].set(new_B), window_BT, jnp.maximum(first_B - 1, 0)
-
-    no_tokens = jnp.zeros((len(row_keys_B), TOKENS_PER_CALL), jnp.int32)
-    tokens, _, _ = jax.lax.fori_loop(0, count, step, (no_tokens, window_BT, first_B))
-    return tokens
-
-
-def _keys(row_keys_B: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, index)
-
-
-def _read_window(
-    model: nn.Module, params: Any, window_BT: jax.Array, first_B: jax.Array
-) -> jax.Array:
-    """Logits after each row's window, f32 [B, V]."""
-    T = window_BT.shape[1]
-    if isinstance(model, GPT):
-        cache = empty_cache(model.config, first_B, T)
-        logits_BV, _ = model.apply(
-            {"params": params}, window_BT, T, cache, method=GPT.decode
-        )
-        return logits_BV
-    rolled_BT = jax.vmap(jnp.roll)(window_BT, -first_B)
-    logits_BTV = model.apply({"params": params}, rolled_BT)
-    last_B11 = T - 1 - first_B[:, None, None]
-    return jnp.take_along_axis(logits_BTV, last_B11, axis=1)[:, 0]
+        return params, state
+    return jax.device_put((params, state), (replicated(mesh), over_rows(mesh)))

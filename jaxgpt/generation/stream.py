@@ -1,6 +1,8 @@
 """A run becomes text, as it is drawn."""
 
 import codecs
+import itertools
+import operator
 from collections.abc import Iterator
 
 from jaxgpt.config import SamplingConfig
@@ -38,7 +40,8 @@ def stream_text(
       num_samples: continuations to draw at once.
       sampling: how tokens are drawn.
       seed: the same seed gives the same text.
-      stop: a sample ends before this text, once it is drawn; empty never ends one.
+      stop: a sample ends before this text, once it is drawn; empty never ends one. It
+        ends before the tokenizer's end of a document, too.
 
     Yields lists of num_samples strings. A character whose tokens are not all drawn yet
     waits for them; bytes that never become one are U+FFFD, as in `decode`. Raises
@@ -50,26 +53,36 @@ def stream_text(
     tokenizer = text_tokenizer(run)
     ids = encode_prompt(tokenizer, prompt or tokenizer.start).tolist()
     tokenizer.encode(stop)  # which it could never meet, were a character unknown
-    tokens = generate_tokens(
-        run.model, run.params, [ids] * num_samples, max_new_tokens, sampling, seed
+    end = tokenizer.end_of_text
+    pieces = generate_tokens(
+        run.model,
+        run.params,
+        [ids] * num_samples,
+        max_new_tokens,
+        sampling,
+        seed,
+        () if end is None else (end,),
     )
     utf8 = [
         codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)
     ]
-    held, done = [""] * num_samples, [False] * num_samples
-    for piece in tokens:
+    held = [""] * num_samples
+    stopped, ended = [False] * num_samples, [False] * num_samples
+    for tokens, _ in pieces:
         texts = []
         for row in range(num_samples):
-            drawn = b"" if done[row] else tokenizer.decode_bytes(piece[row])
-            new = utf8[row].decode(drawn)
-            text, held[row], found = _until_stop(held[row] + new, stop)
-            done[row] = done[row] or found
+            drawn = list(itertools.takewhile(lambda token: token != end, tokens[row]))
+            ended[row] = ended[row] or len(drawn) < len(tokens[row])
+            new = b"" if stopped[row] else tokenizer.decode_bytes(drawn)
+            text = held[row] + utf8[row].decode(new)
+            text, held[row], found = _until_stop(text, stop)
+            stopped[row] = stopped[row] or found
             texts.append(text)
         yield texts
-        if all(done):
+        if all(map(operator.or_, stopped, ended)):
             break
     for row, decoder in enumerate(utf8):
-        held[row] += "" if done[row] else decoder.decode(b"", final=True)
+        held[row] += "" if stopped[row] else decoder.decode(b"", final=True)
     yield held
 
 

@@ -174,7 +174,8 @@ def _is_whole(tensor: Any) -> bool:
     return (
         isinstance(tensor, torch.Tensor)
         and tensor.is_floating_point()
-        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        and tensor.layout == torch.strided
+        and tensor.is_cpu
         and tensor.untyped_storage().nbytes() >= tensor.nbytes
     )
 

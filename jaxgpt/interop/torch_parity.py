@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from jaxgpt import ops
 from jaxgpt.config import (
     Config,
     ModelConfig,
@@ -36,8 +37,8 @@ from jaxgpt.interop.state_dict import (
     to_state_dict,
 )
 from jaxgpt.models import build_model
+from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.text.batches import batch
-from jaxgpt.training.objective import token_losses
 from jaxgpt.training.step import Batch, make_train_step, state_of
 
 # Tolerances in float32: of norms (activations, gradients), of the largest difference
@@ -208,6 +209,11 @@ def _build(config: ModelConfig) -> Any:
     )
 
 
+def _build_here(config: ModelConfig) -> Any:
+    """Our model, for the device that JAX computes on."""
+    return build_model(config, platform_of(jax.devices()[0]))
+
+
 def _fill(config: ModelConfig, tensors: dict[str, Any]) -> Any:
     """A GPT-2 with these weights; biases that they lack stay zero."""
     reference = _build(config)
@@ -245,7 +251,7 @@ def _one_pass(
 ) -> Generator[Check, None, float]:
     """Checks one batch, forward and backward; returns the global gradient norm."""
     inputs_BT, targets_BT = pair
-    model = build_model(config)
+    model = _build_here(config)
 
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         logits_BTV, variables = model.apply(
@@ -254,7 +260,7 @@ def _one_pass(
             capture_intermediates=lambda module, _: module.name in _LAYERS,
             mutable="intermediates",
         )
-        losses_BT = token_losses(logits_BTV, targets_BT)
+        losses_BT = ops.cross_entropy(logits_BTV, targets_BT)
         return losses_BT.mean(), (logits_BTV, losses_BT, variables["intermediates"])
 
     (_, (logits_BTV, losses_BT, captured)), grads = jax.jit(
@@ -282,9 +288,10 @@ def _one_pass(
 def _by_torch_name(captured: Any) -> dict[str, jax.Array]:
     """What our layers gave, by the names of PyTorch's modules."""
     outputs: dict[str, jax.Array] = {}
-    for (*modules, method), (output, *_) in flatten_dict(captured).items():
+    for (*modules, method), found in flatten_dict(captured).items():
         if method != "__call__":  # the attention weights, which are sown
             continue
+        output = jax.tree.leaves(found)[0]  # without a cache
         if modules[0] != "h":
             outputs[modules[0]] = output
             continue
@@ -369,7 +376,7 @@ def _bfloat16(
     What PyTorch's own bfloat16 makes of them is reported beside it.
     """
     torch = required("torch")
-    half = build_model(dataclasses.replace(config, compute_dtype="bfloat16"))
+    half = _build_here(dataclasses.replace(config, compute_dtype="bfloat16"))
     ours = jax.jit(half.apply)({"params": params}, inputs_BT)
     with torch.no_grad():
         tokens = torch.tensor(inputs_BT)
@@ -387,8 +394,8 @@ def _greedy(
     """Checks that both write the same tokens, each the likeliest of all."""
     torch = required("torch")
     greedy = SamplingConfig(temperature=0.0)
-    pieces = generate_tokens(build_model(config), params, [prompt], count, greedy)
-    ours = np.concatenate(list(pieces), axis=1)[0]
+    drawn = generate_tokens(_build_here(config), params, [prompt], count, greedy)
+    ours = np.concatenate([tokens for tokens, _ in drawn], axis=1)[0]
     tokens, leads = list(prompt), []
     with torch.no_grad():
         for _ in range(count):
@@ -418,7 +425,7 @@ def _training(
     whole = Config(
         model=config, optimizer=optimizer, train=TrainConfig(max_steps=len(batches))
     )
-    train_step = make_train_step(build_model(config), whole)
+    train_step = make_train_step(_build_here(config), whole)
     state, metrics = jax.jit(lambda *args: jax.lax.scan(train_step, *args))(
         state_of(whole, params), (inputs_NBT, targets_NBT)
     )

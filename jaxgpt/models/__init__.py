@@ -8,31 +8,18 @@ import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
 from jaxgpt.models.gpt import GPT
-from jaxgpt.models.lecture import BLOCKS, Bigram, LectureGPT
+from jaxgpt.models.lecture import Bigram, LectureGPT
 
 
-def build_model(config: ModelConfig) -> nn.Module:
-    """The model that `config` describes, without parameters."""
-    ladder = dict.fromkeys(BLOCKS, LectureGPT)
-    models = {"gpt": GPT, "bigram": Bigram, **ladder}
-    return models[config.architecture](config)
-
-
-def crop_block_size(params: Any, block_size: int) -> Any:
-    """The parameters with the first `block_size` position embeddings only.
-
-    Source: nanoGPT model.py, crop_block_size.
-    """
-    cropped = dict(params)
-    for name in ("wpe", "position_embedding"):
-        if name in params:
-            table = params[name]["embedding"]
-            cropped[name] = {"embedding": table[:block_size]}
-    return cropped
+def build_model(config: ModelConfig, platform: str) -> nn.Module:
+    """The model of a config, without parameters; `platform` is as in `jaxgpt.ops`."""
+    if config.architecture == "gpt":
+        return GPT(config, platform)
+    return (Bigram if config.architecture == "bigram" else LectureGPT)(config)
 
 
 def parameter_shapes(config: ModelConfig) -> Any:
     """Shapes and dtypes of the model's parameters, without their memory."""
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    init = build_model(config).init
+    init = build_model(config, "cpu").init  # the same on every platform
     return jax.eval_shape(init, jax.random.key(0), tokens_BT)["params"]

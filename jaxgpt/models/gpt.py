@@ -1,167 +1,119 @@
 """The decoder-only GPT: GPT-2's and nanoGPT's model.
 
-B batch   T time   C n_embd   V vocab   L layers
+B batch   T time   C n_embd   V vocab
 """
 
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jax import Array
 
+from jaxgpt import ops
 from jaxgpt.config import ModelConfig
-from jaxgpt.models.cache import KVCache
-from jaxgpt.models.layers import (
-    INIT_STD,
-    RESIDUAL,
-    Block,
-    Dropout,
-    Embed,
-    check_length,
-    constrain,
-    dropout_rows,
-    einsum,
-    layer_norm,
-)
-
-
-def unstacked(params: Any) -> Any:
-    """The GPT's parameters with each layer's on their own, for `GPT.decode` in a loop.
-
-    XLA would cut them out of the stack for every token, which takes 3 times as long.
-    They are a copy: while text is generated, the layers take twice their memory.
-    """
-    stack = params["h"]
-    if isinstance(stack, tuple):
-        return params
-    n_layer = len(jax.tree.leaves(stack)[0])
-    layers = (jax.tree.map(operator.itemgetter(i), stack) for i in range(n_layer))
-    return {**params, "h": tuple(layers)}
+from jaxgpt.models import layers
+from jaxgpt.ops.attention import KV, Mask
 
 
 class GPT(nn.Module):
     """Token ids to logits of each next token.
 
-    The blocks' parameters are stacked along a leading axis of n_layer, and the blocks
-    run as one scan, of which `unroll` are compiled: a deep model takes no longer to
-    compile than one of so many.
-
-    Source: nanoGPT model.py; GPT-2, "Language Models are Unsupervised Multitask
-    Learners", section 2.3.
+    The blocks' parameters have a leading axis of n_layer, and the blocks run as a scan,
+    of which `unroll` are compiled. Source: nanoGPT model.py; GPT-2, section 2.3.
     """
 
     config: ModelConfig
+    platform: str
 
     def setup(self) -> None:
-        config = self.config
-        dtype = jnp.dtype(config.compute_dtype)
-        init = nn.initializers.normal(INIT_STD)
-        self.wte = Embed(
-            config.known_vocab_size(), config.n_embd, dtype=dtype, embedding_init=init
-        )
-        self.wpe = Embed(
-            config.block_size, config.n_embd, dtype=dtype, embedding_init=init
-        )
-        self.drop = Dropout(config.dropout)
-        self.h = Block(config)
-        self.ln_f = layer_norm(config)
+        config, platform = self.config, self.platform
+        self.wte = layers.Embed(config, platform, config.known_vocab_size())
+        self.wpe = layers.Embed(config, platform, config.block_size)
+        self.drop = layers.Dropout(config.dropout)
+        self.h = layers.Block(config, platform)
+        self.ln_f = layers.layer_norm(config)
 
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        *,
-        deterministic: bool = True,
-        rows_B: jax.Array | None = None,
-    ) -> jax.Array:
-        """Logits of the token after each position, f32 [B, T, V].
-
-        As `hidden`, which is all but the head.
-        """
-        x_BTC = self.hidden(tokens_BT, deterministic=deterministic, rows_B=rows_B)
-        return constrain(self._head(x_BTC), ("batch", "time", "vocab"))
+    def __call__(self, tokens_BT: Array, **options: Any) -> Array:
+        """Logits of the token after each position, f32 [B, T, V]; as `hidden`."""
+        return self.logits(self.hidden(tokens_BT, **options))
 
     def hidden(
-        self,
-        tokens_BT: jax.Array,
-        *,
-        deterministic: bool = True,
-        rows_B: jax.Array | None = None,
-    ) -> jax.Array:
-        """What the head multiplies with the token embedding, [B, T, C].
+        self, tokens_BT: Array, deterministic: bool = True, rows_B: Array | None = None
+    ) -> Array:
+        """What the head reads, [B, T, C].
 
         Args:
-          tokens_BT: token ids, i32, T at most block_size.
+          tokens_BT: token ids, i32. Raises ValueError if T is above block_size.
           deterministic: False applies dropout, which needs rngs={"dropout": key}.
-          rows_B: numbers of the rows in the whole batch, which key their dropout masks;
-            0 to B - 1 if left out.
-
-        Raises ValueError if T is above block_size.
+          rows_B: numbers of the rows in the whole batch; 0 to B - 1 if left out.
         """
-        B, T = tokens_BT.shape
-        check_length(T, self.config)
-        rows_B = dropout_rows(B, deterministic, rows_B)
+        config, axes = self.config, ("batch", "time", "embed")
+        rows_B = jnp.arange(len(tokens_BT)) if rows_B is None else rows_B
+        rows_B = None if deterministic else rows_B
 
-        def body(block: Block, x_BTC: jax.Array) -> tuple[jax.Array, None]:
-            return constrain(block(x_BTC, rows_B), RESIDUAL), None
+        def body(block: nn.Module, x_BTC: Array) -> tuple[Array, None]:
+            return layers.constrain(block(x_BTC, Mask(), rows_B)[0], axes), None
 
-        if self.config.remat:
-            body = nn.remat(body, prevent_cse=False)
-        x_BTC = self.wte(tokens_BT) + self.wpe(jnp.arange(T))
-        x_BTC = constrain(self.drop(x_BTC, rows_B), RESIDUAL)
-        x_BTC, _ = self._over_layers(body)(self.h, x_BTC)
-        return self.ln_f(x_BTC)
-
-    def decode(
-        self, tokens_BT: jax.Array, count: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        """Reads the next tokens of each row, with the earlier ones in the cache.
-
-        Args:
-          tokens_BT: token ids, i32; the first `count` of each row are read.
-          count: i32 scalar, from 1 to T.
-          cache: with T more slots; what a row has before its first is passed over.
-
-        Returns the logits of the token that follows each row, f32 [B, V], and the cache
-        with the tokens read. Raises ValueError if T is above block_size.
-        """
-        T = tokens_BT.shape[1]
-        check_length(T, self.config)
-        start, first_B = cache.length, cache.first_B
-        position_BT = start + jnp.arange(T) - first_B[:, None]
-        # Padding may stand before the first position, or past the last one.
-        position_BT = jnp.clip(position_BT, 0, self.config.block_size - 1)
-        x_BTC = self.wte(tokens_BT) + self.wpe(position_BT)
-        block, keys, values = Block(self.config, parent=None), [], []
-        layers = unstacked(self.variables["params"])["h"]
-        for layer, *kv in zip(layers, cache.keys, cache.values, strict=True):
-            # Of the last layer's output nothing but the last position is asked for.
-            asked = count - 1 if layer is layers[-1] else None
-            x_BTC, k_NSD, v_NSD = block.apply(
-                {"params": layer},
-                x_BTC,
-                start,
-                first_B,
-                *kv,
-                asked=asked,
-                method=Block.decode,
-            )
-            keys.append(k_NSD)
-            values.append(v_NSD)
-        logits_BV = self._head(self.ln_f(x_BTC))[:, 0]
-        return logits_BV, KVCache(tuple(keys), tuple(values), start + count, first_B)
-
-    def _over_layers(self, body: Callable[..., Any]) -> Callable[..., Any]:
-        return nn.scan(
-            body,
+        blocks = nn.scan(
+            nn.remat(body, prevent_cse=False) if config.remat else body,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            length=self.config.n_layer,
-            # What the loop computes again, XLA would compute once where there is none.
-            unroll=1 if self.config.remat else self.config.unroll,
+            length=config.n_layer,
+            # Outside of a loop XLA would reuse what remat is to compute again.
+            unroll=1 if config.remat else config.unroll,
         )
+        x_BTC = self.drop(self._embed(tokens_BT), rows_B)
+        return self.ln_f(blocks(self.h, layers.constrain(x_BTC, axes))[0])
 
-    def _head(self, x_BTC: jax.Array) -> jax.Array:
-        """The head, whose weights are the token embedding's."""
-        return einsum("BTC,VC->BTV", x_BTC, self.wte.embedding.astype(x_BTC.dtype))
+    def head(self, params: Any) -> Array:
+        """The head's weights, f32 [V, C]: those of the token embedding."""
+        return params["wte"]["embedding"]
+
+    def logits(self, x_BTC: Array) -> Array:
+        """x times the head's weights, f32 [B, T, V]."""
+        operands = x_BTC, self.wte.embedding.astype(x_BTC.dtype)
+        logits = ops.einsum("BTC,VC->BTV", *operands, jnp.float32, self.platform)
+        return layers.constrain(logits, ("batch", "time", "vocab"))
+
+    def init_cache(self, rows: int) -> tuple[KV, ...]:
+        """An empty cache of each layer, for block_size tokens of each row."""
+        config = self.config
+        shape = (rows * config.n_head, config.block_size, config.head_dim)
+        empty = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
+        return ((empty, empty),) * config.n_layer
+
+    def read(
+        self,
+        tokens_BT: Array,
+        last_B: Array,
+        start_B: Array | None = None,
+        caches: tuple[KV, ...] | None = None,
+    ) -> tuple[Array, tuple[KV, ...]]:
+        """Logits of the token after each row f32 [B, V], and the caches, extended.
+
+        Runs the same blocks one by one: params["h"] is a tuple of their parameters.
+
+        Args:
+          tokens_BT: token ids, i32, with padding on the right.
+          last_B: index of each row's last token, i32.
+          start_B: tokens of each row that the caches hold, i32; None: none.
+          caches: of each layer, with room for the new tokens.
+        """
+        T, start = tokens_BT.shape[1], 0 if start_B is None else start_B[:, None]
+        positions_BT = None if start_B is None else start + jnp.arange(T)
+        x_BTC, mask = self._embed(tokens_BT, positions_BT), Mask(True, positions_BT)
+        block = layers.Block(self.config, self.platform, parent=None)
+        blocks, new = self.variables["params"]["h"], []
+        for params, cache in zip(blocks, caches or (None,) * len(blocks), strict=True):
+            options = {"cache": cache, "start_B": start_B}
+            if params is blocks[-1] and T > 1:  # of which one position is needed
+                mask, options["last_B"] = Mask(True, start + last_B[:, None]), last_B
+            x_BTC, cache = block.apply({"params": params}, x_BTC, mask, **options)
+            new.append(cache)
+        return self.logits(self.ln_f(x_BTC))[:, 0], tuple(new)
+
+    def _embed(self, tokens_BT: Array, positions_BT: Array | None = None) -> Array:
+        T = tokens_BT.shape[1]
+        self.config.check_length(T)
+        positions_BT = jnp.arange(T) if positions_BT is None else positions_BT
+        return self.wte(tokens_BT) + self.wpe(positions_BT)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import ModelConfig
-from jaxgpt.models.layers import Dropout, check_length, dropout_rows
+from jaxgpt.models.layers import Dropout
 
 
 def embedding(rows: int, features: int, name: str) -> nn.Embed:
@@ -233,8 +233,9 @@ class LectureGPT(nn.Module):
         """
         config = self.config
         (B, T), V, C = tokens_BT.shape, config.known_vocab_size(), config.n_embd
-        check_length(T, config)
-        rows_B = dropout_rows(B, deterministic, rows_B)
+        config.check_length(T)
+        rows_B = jnp.arange(B) if rows_B is None else rows_B
+        rows_B = None if deterministic else rows_B
         position = embedding(config.block_size, C, "position_embedding")
         x_BTC = embedding(V, C, "token_embedding")(tokens_BT) + position(jnp.arange(T))
         for layer in range(config.n_layer):

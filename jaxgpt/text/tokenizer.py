@@ -28,7 +28,10 @@ class CharTokenizer:
 
     Attributes:
       start: what an empty prompt stands for: a newline, or else the first character.
+      end_of_text: None, as no character ends a document.
     """
+
+    end_of_text = None
 
     def __init__(self, characters: str):
         """Takes the vocabulary in id order; raises ValueError if one occurs twice."""

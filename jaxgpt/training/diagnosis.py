@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import Config
 from jaxgpt.models import build_model
+from jaxgpt.parallel.defaults import platform_of, with_microbatches
 from jaxgpt.processes import is_first_process, wait_for_all
 from jaxgpt.run import BLOWUP, load_run, save_config
 from jaxgpt.runtime import log_line
@@ -35,7 +36,6 @@ from jaxgpt.training.step import (
     Batch,
     TrainState,
     accumulate,
-    in_pieces,
     step_key,
     training_loss,
 )
@@ -150,7 +150,8 @@ def diagnose(
       key: of the step's dropout.
       mesh: of the run, so that rounding is the same.
     """
-    model, pieces = build_model(config.model), in_pieces(config, mesh).data.pieces
+    model = build_model(config.model, platform_of(mesh))
+    pieces = with_microbatches(config, mesh).data.pieces
     loss_fn = partial(training_loss, model, key)
     inputs_BT, targets_BT = map(np.asarray, batch)
     rows_B = np.arange(len(inputs_BT))
@@ -160,10 +161,11 @@ def diagnose(
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         out = call(*args, **kwargs)
-        if context.method_name == "__call__" and isinstance(out, jax.Array):
+        if context.method_name == "__call__":
             order[context.module.path] = None
             # All axes stay, since the models' scans and maps put theirs among them.
-            largest = _magnitudes(out).max(keepdims=True)
+            array = jax.tree.leaves(out)[0]  # a cache may stand beside it
+            largest = _magnitudes(array).max(keepdims=True)
             context.module.sow("intermediates", _LARGEST, largest)
         return out
 

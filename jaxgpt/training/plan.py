@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import Config
 from jaxgpt.models import build_model
+from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.runtime import log_line
 from jaxgpt.text.corpus import load_corpus, named_vocab_size
 from jaxgpt.training.flops import product_flops, step_flops
@@ -110,7 +111,7 @@ def describe(config: Config, topology: str = "") -> Iterator[str]:
     config = _with_vocab_size(config)
     devices = tpu_devices(topology) if topology else jax.devices()
     mesh = make_mesh(config, log_line, devices)
-    model = build_model(config.model)
+    model = build_model(config.model, platform_of(mesh))
     state = abstract_state(model, config, mesh)
     params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tokens = config.data.batch_size * config.model.block_size

@@ -28,6 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.config import Config, MeshConfig, ModelConfig
+from jaxgpt.parallel.defaults import prefers_one_device
 from jaxgpt.text.batches import stack_batches
 
 AXES = ("data", "fsdp", "tensor")
@@ -74,8 +75,7 @@ def make_mesh(
     """
     if devices is None:
         devices = jax.devices()
-        alone = devices[0].platform == "cpu" and jax.process_count() == 1
-        if alone and len(devices) > 1 and _copies_are_large(config):
+        if len(devices) > 1 and _copies_are_large(config, devices[0]):
             log(f"using 1 of {len(devices)} CPU devices: each would hold a copy")
             devices = devices[:1]
     shape = _mesh_shape(config, len(devices))
@@ -96,18 +96,11 @@ def make_mesh(
     )
 
 
-def _copies_are_large(config: Config) -> bool:
-    """Whether devices of the same memory would each hold a large model.
-
-    On 2 cores a step of GPT-2's blocks (85M) with 2 rows of 512 took one device 2.7 s
-    and 4.3 GB, two 3.0 s and 6.2 GB.
-    """
-    mesh = config.mesh
-    return _is_large(config.model) and (mesh.data, mesh.fsdp, mesh.tensor) == (-1, 1, 1)
-
-
-def _is_large(model: ModelConfig) -> bool:
-    return 12 * model.n_layer * model.n_embd**2 > 50e6
+def _copies_are_large(config: Config, device: jax.Device) -> bool:
+    """Whether each device would hold a large model in the same memory."""
+    mesh, alone = config.mesh, jax.process_count() == 1
+    undecided = (mesh.data, mesh.fsdp, mesh.tensor) == (-1, 1, 1)
+    return alone and undecided and prefers_one_device(device, config.model)
 
 
 def _mesh(devices: np.ndarray) -> Mesh:
@@ -185,7 +178,7 @@ def row_mesh(model: ModelConfig, params: Any, rows: int, least: int) -> Mesh | N
     the parameters already, and for a large model on a CPU, which would hold it twice.
     """
     device, *others = jnp.asarray(jax.tree.leaves(params)[0]).devices()
-    if others or (device.platform == "cpu" and _is_large(model)):
+    if others or prefers_one_device(device, model):
         return None
     devices = jax.local_devices(backend=device.platform)
     most = min(len(devices), rows // least)

@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 import jaxgpt
 from jaxgpt.config import Config
 from jaxgpt.models import build_model
+from jaxgpt.parallel.defaults import keeps_traces, platform_of, train_options
 from jaxgpt.processes import several_processes
 from jaxgpt.runtime import replace_file
 from jaxgpt.training import step
@@ -52,7 +53,7 @@ export.register_pytree_node_serialization(
 
 def create_state(config: Config, mesh: Mesh, params: Any = None) -> step.TrainState:
     """As `step.create_state` of the config's model."""
-    model = build_model(config.model)
+    model = build_model(config.model, platform_of(mesh))
 
     def trace() -> export.Exported:
         return export.export(step.init_on(mesh, model, config))()
@@ -64,7 +65,7 @@ def create_state(config: Config, mesh: Mesh, params: Any = None) -> step.TrainSt
 
 def compile_train_steps(config: Config, mesh: Mesh, count: int) -> jax.stages.Compiled:
     """As `step.compile_train_steps` of the config's model."""
-    model = build_model(config.model)
+    model = build_model(config.model, platform_of(mesh))
 
     def trace() -> export.Exported:
         train_steps, arguments = step.jit_train_steps(model, config, mesh, count)
@@ -72,7 +73,7 @@ def compile_train_steps(config: Config, mesh: Mesh, count: int) -> jax.stages.Co
             return export.export(train_steps)(*arguments)
 
     if kept := _kept(trace, mesh, ("train_steps", config, mesh, count)):
-        return _compile(kept, mesh, **step.train_options(config, mesh))
+        return _compile(kept, mesh, **train_options(config, mesh))
     return step.compile_train_steps(model, config, mesh, count)
 
 
@@ -106,11 +107,15 @@ def _folder(mesh: Mesh) -> Path | None:
 
     Nor are any kept by several processes, or of what is no CPU, where it is untried.
     """
-    settings, on_cpu = jax.config.values, mesh.devices.flat[0].platform == "cpu"
+    settings = jax.config.values
     compiled = settings["jax_compilation_cache_dir"] or "://"
     if "://" in compiled or not settings["jax_enable_compilation_cache"]:
         return None
-    return Path(compiled) / "traces" if on_cpu and not several_processes() else None
+    return (
+        Path(compiled) / "traces"
+        if keeps_traces(mesh) and not several_processes()
+        else None
+    )
 
 
 def _digest(of: tuple[Any, ...]) -> str:

@@ -34,7 +34,7 @@ def test_maps_are_in_the_order_of_layers_and_heads(architecture):
     # Without residual connections positions become alike after a few layers.
     n_layer = 2 if architecture in ("attention", "feed-forward") else 11
     shape = {"architecture": architecture, "n_layer": n_layer, "n_head": 4}
-    model = build_model(changed(TINY, model=shape).model)
+    model = build_model(changed(TINY, model=shape).model, "cpu")
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     if architecture == "gpt":  # GPT-2's small initialisation makes all near uniform
         params = jax.tree.map(lambda a: 8 * a if a.ndim > 2 else a, params)
@@ -108,7 +108,7 @@ def test_a_folder_that_is_no_run_is_named_as_such(call, tmp_path, flags):
 
 
 def test_attention_in_bfloat16_is_drawn_too(tmp_path):
-    model = build_model(changed(TINY, model={"compute_dtype": "bfloat16"}).model)
+    model = build_model(changed(TINY, model={"compute_dtype": "bfloat16"}).model, "cpu")
     params = model.init(jax.random.key(0), TOKENS[None])["params"]
     maps_LHTS = attention_maps(model, params, TOKENS)
     assert maps_LHTS.dtype == np.float32

@@ -129,7 +129,7 @@ def no_warmup(patch):
 
 def other_tokens(patch):
     def late(*args):
-        yield np.zeros((1, 48), int)
+        yield np.zeros((1, 48), int), np.zeros((1, 48))
 
     patch.setattr(torch_parity, "generate_tokens", late)
 

@@ -33,7 +33,7 @@ def test_seeds_that_train_at_once_train_as_each_alone(corpus):
     shape = {"architecture": "attention", "n_layer": 1, "dropout": 0.3}
     train = {"max_steps": 10, "eval_interval": 4, "checkpoint_interval": 4}
     config = changed(TINY, model=shape, train=train, mesh={"data": 1})
-    model, seeds = build_model(config.model), [5, 2**32 - 1]
+    model, seeds = build_model(config.model, "cpu"), [5, 2**32 - 1]
     yielded = [
         (step, jax.device_get(params_S))
         for step, params_S in train_seeds(model, config, corpus, seeds)
@@ -114,7 +114,7 @@ def test_losses_are_exact_on_the_validation_split():
     config = changed(PRESETS["lecture-bigram"](), mesh={"data": 1})
     config = changed(config, train={"max_steps": 6, "steps_per_call": 1})
     corpus, config = load_corpus(config)
-    model = build_model(config.model)
+    model = build_model(config.model, "cpu")
     ((_, params_S),) = train_seeds(model, config, corpus, [7])
     params = jax.tree.map(lambda leaf: leaf[0], params_S)
     eval_step = compile_eval_step(model, make_mesh(config, lambda line: None))

@@ -44,6 +44,31 @@ def test_a_sample_ends_before_the_stop_text_and_the_others_go_on(run):
     assert stopped[1] == second.split(stop)[0]
 
 
+def test_a_sample_ends_where_its_document_does_and_the_others_go_on(tiny_model):
+    tokenizer = BPETokenizer.train(["a"], 257)
+    end = tokenizer.end_of_text
+    rows = [[*tokenizer.encode("ab"), end, end, end, end]]
+    rows += [tokenizer.encode("aaaaaa"), tokenizer.encode("cdefgh")]
+    asked, taken = [], []
+
+    def pieces(*arguments):
+        asked.append(arguments[-1])
+        for start in range(0, 6, 2):
+            taken.append(start)
+            yield np.array(rows)[: len(arguments[2]), start : start + 2], None
+
+    bytes_run = Run(TINY, tokenizer, *tiny_model, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "generate_tokens", pieces)
+        texts = generate(bytes_run, "a", num_samples=3)
+        assert texts == ["ab", "aaaaaa", "cdefgh"]
+        assert asked == [(end,)]
+        taken.clear()
+        # One row by the end of its document, the other by the stop text: none goes on.
+        assert generate(bytes_run, "a", num_samples=2, stop="aa") == ["ab", ""]
+        assert taken == [0, 2]
+
+
 def test_text_that_only_begins_the_stop_is_not_lost(run):
     (text,) = generate(run, "abc", **OPTIONS)
     unmet = next(c for c in run.tokenizer.characters if c != text[-1]) * 3
@@ -61,7 +86,7 @@ def test_streamed_pieces_never_hold_half_a_character(tiny_model, text, sizes, mi
 
     def pieces(*args):
         for start, stop in itertools.pairwise(cuts):
-            yield ids[None, start:stop]
+            yield ids[None, start:stop], None
 
     bytes_run = Run(TINY, BYTES, *tiny_model, 0)
     with pytest.MonkeyPatch.context() as patch:

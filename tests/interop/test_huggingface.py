@@ -46,7 +46,7 @@ def folder(tmp_path):
 
 
 def our_logits(config, params, tokens=TOKENS):
-    return build_model(config).apply({"params": params}, tokens)
+    return build_model(config, "cpu").apply({"params": params}, tokens)
 
 
 def their_logits(model, tokens=TOKENS):
@@ -56,7 +56,9 @@ def their_logits(model, tokens=TOKENS):
 
 def random_params(config, seed=0):
     """Parameters that are none of them 0 or 1."""
-    params = build_model(config).init(jax.random.key(seed), TOKENS[:, :1])["params"]
+    params = build_model(config, "cpu").init(jax.random.key(seed), TOKENS[:, :1])[
+        "params"
+    ]
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: a + 0.1 * rng.standard_normal(a.shape, "f4"), params)
 

@@ -49,7 +49,7 @@ def flat(tree, name=""):
 
 
 def our_losses(config, state, steps):
-    step = jax.jit(make_train_step(build_model(config.model), config))
+    step = jax.jit(make_train_step(build_model(config.model, "cpu"), config))
     losses = []
     for pair in batches(steps):
         state, metrics = step(state, pair)
@@ -61,7 +61,7 @@ def test_imported_weights_give_nanogpts_logits(saved):
     model, _, path = saved
     config, state, _ = read(path)
     tokens = batches([9])[0][0]
-    ours = build_model(config.model).apply({"params": state.params}, tokens)
+    ours = build_model(config.model, "cpu").apply({"params": state.params}, tokens)
     theirs = model(torch.tensor(tokens)).detach().numpy()
     assert np.abs(theirs).max() > 0.05
     np.testing.assert_allclose(ours, theirs, atol=2e-6)

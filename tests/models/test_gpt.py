@@ -1,5 +1,6 @@
 import math
 from functools import partial
+from importlib import import_module
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_gpt import logits as numpy_logits
 
-from jaxgpt import GPT
-from jaxgpt.generation.decode import generate_tokens
-from jaxgpt.models import build_model, layers
-from jaxgpt.models.cache import empty_cache
+from jaxgpt.generation.decode import generate_tokens, unstacked
+from jaxgpt.models import build_model
+from jaxgpt.ops import cross_entropy
 from jaxgpt.presets import PRESETS
-from jaxgpt.training.objective import token_losses
 from jaxgpt.training.step import training_loss
+
+blocks = import_module("jaxgpt.ops.attention")  # a function has its name
 
 T = TINY.model.block_size
 V = TINY.model.vocab_size
@@ -26,7 +27,7 @@ ONE_ROW = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 def init(**model):
     """A model like TINY's with some fields changed, and its initial parameters."""
-    model = build_model(changed(TINY, model=model).model)
+    model = build_model(changed(TINY, model=model).model, "cpu")
     return model, model.init(jax.random.key(0), ONE_ROW[:, :1])["params"]
 
 
@@ -70,16 +71,16 @@ def test_each_logit_has_a_gradient_from_every_past_position_and_no_future_one(
 )
 def test_loss_at_init_is_near_that_of_uniform_odds(preset, excess):
     config = changed(PRESETS[preset](), model={"vocab_size": 65}).model
-    model = build_model(config)
+    model = build_model(config, "cpu")
     tokens = jax.random.randint(jax.random.key(0), (4, config.block_size + 1), 0, 65)
     params = model.init(jax.random.key(0), tokens[:, :-1])
-    loss = token_losses(model.apply(params, tokens[:, :-1]), tokens[:, 1:]).mean()
+    loss = cross_entropy(model.apply(params, tokens[:, :-1]), tokens[:, 1:]).mean()
     assert -0.05 < loss - math.log(65) < excess
 
 
 def test_parameters_are_as_many_as_nanogpt_says():
     config = changed(PRESETS["shakespeare-char"](), model={"vocab_size": 65}).model
-    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), ONE_ROW)
+    shapes = jax.eval_shape(build_model(config, "cpu").init, jax.random.key(0), ONE_ROW)
     sizes = {
         jax.tree_util.keystr(path): leaf.size
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
@@ -116,7 +117,9 @@ def test_one_batch_can_be_overfit():
         params, state = carry
 
         def loss_fn(params):
-            return token_losses(model.apply({"params": params}, inputs), targets).mean()
+            return cross_entropy(
+                model.apply({"params": params}, inputs), targets
+            ).mean()
 
         loss, grads = jax.value_and_grad(loss_fn)(params)
         updates, state = optimizer.update(grads, state)
@@ -130,7 +133,7 @@ def test_one_batch_can_be_overfit():
 def test_the_program_is_as_long_for_a_deep_model_as_for_a_shallow_one():
     def program_lines(n_layer):
         shape = {"n_layer": n_layer, "unroll": 2}
-        model = build_model(changed(TINY, model=shape).model)
+        model = build_model(changed(TINY, model=shape).model, "cpu")
         shapes = jax.eval_shape(model.init, jax.random.key(0), ONE_ROW)
         return len(jax.jit(model.apply).lower(shapes, ONE_ROW).as_text().splitlines())
 
@@ -140,7 +143,7 @@ def test_the_program_is_as_long_for_a_deep_model_as_for_a_shallow_one():
 def test_rematerialisation_saves_memory_and_changes_no_gradient():
     def gradient(remat):
         shape = {"n_layer": 8, "n_embd": 32, "block_size": 64, "dropout": 0.3}
-        model = build_model(changed(TINY, model=shape | {"remat": remat}).model)
+        model = build_model(changed(TINY, model=shape | {"remat": remat}).model, "cpu")
         tokens = jnp.zeros((4, 64), jnp.int32)
 
         def loss(params):
@@ -190,7 +193,8 @@ def test_bfloat16_trains_and_generates_in_odd_shapes(
     grads = jax.jit(jax.grad(loss))(params, tokens, tokens, np.arange(rows))
     assert np.isfinite(optax.tree.norm(grads))
     prompts = [[0] * length for length in range(1, rows + 1)]
-    drawn = list(generate_tokens(model, params, prompts, block_size + 2))
+    pieces = generate_tokens(model, params, prompts, block_size + 2)
+    drawn = [tokens for tokens, _ in pieces]
     assert np.concatenate(drawn, axis=1).shape == (rows, block_size + 2)
 
 
@@ -199,7 +203,7 @@ def test_attention_in_blocks_is_attention_at_once(tiny_model, monkeypatch):
 
     def found(size):
         """Logits, maps and gradients with blocks of so many queries."""
-        monkeypatch.setattr(layers, "SMALLEST_BLOCK", size)
+        monkeypatch.setattr(blocks, "SMALLEST_BLOCK", size)
 
         def loss(params):
             variables = {"params": params}
@@ -238,9 +242,9 @@ def test_dropout_keeps_the_mean():
 
 
 @partial(jax.jit, static_argnums=0)
-def read_on(model, params, tokens, cache):
-    count = tokens.shape[1]
-    return model.apply({"params": params}, tokens, count, cache, method=GPT.decode)
+def read_on(model, params, tokens, last_B, start_B, caches):
+    arguments = tokens, last_B, start_B, caches
+    return model.apply({"params": unstacked(params)}, *arguments, method="read")
 
 
 @given(st.lists(st.integers(1, T), min_size=1, max_size=3), st.integers(0, 2**16))
@@ -249,11 +253,12 @@ def test_reading_in_pieces_gives_the_logits_of_one_reading(tiny_model, pieces, s
     model, params = tiny_model
     tokens = np.random.default_rng(seed).integers(V, size=(2, T))
     expected = model.apply({"params": params}, tokens)
-    cache, read = empty_cache(model.config, jnp.zeros(2, jnp.int32), T), 0
+    caches, read, start_B = model.init_cache(2), 0, None
     for size in pieces:
         piece = tokens[:, read : read + size]
         read += piece.shape[1]
         if piece.size:
-            logits, cache = read_on(model, params, piece, cache)
+            last_B = jnp.full(2, piece.shape[1] - 1)
+            logits, caches = read_on(model, params, piece, last_B, start_B, caches)
             np.testing.assert_allclose(logits, expected[:, read - 1], atol=1e-4)
-    assert cache.length == read
+            start_B = jnp.full(2, read)

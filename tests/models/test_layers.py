@@ -3,63 +3,73 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, changed
 
-from jaxgpt import runtime
-from jaxgpt.models.layers import dropout_bits, gelu, look_up
+from jaxgpt.models.layers import Attention, Block
+from jaxgpt.ops.attention import Mask
 
-KINDS = ["cpu", "NVIDIA H100", "TPU v5 lite"]
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_gradient_of_a_frequent_token_counts_every_place_it_stands(dtype):
-    table_VC, tokens_BT = jnp.zeros((3, 2)), jnp.array([[1, 2] + [1] * 998])
-
-    def total(table_VC):
-        return look_up(table_VC, tokens_BT, dtype).sum(dtype=jnp.float32)
-
-    assert jax.grad(total)(table_VC).tolist() == [[0, 0], [999, 999], [1, 1]]
-    drawn_VC = jax.random.normal(jax.random.key(0), (3, 2))
-    found_BTC = look_up(drawn_VC, tokens_BT, dtype)
-    np.testing.assert_array_equal(found_BTC, drawn_VC.astype(dtype)[tokens_BT])
+B, T, S = 2, 4, 7
+CONFIG = changed(TINY, model={"bias": True, "dropout": 0.0}).model
+C, H, D = CONFIG.n_embd, CONFIG.n_head, CONFIG.head_dim
+LENGTHS_B = np.array([7, 3])
 
 
-def test_dropout_bits_are_as_those_of_fair_coins():
-    keys = jax.random.split(jax.random.key(1), 32)
-    bits = np.asarray(dropout_bits(keys, (16, 64, 32)))
-    assert len(np.unique(bits)) > 0.999 * bits.size  # 0.9999 of them are expected
-    coins = np.unpackbits(bits.view(np.uint8)).reshape(-1, 32) - 0.5
-    spread = 5 * 0.5 / len(coins) ** 0.5  # five standard deviations
-    assert abs(coins.mean(axis=0)).max() < spread
-    together = coins.T @ coins / len(coins) - np.eye(32) / 4
-    assert abs(together).max() < 2 * spread
-    # Neither neighbours along an axis nor rows have to do with each other.
-    for axis in range(bits.ndim):
-        low = bits < 0.2 * 2**32
-        pairs = low & np.roll(low, 1, axis)
-        assert abs(low.mean() - 0.2) < 5 * 0.4 / bits.size**0.5
-        assert abs(pairs.mean() - 0.04) < 5 * 0.2 / bits.size**0.5
+def cross_attend(attention, x_BTC, memory_BSC):
+    """To all of a padded memory, whose keys and values are computed once."""
+    mask = Mask(causal=False, lengths_B=LENGTHS_B)
+    return attention(x_BTC, mask, memory=attention.read(memory_BSC))[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "approximate"), [("exact", "none"), ("tanh", "tanh")])
-def test_gelu_and_its_gradient_are_pytorchs(monkeypatch, kind, name, approximate):
-    monkeypatch.setattr(runtime, "device_kind", lambda: kind)
-    x = np.linspace(-12, 12, 1001, dtype=np.float32)
-    theirs = torch.tensor(x, requires_grad=True)
-    y = torch.nn.functional.gelu(theirs, approximate=approximate)
-    y.sum().backward()
-    np.testing.assert_allclose(gelu(jnp.array(x), name), y.detach(), atol=2e-6)
-    gradient = jax.vmap(jax.grad(lambda x: gelu(x, name)))(x)
-    np.testing.assert_allclose(gradient, theirs.grad, atol=5e-6)
+@pytest.fixture(scope="module")
+def cross():
+    """Attention, its parameters for a memory, x and the memory."""
+    x_BTC, memory_BSC = (
+        jax.random.normal(jax.random.key(n), (B, n, C)) for n in (T, S)
+    )
+    attention = Attention(CONFIG, "cpu")
+    variables = attention.init(
+        jax.random.key(0), x_BTC, memory_BSC, method=cross_attend
+    )
+    params = jax.tree.map(lambda a: 8 * a, variables["params"])
+    params["c_attn"]["bias"] += 0.5
+    return attention, params, x_BTC, memory_BSC
 
 
-def test_a_gpu_keeps_nothing_for_gelus_gradient_but_its_input(monkeypatch):
-    x = jax.random.normal(jax.random.key(0), (16, 16), jnp.bfloat16)
+def test_attention_to_a_memory_is_pytorchs_multi_head_attention(cross):
+    attention, params, x_BTC, memory_BSC = cross
+    reference = torch.nn.MultiheadAttention(C, H, batch_first=True)
+    packed, out = params["c_attn"], params["c_proj"]
+    state = {
+        "in_proj_weight": packed["kernel"].reshape(C, 3 * C).T,
+        "in_proj_bias": packed["bias"].ravel(),
+        "out_proj.weight": out["kernel"].reshape(C, C).T,
+        "out_proj.bias": out["bias"],
+    }
+    reference.load_state_dict(
+        {name: torch.tensor(np.array(a)) for name, a in state.items()}
+    )
+    x, memory = (torch.tensor(np.asarray(a)) for a in (x_BTC, memory_BSC))
+    padding = torch.tensor(np.arange(S) >= LENGTHS_B[:, None])
+    expected, _ = reference(x, memory, memory, key_padding_mask=padding)
+    found = attention.apply({"params": params}, x_BTC, memory_BSC, method=cross_attend)
+    np.testing.assert_allclose(found, expected.detach(), rtol=1e-5, atol=1e-5)
 
-    def kept(kind):
-        monkeypatch.setattr(runtime, "device_kind", lambda: kind)
-        _, backward = jax.vjp(lambda x: gelu(x, "exact"), x)
-        return sum(each.nbytes for each in jax.tree.leaves(backward) if each.size > 1)
 
-    cpus, gpus = map(kept, KINDS[:2])
-    assert gpus == x.nbytes < cpus
+def test_a_memory_is_read_once_for_many_queries(cross):
+    attention, params, x_BTC, memory_BSC = cross
+    variables, mask = {"params": params}, Mask(False, lengths_B=LENGTHS_B)
+    whole = attention.apply(variables, x_BTC, memory_BSC, method=cross_attend)
+    memory = attention.apply(variables, memory_BSC, method="read")
+    for t in range(T):
+        one, _ = attention.apply(variables, x_BTC[:, t : t + 1], mask, memory=memory)
+        np.testing.assert_allclose(one[:, 0], whole[:, t], rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_computes_the_positions_that_are_asked_for_as_among_all():
+    block, x_BTC = Block(CONFIG, "cpu"), jax.random.normal(jax.random.key(1), (B, T, C))
+    variables = block.init(jax.random.key(0), x_BTC, Mask())
+    whole, _ = block.apply(variables, x_BTC, Mask())
+    last_B = jnp.array([2, 0])
+    mask = Mask(positions_BT=last_B[:, None])
+    last, _ = block.apply(variables, x_BTC, mask, last_B=last_B)
+    np.testing.assert_allclose(last[:, 0], whole[jnp.arange(B), last_B], atol=2e-6)

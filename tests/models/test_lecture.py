@@ -24,7 +24,7 @@ ONE_ROW = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 def init(architecture, **model):
     """A model of the ladder and its initial parameters."""
     fields = {"architecture": architecture, "dropout": 0.0, **model}
-    model = build_model(changed(TINY, model=fields).model)
+    model = build_model(changed(TINY, model=fields).model, "cpu")
     return model, model.init(jax.random.key(0), ONE_ROW)["params"]
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import TINY, changed, dropped_logits
 
-from jaxgpt.models import build_model, crop_block_size, parameter_shapes
+from jaxgpt.models import build_model, parameter_shapes
+from jaxgpt.run import crop_block_size
 
 T = TINY.model.block_size
 ONE_ROW = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -20,7 +21,9 @@ def any_model(request, tiny_model):
     """A Transformer of two layers, and parameters of it that are not small."""
     if request.param == "gpt":
         return tiny_model
-    model = build_model(changed(TINY, model={"architecture": request.param}).model)
+    model = build_model(
+        changed(TINY, model={"architecture": request.param}).model, "cpu"
+    )
     return model, model.init(jax.random.key(0), ONE_ROW)["params"]
 
 
@@ -41,7 +44,7 @@ def test_more_tokens_than_positions_are_an_error(any_model):
 
 def test_cropped_to_fewer_positions_a_model_is_the_same_on_shorter_text(any_model):
     model, params = any_model
-    shorter = build_model(dataclasses.replace(model.config, block_size=5))
+    shorter = build_model(dataclasses.replace(model.config, block_size=5), "cpu")
     np.testing.assert_allclose(
         shorter.apply({"params": crop_block_size(params, 5)}, ONE_ROW[:, :5]),
         model.apply({"params": params}, ONE_ROW[:, :5]),

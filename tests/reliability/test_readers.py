@@ -484,7 +484,7 @@ def exported(folder):
     """A directory of Hugging Face's GPT-2, its weights also in two files."""
     config = changed(TINY, model={"vocab_size": BPE.vocab_size, "bias": True}).model
     tokens_BT = np.zeros((1, 1), np.int32)
-    params = build_model(config).init(jax.random.key(0), tokens_BT)["params"]
+    params = build_model(config, "cpu").init(jax.random.key(0), tokens_BT)["params"]
     write_huggingface(folder / "gpt2", config, params, BPE)
     return folder / "gpt2"
 
@@ -623,7 +623,7 @@ KINDS = {"char": CHARACTERS, "odd": CharTokenizer("a\ud800\x00\n<|>é🙂"), "bp
 def untrained(kind):
     """A run that has learnt nothing."""
     config = changed(TINY, model={"vocab_size": KINDS[kind].vocab_size})
-    model = build_model(config.model)
+    model = build_model(config.model, "cpu")
     tokens_BT = np.zeros((1, 1), np.int32)
     params = model.init(jax.random.key(0), tokens_BT)["params"]
     return Run(config, KINDS[kind], model, params, 0)

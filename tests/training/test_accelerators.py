@@ -3,28 +3,31 @@
 import inspect
 import math
 import re
+from importlib import import_module
 from importlib.util import find_spec
-from unittest.mock import patch
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, changed
-from jax.sharding import AbstractDevice, AbstractMesh
 
-from jaxgpt import runtime
+from jaxgpt import run
+from jaxgpt.config import SamplingConfig
+from jaxgpt.generation import decode
 from jaxgpt.models import build_model
-from jaxgpt.training import objective
+from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.training.plan import not_cached, tpu_devices
 from jaxgpt.training.sharding import activations_over, make_mesh, one_device
 from jaxgpt.training.step import abstract_state, compile_eval_step, trace_train_steps
+
+cross_entropy = import_module("jaxgpt.ops.cross_entropy")  # a function has its name
 
 B, T, V = 2, 512, 50257
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": T, "vocab_size": V}
 SMALL |= {"dropout": 0.0, "compute_dtype": "bfloat16", "unroll": 1}
 LETTERS = {"block_size": 64, "vocab_size": 65}  # compiles in a second
-NVIDIA = "NVIDIA H100 80GB HBM3"
 DATA = {"batch_size": B, "gradient_accumulation_steps": 1}
 needs_libtpu = pytest.mark.skipif(
     not find_spec("libtpu"), reason="libtpu is for Linux on x86-64"
@@ -39,31 +42,31 @@ def users_optimizations():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def settled(**model):
-    """A config, and its model."""
+def settled(platform, **model):
+    """A config, and its model for the platform."""
     config = changed(TINY, model=SMALL | model, data=DATA)
-    return config, build_model(config.model)
+    return config, build_model(config.model, platform)
 
 
 def state_of(**model):
     """Shapes of the leaves of the state that training donates."""
-    config, built = settled(**model)
+    config, built = settled("cpu", **model)
     return jax.tree.leaves(abstract_state(built, config, one_device()))
 
 
 def for_tpu(**model):
     """The train step, compiled for a TPU chip."""
-    config, built = settled(**model)
+    config, _ = settled("tpu", **model)
     mesh = make_mesh(config, devices=tpu_devices("v5e:1x1"))
+    built = build_model(config.model, platform_of(mesh))
     with not_cached():
         return trace_train_steps(built, config, mesh, 1).lower().compile()
 
 
 def for_cuda(**model):
     """The train step's StableHLO for NVIDIA GPUs."""
-    config, built = settled(**{"fused_attention": False} | model)  # needs cuDNN
-    with patch.object(runtime, "device_kind", return_value=NVIDIA):
-        traced = trace_train_steps(built, config, one_device(), 1)
+    config, built = settled("cuda", **{"fused_attention": False} | model)  # needs cuDNN
+    traced = trace_train_steps(built, config, one_device(), 1)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -122,11 +125,11 @@ def test_the_tpu_compiler_multiplies_bfloat16_only(tpu_program):
 def test_the_tpu_never_calls_the_host(tpu_program, monkeypatch):
     assert calls_to_the_host(tpu_program) == []
 
-    def printing(logits_BTV, targets_BT, losses=objective.token_losses):
+    def printing(logits_BTV, targets_BT, losses=cross_entropy.cross_entropy):
         jax.debug.print("{}", logits_BTV.sum())
         return losses(logits_BTV, targets_BT)
 
-    monkeypatch.setattr(objective, "token_losses", printing)
+    monkeypatch.setattr(cross_entropy, "cross_entropy", printing)
     assert calls_to_the_host(for_tpu(**LETTERS)) != []
 
 
@@ -141,7 +144,7 @@ def test_the_tpu_writes_the_new_state_over_the_old(tpu_program):
 
 @needs_libtpu
 def test_the_tpu_has_no_room_for_all_logits(tpu_program, monkeypatch):
-    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", math.inf)
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", math.inf)
     chunked, whole = (
         program.memory_analysis().temp_size_in_bytes
         for program in (tpu_program, for_tpu(remat=True))
@@ -183,7 +186,7 @@ def test_cuda_is_given_the_state_to_write_over_and_calls_nothing():
 
 
 def test_no_step_asks_for_all_logits_of_a_large_vocabulary(monkeypatch):
-    config, model = settled()
+    config, model = settled("cpu")
     params = abstract_state(model, config, one_device()).params
     tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
 
@@ -195,8 +198,8 @@ def test_no_step_asks_for_all_logits_of_a_large_vocabulary(monkeypatch):
             lowered = jitted.trace(params, (tokens_BT, tokens_BT)).lower()
         return largest_tensor(for_cuda()), largest_tensor(lowered.as_text())
 
-    assert max(largest()) <= B * objective.LOGITS_AT_ONCE < B * T * V
-    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", math.inf)
+    assert max(largest()) <= B * cross_entropy.CHUNK_LOGITS < B * T * V
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", math.inf)
     assert largest() == (B * T * 50304, B * T * V)
 
 
@@ -216,56 +219,164 @@ def asked(monkeypatch):
 TOKENS_BT = np.arange(B * 128).reshape(B, 128) % 65
 
 
-def apply_for(kind, variables, model, **options):
-    """Applies a model as where it is traced for devices of the kind."""
-    device = AbstractDevice(device_kind=kind, platform="", num_cores=None)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        return model.apply(variables, TOKENS_BT, **options)
-
-
-CUDNNS = [{"is_causal": True, "implementation": "cudnn"}]
+CUDNNS = [{"is_causal": True, "key_value_seq_lengths": None, "implementation": "cudnn"}]
 TRAINING = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "options", "expected"),
+    ("platform", "config", "options", "expected"),
     [
-        (NVIDIA, {}, {}, CUDNNS),
-        (NVIDIA, {}, TRAINING, CUDNNS),
-        (NVIDIA, {"dropout": 0.1}, {}, CUDNNS),
-        (NVIDIA, {"dropout": 0.1}, TRAINING, []),
-        (NVIDIA, {}, {"mutable": ["intermediates"]}, []),
-        (NVIDIA, {"compute_dtype": "float32"}, {}, []),
-        (NVIDIA, {"n_embd": 2 * 136}, {}, []),
-        (NVIDIA, {"n_embd": 2 * 12}, {}, []),
-        (NVIDIA, {"fused_attention": False}, {}, []),
-        ("TPU v5 lite", {}, {}, []),
+        ("cuda", {}, {}, CUDNNS),
+        ("cuda", {}, TRAINING, CUDNNS),
+        ("cuda", {"dropout": 0.1}, {}, CUDNNS),
+        ("cuda", {"dropout": 0.1}, TRAINING, []),
+        ("cuda", {}, {"mutable": ["intermediates"]}, CUDNNS),
+        ("cuda", {"compute_dtype": "float32"}, {}, []),
+        ("cuda", {"n_embd": 2 * 136}, {}, []),
+        ("cuda", {"n_embd": 2 * 12}, {}, []),
+        ("cuda", {"fused_attention": False}, {}, []),
+        ("gpu", {}, {}, []),
+        ("tpu", {}, {}, []),
         ("cpu", {}, {}, []),
     ],
 )
 def test_cudnns_attention_is_asked_for_where_it_can_do_it(
-    asked, kind, config, options, expected
+    asked, platform, config, options, expected
 ):
-    _, model = settled(**LETTERS | {"block_size": 128, "n_layer": 1} | config)
+    fields = LETTERS | {"block_size": 128, "n_layer": 1} | config
+    _, model = settled(platform, **fields)
     variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS_BT)
     asked.clear()
-    jax.eval_shape(
-        lambda variables: apply_for(kind, variables, model, **options), variables
-    )
+    jax.eval_shape(lambda v: model.apply(v, TOKENS_BT, **options), variables)
     assert asked[:1] == expected
 
 
 def test_fused_attention_differs_from_blocks_by_less_than_rounding(asked):
     small = LETTERS | {"block_size": 128}
-    _, model = settled(**small)
-    _, exact = settled(**small, compute_dtype="float32")
-    variables = jax.jit(model.init)(jax.random.key(0), TOKENS_BT)
+    _, fused = settled("cuda", **small)
+    _, blocks = settled("cpu", **small)
+    _, exact = settled("cpu", **small, compute_dtype="float32")
+    variables = jax.jit(blocks.init)(jax.random.key(0), TOKENS_BT)
     # GPT-2's small initialisation makes attention nearly an average.
     variables = jax.tree.map(lambda a: 8 * a if a.ndim > 2 else a, variables)
     fused_BTV, blocks_BTV, exact_BTV = (
-        apply_for(kind, variables, each)
-        for kind, each in [(NVIDIA, model), ("cpu", model), ("cpu", exact)]
+        each.apply(variables, TOKENS_BT) for each in (fused, blocks, exact)
     )
     assert asked
     rounding = jnp.linalg.norm(blocks_BTV - exact_BTV)
     assert jnp.linalg.norm(fused_BTV - blocks_BTV) < rounding
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Has custom calls stand for cuDNN's two passes, which only its plugin lowers."""
+
+    def call(name, *arrays):
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays[:3]]
+        if name == "cudnn_forward":
+            shapes = shapes[0]
+        return jax.ffi.ffi_call(name, shapes)(*arrays)
+
+    @jax.custom_vjp
+    def attention(q, k, v):
+        return call("cudnn_forward", q, k, v)
+
+    attention.defvjp(
+        lambda *qkv: (attention(*qkv), qkv),
+        lambda qkv, grad: tuple(call("cudnn_backward", *qkv, grad)),
+    )
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *qkv, **options: attention(*qkv)
+    )
+
+
+def lowered(platform, traced):
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def programs(platform):
+    """Every kind of program that a run asks for, lowered for the platform by name."""
+    shape = {"block_size": 128, "vocab_size": 65, "n_layer": 3, "unroll": 12}
+    config, model = settled(platform, **shape)
+    mesh = one_device()
+    params = abstract_state(model, config, mesh).params
+    tokens_BT = jax.ShapeDtypeStruct((B, 128), jnp.int32)
+    yield "training", lowered(platform, trace_train_steps(model, config, mesh, 1))
+    eval_step = compile_eval_step(model, mesh)
+    jitted = inspect.getclosurevars(eval_step).nonlocals["jitted"]
+    with activations_over(mesh):
+        traced = jitted.trace(params, (tokens_BT, tokens_BT))
+    yield "evaluation", lowered(platform, traced)
+    traced = jax.jit(model.apply).trace({"params": params}, tokens_BT)
+    yield "run.model.apply", lowered(platform, traced)
+    layers = jax.eval_shape(decode.unstacked, params)
+    length_B = jax.ShapeDtypeStruct((B,), jnp.int32)
+    key_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
+    for cached in (True, False):
+        prompts = model, layers, tokens_BT, length_B, key_B, cached
+        state = jax.eval_shape(
+            lambda *args, cached=cached: decode.start(model, *args, cached),
+            *prompts[1:5],
+        )
+        drawing = model, SamplingConfig(), (), layers, state, 16
+        reads = "with a cache" if cached else "by windows"
+        if cached:
+            yield "prompts", lowered(platform, decode.start.trace(*prompts))
+        yield f"generation {reads}", lowered(platform, decode.decode.trace(*drawing))
+
+
+def bfloat16_products(text):
+    """Dtypes that products of two bfloat16 arrays return, in order."""
+    shape = r"tensor<(?:\d+x)*bf16>"
+    return re.findall(
+        rf"stablehlo\.dot_general.*: \({shape}, {shape}\) -> tensor<(?:\d+x)*(\w+)>",
+        text,
+    )
+
+
+# Layers of 3 whose attention is cuDNN's, forward and backward: one query, as in a last
+# layer that computes one position or with a cache, has nothing to fuse.
+FUSED = {
+    "training": (3, 3),
+    "evaluation": (3, 0),
+    "run.model.apply": (3, 0),
+    "prompts": (2, 0),
+    "generation with a cache": (0, 0),
+    "generation by windows": (2, 0),
+}
+
+
+@pytest.mark.usefixtures("cudnn")
+def test_every_program_for_cuda_has_cudas_forms():
+    found = {}
+    for name, text in programs("cuda"):
+        found[name] = text.count("@cudnn_forward"), text.count("@cudnn_backward")
+        # Four products a layer, and no more, would return float32 on a CPU.
+        assert bfloat16_products(text).count("bf16") >= 12, name
+    assert found == FUSED
+
+
+def test_every_program_for_a_tpu_has_the_tpus_forms():
+    for name, text in programs("tpu"):
+        assert bfloat16_products(text).count("bf16") >= 12, name
+        assert "custom_call @" not in text.replace("custom_call @Sharding", "")
+    scatters = re.findall(
+        r'"stablehlo.scatter".*?-> tensor<\S+x(\w+)>',
+        dict(programs("tpu"))["training"],
+        re.S,
+    )
+    assert "bf16" in scatters  # of the embeddings' gradients
+
+
+def test_every_program_for_a_cpu_has_the_cpus_forms():
+    for name, text in programs("cpu"):
+        assert set(bfloat16_products(text)) == {"f32"}, name
+
+
+def test_a_run_is_loaded_for_the_devices_it_is_loaded_on(tiny_run, monkeypatch):
+    assert run.load_run(tiny_run).model.platform == "cpu"
+    h100 = SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0"
+    )
+    monkeypatch.setattr(run, "platform_of", lambda mesh: platform_of(h100))
+    assert run.load_run(tiny_run).model.platform == "cuda"

@@ -21,7 +21,7 @@ from jaxgpt.training.checkpoint import (
 from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import compile_train_steps, create_state
 
-MODEL = build_model(TINY.model)
+MODEL = build_model(TINY.model, "cpu")
 MESH = make_mesh(TINY)
 
 CHECKPOINT = "jaxgpt.training.checkpoint"
@@ -45,7 +45,7 @@ def save(folder, losses):
 
 
 def restore(folder, step, config=TINY):
-    return restore_state(folder, step, build_model(config.model), config, MESH)
+    return restore_state(folder, step, build_model(config.model, "cpu"), config, MESH)
 
 
 def saved_steps(folder):

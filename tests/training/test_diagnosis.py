@@ -25,7 +25,7 @@ INF = float("inf")
 
 
 def parts(config):
-    mesh, model = make_mesh(config), build_model(config.model)
+    mesh, model = make_mesh(config), build_model(config.model, "cpu")
     return mesh, model, create_state(model, config, mesh)
 
 
@@ -88,6 +88,16 @@ def test_the_first_layer_that_is_not_finite_is_named(path, layer, value, name):
     found = found_in(TINY, spoilt(state.params, path, layer, value))
     assert found.first == name
     assert not np.isfinite(found.loss)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_scores_that_overflow_are_told_by_the_attention_weights(dropout):
+    config = changed(TINY, model={"dropout": dropout})
+    _, _, state = parts(config)
+    kernel = state.params["h"]["attn"]["c_attn"]["kernel"]
+    state.params["h"]["attn"]["c_attn"]["kernel"] = kernel.at[1].multiply(1e21)
+    found = found_in(config, state.params)
+    assert found.first == "activations of h.1.attn.attn_dropout"
 
 
 @pytest.mark.parametrize(

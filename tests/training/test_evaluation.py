@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from conftest import TINY, changed
 
+from jaxgpt.ops import cross_entropy
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training.evaluation import estimate_losses, evaluate_exactly
-from jaxgpt.training.objective import token_losses
 from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import compile_eval_step
 
@@ -27,7 +27,7 @@ def test_exact_loss_predicts_every_token_but_the_first_once(tiny_model, tokens):
     for start in range(0, len(tokens) - 1, T):
         window = tokens[start : start + T + 1].astype(np.int32)[None]
         logits = model.apply({"params": params}, window[:, :-1])
-        losses += token_losses(logits, window[:, 1:])[0].tolist()
+        losses += cross_entropy(logits, window[:, 1:])[0].tolist()
     assert len(losses) == len(tokens) - 1
     for batch_size in (1, 3, 8):
         config = changed(TINY, data={"batch_size": batch_size})

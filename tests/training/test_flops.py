@@ -18,7 +18,7 @@ def test_flops_are_those_that_xla_counts(architecture):
     shape = {"n_layer": 1, "n_head": 4, "n_embd": 128, "block_size": 128}
     fields = {"architecture": architecture, "vocab_size": 512, "dropout": 0.0}
     config = changed(TINY, model=shape | fields, data={"batch_size": 2})
-    model = build_model(config.model)
+    model = build_model(config.model, "cpu")
     tokens = jnp.zeros((2, 128), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
 
@@ -33,7 +33,7 @@ def traced(**sections):
     config = changed(TINY, model=MODEL | {"dropout": 0.0}, data={"batch_size": 16})
     config = changed(config, **sections)
     mesh = make_mesh(config, lambda line: None)
-    return config, trace_train_steps(build_model(config.model), config, mesh, 1)
+    return config, trace_train_steps(build_model(config.model, "cpu"), config, mesh, 1)
 
 
 @pytest.mark.parametrize("pieces", [1, 2])

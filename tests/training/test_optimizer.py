@@ -42,7 +42,7 @@ def test_equal_rates_without_warmup_are_a_constant_schedule():
 
 
 def test_only_matrices_and_embeddings_decay():
-    model = build_model(changed(TINY, model={"bias": True}).model)
+    model = build_model(changed(TINY, model={"bias": True}).model, "cpu")
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     decayed = {

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, TINY, changed, finish, start_script
 
 from jaxgpt.models import build_model
+from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.presets import PRESETS
 from jaxgpt.training import plan
 from jaxgpt.training.hlo import Program
@@ -32,7 +33,7 @@ def test_every_preset_is_accounted_for_without_its_corpus(preset, fresh_cache):
 
 def test_gpt2_124m_has_its_124_million_parameters():
     config = PRESETS["gpt2-124m"]()
-    model = build_model(config.model)
+    model = build_model(config.model, "cpu")
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
     # As OpenAI counts them, less the biases that nanoGPT's recipe leaves out.
@@ -166,7 +167,9 @@ def collectives_of(**mesh):
     config = changed(TEXTBOOK, mesh={"data": 1} | mesh)
     devices = tpu_devices("v5e:2x4")
     mesh = make_mesh(config, devices=devices)
-    traced = trace_train_steps(build_model(config.model), config, mesh, 1)
+    traced = trace_train_steps(
+        build_model(config.model, platform_of(mesh)), config, mesh, 1
+    )
     with not_cached():
         compiled = traced.lower().compile(compiler_options=WHOLE_COLLECTIVES)
     within = Counter(), Counter()

@@ -44,7 +44,7 @@ def mesh_of(config):
 
 def train(config):
     """Trains for STEPS steps from the seed; returns the losses and the state."""
-    model, mesh = build_model(config.model), mesh_of(config)
+    model, mesh = build_model(config.model, "cpu"), mesh_of(config)
     state = create_state(model, config, mesh)
     batches = read_batches(TOKENS, range(STEPS), config, mesh)
     train_steps = compile_train_steps(model, config, mesh, STEPS)
@@ -70,7 +70,7 @@ def test_every_mesh_trains_as_one_device_with_dropout(reference, shape, pieces):
 def test_trained_state_stays_where_the_table_puts_it():
     config = on(WIDE, 2, 2, 2)
     _, state = train(config)
-    expected = abstract_state(build_model(config.model), config, mesh_of(config))
+    expected = abstract_state(build_model(config.model, "cpu"), config, mesh_of(config))
 
     def check(leaf, shape):
         assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
@@ -102,7 +102,7 @@ GPTS = [
 def test_fsdp_over_8_devices_leaves_an_eighth_on_each(preset):
     data = {"batch_size": 8, "gradient_accumulation_steps": 1}
     config = changed(PRESETS[preset](), model={"vocab_size": 65}, data=data)
-    model = build_model(config.model)
+    model = build_model(config.model, "cpu")
     whole, eighth = (
         bytes_per_device(abstract_state(model, each, mesh_of(each)))
         for each in (on(config), on(config, fsdp=8))
@@ -113,7 +113,7 @@ def test_fsdp_over_8_devices_leaves_an_eighth_on_each(preset):
 @pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8)])
 def test_no_device_holds_the_whole_model_while_it_is_made(shape):
     config = on(changed(WIDE, model={"n_embd": 512, "n_layer": 8}), *shape)
-    model, mesh = build_model(config.model), mesh_of(config)
+    model, mesh = build_model(config.model, "cpu"), mesh_of(config)
     memory = init_on(mesh, model, config).lower().compile().memory_analysis()
     shapes = jax.tree.leaves(abstract_state(model, config, mesh).params)
     params = sum(leaf.size * 4 for leaf in shapes)
@@ -123,7 +123,7 @@ def test_no_device_holds_the_whole_model_while_it_is_made(shape):
 
 def test_initial_parameters_are_the_same_on_every_mesh():
     one, other = (
-        create_state(build_model(WIDE.model), config, mesh_of(config)).params
+        create_state(build_model(WIDE.model, "cpu"), config, mesh_of(config)).params
         for config in (on(WIDE), on(WIDE, 2, 2, 2))
     )
     jax.tree.map(np.testing.assert_array_equal, one, other)
@@ -156,12 +156,12 @@ def test_a_dimension_that_does_not_divide_is_named_with_both_numbers(
 ):
     config = changed(TINY, model=model, mesh={"data": 1} | mesh)
     with pytest.raises(ValueError, match=message):
-        abstract_state(build_model(config.model), config, mesh_of(config))
+        abstract_state(build_model(config.model, "cpu"), config, mesh_of(config))
 
 
 def test_any_vocabulary_fits_any_mesh():
     config = on(changed(WIDE, model={"vocab_size": 13}), 1, 2, 4)
-    model, mesh = build_model(config.model), mesh_of(config)
+    model, mesh = build_model(config.model, "cpu"), mesh_of(config)
     assert abstract_state(model, config, mesh).params["wte"]["embedding"].shape[0] == 13
 
 

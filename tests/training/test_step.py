@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt import TrainConfig
 from jaxgpt.models import build_model
+from jaxgpt.parallel import defaults
 from jaxgpt.text.batches import stack_batches
 from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import (
@@ -16,7 +17,6 @@ from jaxgpt.training.step import (
     check_skipped,
     compile_train_steps,
     create_state,
-    in_pieces,
     init_state,
     make_train_step,
 )
@@ -28,7 +28,7 @@ BATCHES = stack_batches(TOKENS, range(STEPS), TINY)
 
 def run(config, calls=(STEPS,)):
     """Trains for STEPS steps, so many a call; returns losses, norms and parameters."""
-    model, mesh = build_model(config.model), make_mesh(config, lambda line: None)
+    model, mesh = build_model(config.model, "cpu"), make_mesh(config, lambda line: None)
     state, rows, done = create_state(model, config, mesh), [], 0
     for count in calls:
         train_steps = compile_train_steps(model, config, mesh, count)
@@ -58,28 +58,10 @@ def test_accumulated_pieces_train_as_the_whole_batch_with_dropout(reference, pie
     assert_same(run(changed(TINY, data=data, mesh={"data": 1})), reference, 2e-5)
 
 
-@pytest.mark.parametrize(
-    ("asked", "platform", "pieces"),
-    [(-1, "cpu", 16), (1, "cpu", 1), (2, "cpu", 2), (-1, "gpu", 1)],
-)
-def test_a_cpu_is_left_to_choose_pieces_that_fit_its_cache(
-    monkeypatch, asked, platform, pieces
-):
-    config = changed(
-        TINY,
-        model={"block_size": 256},
-        data={"batch_size": 128, "gradient_accumulation_steps": asked},
-        mesh={"data": 2},  # 64 rows each, of which 4 make 1024 tokens
-    )
-    monkeypatch.setattr("jaxgpt.training.step._platform", lambda mesh: platform)
-    mesh = make_mesh(config, lambda line: None)
-    assert in_pieces(config, mesh).data.gradient_accumulation_steps == pieces
-
-
 def test_pieces_that_a_cpu_chooses_train_as_the_whole_batch(reference, monkeypatch):
-    monkeypatch.setattr("jaxgpt.training.step.CACHED_TOKENS", 16)  # of 8 x 8: 4 pieces
+    monkeypatch.setattr(defaults, "CACHED_TOKENS", 16)  # of 8 x 8: 4 pieces
     config = changed(TINY, mesh={"data": 1})
-    assert in_pieces(config, make_mesh(config)).data.pieces == 4
+    assert defaults.with_microbatches(config, make_mesh(config)).data.pieces == 4
     assert_same(run(config), reference, 2e-5)
 
 
@@ -102,7 +84,10 @@ def test_dropout_differs_from_row_to_row():
     losses = []
     for batch_size in (1, 8):
         config = changed(TINY, data={"batch_size": batch_size}, mesh={"data": 1})
-        model, mesh = build_model(config.model), make_mesh(config, lambda line: None)
+        model, mesh = (
+            build_model(config.model, "cpu"),
+            make_mesh(config, lambda line: None),
+        )
         train_steps = compile_train_steps(model, config, mesh, 1)
         rows = jax.tree.map(lambda a: a[:, :batch_size], alike)  # noqa: B023
         _, metrics = train_steps(create_state(model, config, mesh), rows)
@@ -113,7 +98,7 @@ def test_dropout_differs_from_row_to_row():
 def test_dropout_changes_from_step_to_step():
     config = changed(TINY, optimizer={"learning_rate": 1e-12, "min_lr": 0.0})
     same = jax.tree.map(lambda a: np.stack([a[0]] * 2), BATCHES)
-    model, mesh = build_model(config.model), make_mesh(config)
+    model, mesh = build_model(config.model, "cpu"), make_mesh(config)
     state = create_state(model, config, mesh)
     _, metrics = compile_train_steps(model, config, mesh, 2)(state, same)
     assert metrics["loss"][0] != metrics["loss"][1]
@@ -129,7 +114,7 @@ def run_mapped(train_step, state, batches):
 
 
 def test_pmap_trains_as_one_device(reference):
-    model = build_model(TINY.model)
+    model = build_model(TINY.model, "cpu")
     train_step = make_train_step(model, TINY, axis_name="data")
     shards = jax.tree.map(lambda a: a.reshape(STEPS, 8, 1, *a.shape[2:]), BATCHES)
     copies = jax.tree.map(lambda a: jnp.stack([a] * 8), init_state(model, TINY))
@@ -143,7 +128,7 @@ def test_pmap_trains_as_one_device(reference):
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_shard_map_trains_as_one_device(reference, check_vma, pieces):
     config = changed(TINY, data={"gradient_accumulation_steps": pieces})
-    model = build_model(config.model)
+    model = build_model(config.model, "cpu")
     train_step = make_train_step(model, config, axis_name="data")
     mesh = make_mesh(changed(config, mesh={"data": 4}))
     sharded_step = jax.shard_map(
@@ -160,7 +145,7 @@ def test_shard_map_trains_as_one_device(reference, check_vma, pieces):
 
 
 def test_seed_decides_the_initial_parameters():
-    model = build_model(TINY.model)
+    model = build_model(TINY.model, "cpu")
     one, again, other = (
         init_state(model, changed(TINY, train={"seed": seed})).params["wte"]
         for seed in (1, 1, 2)
@@ -194,7 +179,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_one_too_many_stops_all(
     config = changed(config, train={"max_skipped_steps": limit})
     good = np.random.default_rng(0).integers(0, 10, (3, 2, 8, TINY.model.block_size))
     bad = np.full_like(good[0], 10)
-    mesh, bigram = make_mesh(config), build_model(config.model)
+    mesh, bigram = make_mesh(config), build_model(config.model, "cpu")
 
     def train(batches):
         state = create_state(bigram, config, mesh)
@@ -215,7 +200,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_one_too_many_stops_all(
 
 
 def test_a_state_that_has_skipped_more_than_it_may_does_not_go_on():
-    state = create_state(build_model(TINY.model), TINY, make_mesh(TINY))
+    state = create_state(build_model(TINY.model, "cpu"), TINY, make_mesh(TINY))
     check_skipped(state, TINY)
     with pytest.raises(ValueError, match=r"skipped 2 steps .* --train.max-skipped"):
         check_skipped(state.replace(skipped=np.int32(2)), TINY)

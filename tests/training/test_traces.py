@@ -47,7 +47,7 @@ def train_kept(config):
 
 def train_traced(config):
     """As `train_kept`, without traces that are kept."""
-    model, mesh = build_model(config.model), mesh_of(config)
+    model, mesh = build_model(config.model, "cpu"), mesh_of(config)
     state = step.create_state(model, config, mesh)
     batches = read_batches(TOKENS, range(STEPS), config, mesh)
     return step.compile_train_steps(model, config, mesh, STEPS)(state, batches)

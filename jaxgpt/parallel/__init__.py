@@ -1,0 +1,1 @@
+"""How devices share the work, and what depends on which devices they are."""
