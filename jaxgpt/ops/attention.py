@@ -1,7 +1,6 @@
 """Attention: every query averages the values of the keys that it may see.
 
-B batch   T time (queries)   S time (keys)   H heads   D head_dim   K q, k and v
-N rows and heads (B H)
+B batch   T time (queries)   S time (keys)   H heads   D head_dim   N rows, heads (B H)
 
 Source: "Attention Is All You Need", section 3.2.
 """

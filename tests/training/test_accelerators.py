@@ -334,12 +334,13 @@ def bfloat16_products(text):
     )
 
 
-# Layers of 3 whose attention is cuDNN's, forward and backward: one query, as in a last
-# layer that computes one position or with a cache, has nothing to fuse.
-FUSED = {
-    "training": (3, 3),
-    "evaluation": (3, 0),
-    "run.model.apply": (3, 0),
+# Calls of cuDNN's attention in the text, forward and backward. The scanned layers share
+# one function. Of the 3 that `read` runs one by one, the last computes one position;
+# that is left to the plain form, as is a token that attends to the cache.
+CALLS = {
+    "training": (1, 1),
+    "evaluation": (1, 0),
+    "run.model.apply": (1, 0),
     "prompts": (2, 0),
     "generation with a cache": (0, 0),
     "generation by windows": (2, 0),
@@ -351,14 +352,14 @@ def test_every_program_for_cuda_has_cudas_forms():
     found = {}
     for name, text in programs("cuda"):
         found[name] = text.count("@cudnn_forward"), text.count("@cudnn_backward")
-        # Four products a layer, and no more, would return float32 on a CPU.
-        assert bfloat16_products(text).count("bf16") >= 12, name
-    assert found == FUSED
+        # Four products a layer; like layers may share one function.
+        assert bfloat16_products(text).count("bf16") >= 4, name
+    assert found == CALLS
 
 
 def test_every_program_for_a_tpu_has_the_tpus_forms():
     for name, text in programs("tpu"):
-        assert bfloat16_products(text).count("bf16") >= 12, name
+        assert bfloat16_products(text).count("bf16") >= 4, name
         assert "custom_call @" not in text.replace("custom_call @Sharding", "")
     scatters = re.findall(
         r'"stablehlo.scatter".*?-> tensor<\S+x(\w+)>',
