@@ -3,8 +3,7 @@
 B batch   T time   S key time   C n_embd   H heads   D head_dim   F mlp (4 C)
 
 Parameter names are nanoGPT's; `platform` is as in `jaxgpt.ops`. `rows_B`, the rows'
-numbers in the whole batch, turns dropout on: however the batch is split into
-microbatches or over devices, a row drops the same activations.
+numbers in the whole batch, turns dropout on; no split of a batch changes its masks.
 """
 
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ constrain = nn.with_logical_constraint
 
 
 def residual_init(config: ModelConfig) -> nn.initializers.Initializer:
-    """Of projections into the residual stream. Source: GPT-2, section 2.3."""
+    """Initialiser of projections into the residual stream, as in GPT-2, section 2.3."""
     return nn.initializers.normal(0.02 / (2 * config.n_layer) ** 0.5)
 
 
