@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, TINY, changed, finish, start_script, traces_folder
 
 from jaxgpt.models import build_model
+from jaxgpt.parallel import defaults
 from jaxgpt.training import step, traces
 from jaxgpt.training.sharding import make_mesh, read_batches
 
@@ -155,8 +156,10 @@ def test_nothing_is_kept_where_jax_keeps_no_programs_on_disk(setting, value):
 
 
 def test_several_processes_and_accelerators_keep_nothing(monkeypatch):
-    gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
-    assert traces_folder(gpu) is None
+    assert traces_folder(mesh_of(TINY)) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(defaults, "platform_of", lambda mesh: "cuda")
+        assert traces_folder(mesh_of(TINY)) is None
     monkeypatch.setattr(traces, "several_processes", lambda: True)
     assert traces_folder(mesh_of(TINY)) is None
 
