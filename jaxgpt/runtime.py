@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -201,7 +201,7 @@ def plain_errors() -> Iterator[None]:
             _leave_interrupted(asked() or signal.SIGINT)
         except BrokenPipeError:  # its reader has gone, as in `generate.py | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+            _leave(1)
         except _EXPECTED as error:
             if asked():  # the interrupt has become another error on its way
                 _leave_interrupted(asked())
@@ -286,16 +286,16 @@ def _leave_with(error: Exception) -> NoReturn:
 
 
 def _leave(status: int) -> NoReturn:
-    """Ends the script; one of several processes does not wait for the others to end.
+    """Ends the script at once, whatever its threads and other processes do.
 
-    But as JAX ends the others when the first does, that leaves them time for a word.
+    A thread that comes back from XLA while Python ends would abort it (status -6). As
+    JAX ends the other processes when the first ends, that leaves them time for a word.
     """
-    if several_processes():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(2 if is_first_process() else 0)
-        os._exit(status)
-    sys.exit(status)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # no room for it
+            stream.flush()
+    time.sleep(2 if several_processes() and is_first_process() else 0)
+    os._exit(status)
 
 
 class Interrupt:

@@ -3,6 +3,7 @@ import gc
 import os
 import platform
 import signal
+import sys
 import time
 import weakref
 from contextlib import suppress
@@ -19,6 +20,11 @@ from jaxgpt.runtime import (
     plain_errors,
     replace_file,
 )
+
+
+@pytest.fixture(autouse=True)
+def _a_test_outlives_the_script_it_ends(monkeypatch):
+    monkeypatch.setattr(os, "_exit", sys.exit)
 
 
 def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
@@ -93,6 +99,28 @@ def test_an_interrupt_ends_a_script_whatever_becomes_of_it(end, capsys):
         end()
     assert left.value.code == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_a_thread_within_xla_does_not_abort_the_script_that_ends():
+    compiling = """
+import jax, os, signal, threading, time
+from jaxgpt.runtime import plain_errors
+
+def program(x):
+    for _ in range(300):
+        x = jax.numpy.sin(x @ x)
+    return x
+
+with plain_errors():
+    lowered = jax.jit(program).lower(jax.numpy.ones((64, 64)))
+    threading.Thread(target=lowered.compile, daemon=True).start()
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)
+"""
+    script = start_script("-c", compiling, JAX_ENABLE_COMPILATION_CACHE="0")
+    _, err = finish(script, code=143)
+    assert err == "\ninterrupted\n"
 
 
 def test_an_interrupt_that_is_lost_before_it_is_deferred_counts_once():

@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -730,6 +731,7 @@ def run(command, monkeypatch, capsys):
         script, *arguments = "jaxgpt/__main__.py", *arguments[1:]
     monkeypatch.setattr("sys.argv", [script, *arguments])
     monkeypatch.setattr(runtime, "start", lambda: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setenv("JAXGPT_CACHE", "cache")
     monkeypatch.setenv("COLUMNS", "1000")  # of the boxes, so that no line is broken
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # no look-out for other processes
