@@ -103,7 +103,7 @@ def test_an_interrupt_ends_a_script_whatever_becomes_of_it(end, capsys):
 
 def test_a_thread_within_xla_does_not_abort_the_script_that_ends():
     compiling = """
-import jax, os, signal, threading, time
+import jax, signal, threading, time
 from jaxgpt.runtime import plain_errors
 
 def program(x):
@@ -111,12 +111,16 @@ def program(x):
         x = jax.numpy.sin(x @ x)
     return x
 
+class SlowToGo:
+    def __del__(self):
+        time.sleep(5)
+
+slow_to_go = SlowToGo()  # so that the thread comes back while Python ends
 with plain_errors():
     lowered = jax.jit(program).lower(jax.numpy.ones((64, 64)))
     threading.Thread(target=lowered.compile, daemon=True).start()
     time.sleep(0.1)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(10)
+    signal.raise_signal(signal.SIGTERM)
 """
     script = start_script("-c", compiling, JAX_ENABLE_COMPILATION_CACHE="0")
     _, err = finish(script, code=143)
