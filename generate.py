@@ -10,13 +10,13 @@ from typing import Annotated
 
 import tyro
 
-from jaxgpt import runtime
+from jaxgpt import exits, start
 from jaxgpt.config import MeshConfig, SamplingConfig
+from jaxgpt.files import log_line
 from jaxgpt.generation.stream import stream_text
+from jaxgpt.parallel.mesh import model_mesh
 from jaxgpt.run import Run, load_config, load_run, text_tokenizer
-from jaxgpt.runtime import log_line
 from jaxgpt.text.tokenizer import encode_prompt
-from jaxgpt.training.sharding import model_mesh
 
 SEPARATOR = "-" * 40
 
@@ -45,7 +45,7 @@ class Arguments:
 def main() -> None:
     """Parses the command line, loads the run, prints the samples."""
     arguments = tyro.cli(Arguments, prog="generate.py")
-    runtime.start()
+    start.start()
     mesh = model_mesh(load_config(arguments.run_dir), arguments.mesh)
     run = load_run(arguments.run_dir, arguments.checkpoint, mesh)
     prompt = read_prompt(arguments.prompt, run)
@@ -90,5 +90,5 @@ def read_prompt(prompt: str, run: Run) -> str:
 
 
 if __name__ == "__main__":
-    with runtime.plain_errors():
+    with exits.plain_errors():
         main()

@@ -12,13 +12,22 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt import runtime
-from jaxgpt.arguments import parse_arguments, parse_processes
+from jaxgpt import exits, start
+from jaxgpt.cli import parse_arguments, parse_processes
 from jaxgpt.config import Config
+from jaxgpt.files import log_line
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
-from jaxgpt.processes import check_alike, join_processes, several_processes
+from jaxgpt.parallel.feeding import read_batches
+from jaxgpt.parallel.mesh import make_mesh, model_mesh
+from jaxgpt.parallel.processes import (
+    agreement,
+    check_alike,
+    join_processes,
+    several_processes,
+)
+from jaxgpt.planning.plan import describe
 from jaxgpt.run import (
     PROFILE,
     claim_run,
@@ -30,7 +39,6 @@ from jaxgpt.run import (
     own_tokenizer,
     save_config,
 )
-from jaxgpt.runtime import log_line
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
@@ -43,18 +51,21 @@ from jaxgpt.training.checkpoint import (
 from jaxgpt.training.diagnosis import explained
 from jaxgpt.training.evaluation import estimate_losses, evaluate_exactly
 from jaxgpt.training.monitor import Monitor, check_finite
-from jaxgpt.training.plan import describe
 from jaxgpt.training.profile import profiled
-from jaxgpt.training.sharding import make_mesh, model_mesh, read_batches
-from jaxgpt.training.step import call_size, check_skipped, compile_eval_step
-from jaxgpt.training.traces import compile_train_steps, create_state
+from jaxgpt.training.step import (
+    call_size,
+    check_skipped,
+    compile_eval_step,
+    compile_train_steps,
+    create_state,
+)
 
 STARTED = time.monotonic()
 
 
 def main() -> None:
     """Parses the command line, then trains, or tells what training would cost."""
-    runtime.start()
+    start.start()
     if (processes := parse_processes(sys.argv[1:])) is not None:
         join_processes(*processes)
     if several_processes():
@@ -103,7 +114,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         folder = run_dir / CHECKPOINTS
         resumed_step = newest_whole(folder) if resume else None
         if resumed_step is None:
-            state = create_state(config, mesh, load_start(config, mesh))
+            state = create_state(model, config, mesh, load_start(config, mesh))
             if resume:
                 log_line(f"{run_dir} has no checkpoint; it begins at step 0")
         else:
@@ -131,7 +142,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             @cache
             def train_steps(count: int) -> jax.stages.Compiled:
                 monitor.flush()  # so that compiling counts as no step's time
-                return compile_train_steps(config, mesh, count)
+                return compile_train_steps(model, config, mesh, count)
 
             def save() -> None:
                 """Saves between evaluations, where the parameters still give a loss."""
@@ -139,10 +150,11 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                 check_finite(step, evaluate(state.params, eval_iters=1))
                 save_state(checkpoints, state, val_loss=None)
 
-            with runtime.deferred_interrupts() as interrupt:
+            with exits.deferred_interrupts() as asked:
                 if resumed_step is None:
                     monitor.eval(0, **evaluate(state.params))
-                while step < last_step and not interrupt.reached():
+                agree = agreement()
+                while not (signal := agree(asked())) and step < last_step:
                     count = call_size(step, config.train)
                     run_steps = train_steps(count)
                     steps = range(step, step + count)
@@ -162,10 +174,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                     elif step % config.train.checkpoint_interval == 0:
                         save()
 
-                if step < last_step or interrupt.reached():
+                if signal:
                     if checkpoints.latest_step() != step:
                         save()
-                    return interrupt.signal
+                    return signal
 
             exact = evaluate_exactly(eval_step, state.params, corpus.val, config)
             monitor.done(step, exact.nats_per_token)
@@ -173,5 +185,5 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
 
 
 if __name__ == "__main__":
-    with runtime.plain_errors():
+    with exits.plain_errors():
         main()

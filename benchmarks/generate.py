@@ -140,9 +140,9 @@ def build(
 
 def jaxgpt_generation(config: Facts, prompts_BT: np.ndarray, new: int) -> Run:
     """Generates once, as generate.py does, and tells when the first tokens came."""
-    from jaxgpt import runtime
+    from jaxgpt import start
 
-    runtime.start()
+    start.start()
     import jax
 
     from jaxgpt.config import ModelConfig, SamplingConfig

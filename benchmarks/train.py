@@ -202,15 +202,15 @@ Updates = tuple[Callable[[], None], Callable[[], float], int, Peak]
 
 def jaxgpt_updates(values: Facts) -> Updates:
     """A call, what waits for its loss, the updates in it, and the peak."""
-    from jaxgpt import runtime
+    from jaxgpt import start
 
-    runtime.start()
+    start.start()
     import jax
 
     from jaxgpt.config import Config
     from jaxgpt.models import build_model
     from jaxgpt.parallel.defaults import platform_of
-    from jaxgpt.training.sharding import make_mesh, over_rows
+    from jaxgpt.parallel.mesh import make_mesh, over_rows
     from jaxgpt.training.step import compile_train_steps, create_state
 
     config = Config.from_dict(values)
@@ -365,7 +365,7 @@ def products(library: str, dtype: str) -> tuple[Callable[..., Any], Callable[...
 
 def judge(config: Any, results: dict[str, Facts], ceilings: dict[str, Facts]) -> Facts:
     """Tokens/s, ratios and shares of all, and how the best of both sides compare."""
-    from jaxgpt.training.flops import step_flops
+    from jaxgpt.planning.flops import step_flops
 
     tokens = config.data.batch_size * config.model.block_size
     flops = step_flops(config)

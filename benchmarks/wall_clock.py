@@ -66,7 +66,7 @@ def main() -> None:
 
 def one_round() -> Iterator[tuple[str, float, str]]:
     """Yields each command's name, its seconds and the line that it was to print."""
-    from jaxgpt.runtime import cache_dir
+    from jaxgpt.start import cache_dir
 
     config = json.dumps(shape_config("shakespeare-char-cpu").to_dict())
     torch = ["-m", "benchmarks.torch_recipe", str(cache_dir() / "tinyshakespeare.txt")]
@@ -75,7 +75,7 @@ def one_round() -> Iterator[tuple[str, float, str]]:
             ["train.py", preset, "--overwrite", "--out-dir", f"{folder}/run"]
             for preset in ("shakespeare-char-fast", "shakespeare-char-cpu")
         )
-        environment = {  # as runtime.start has it, but for the folder
+        environment = {  # as start.start has it, but for the folder
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/xla",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import tyro
 
-from jaxgpt import runtime
+from jaxgpt import exits, start
 from jaxgpt.commands.attention import attention
 from jaxgpt.commands.compare import compare
 from jaxgpt.commands.convert import export, import_
@@ -26,12 +26,12 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def main() -> int:
     """Runs the command that the command line names; returns the exit status."""
-    runtime.start()
+    start.start()
     return tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="python -m jaxgpt", description=__doc__
     )
 
 
 if __name__ == "__main__":
-    with runtime.plain_errors():
+    with exits.plain_errors():
         sys.exit(main())

@@ -25,10 +25,11 @@ except ImportError:  # Windows has no flock: there, nothing keeps a second train
     fcntl = None  # type: ignore[assignment]
 
 from jaxgpt.config import Config, DataConfig
+from jaxgpt.files import ASIDE, is_first_process, replace_file
 from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.defaults import platform_of
-from jaxgpt.processes import any_failed, highest, is_first_process, wait_for_all
-from jaxgpt.runtime import ASIDE, replace_file
+from jaxgpt.parallel.mesh import on_host, one_device, placed
+from jaxgpt.parallel.processes import any_failed, highest, wait_for_all
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
     ALL_PARTS,
@@ -41,7 +42,6 @@ from jaxgpt.training.checkpoint import (
     val_loss,
 )
 from jaxgpt.training.monitor import CURVE, METRICS
-from jaxgpt.training.sharding import on_host, one_device, placed
 from jaxgpt.training.step import TrainState
 
 CONFIG = "config.json"

@@ -21,10 +21,10 @@ from jaxgpt import (
     OptimizerConfig,
     TrainConfig,
     __main__,
-    runtime,
+    start,
 )
 from jaxgpt.models import build_model
-from jaxgpt.training import checkpoint, traces
+from jaxgpt.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is an accelerator
@@ -35,8 +35,6 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAXGPT_CACHE"] + "/xl
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 # Most run once: LLVM would take longer than it saves. Scripts run as a user's do.
 jax.config.update("jax_disable_most_optimizations", True)
-# A test may replace what is traced: only tests/training/test_traces.py keeps traces.
-traces_folder, traces._folder = traces._folder, lambda mesh: None
 
 TEXT = "".join(
     f"{word} tells a tale of {n} winters.\n"
@@ -152,7 +150,7 @@ def tiny_run(tmp_path_factory):
 def call(monkeypatch, capsys):
     """Calls a script's or `python -m jaxgpt`'s main here; returns stdout and stderr."""
     mains = {"train.py": train, "generate.py": generate, "jaxgpt": __main__}
-    monkeypatch.setattr(runtime, "start", lambda: None)
+    monkeypatch.setattr(start, "start", lambda: None)
 
     def call(script, *arguments, status=0):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])

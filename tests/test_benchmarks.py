@@ -18,9 +18,9 @@ from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.interop.state_dict import to_state_dict
 from jaxgpt.models import build_model
 from jaxgpt.ops import cross_entropy
+from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.training.evaluation import evaluate_exactly
 from jaxgpt.training.optimizer import learning_rate_schedule
-from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import compile_eval_step
 
 FAKE = """

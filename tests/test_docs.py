@@ -17,15 +17,16 @@ from jax.sharding import AbstractMesh
 from rich.console import Console
 from torch_nanogpt import CHARACTERS
 
-from jaxgpt import CharTokenizer, runtime
+from jaxgpt import CharTokenizer
 from jaxgpt.commands import lecture
 from jaxgpt.models import lecture as models
 from jaxgpt.models import parameter_shapes
+from jaxgpt.parallel.mesh import AXES, placed
 from jaxgpt.presets import PRESETS, lecture_bigram
+from jaxgpt.start import cache_dir
 from jaxgpt.text import tinyshakespeare
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.text.pretrained import save_nanogpt_meta
-from jaxgpt.training.sharding import AXES, placed
 
 SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 LECTURE = (ROOT / "docs" / "lecture.md").read_text(encoding="utf-8")
@@ -54,7 +55,7 @@ def commands(text, *programs):
 def short_shakespeare(tmp_path, monkeypatch):
     """The start of Tiny Shakespeare, with all its characters, in its place."""
     load_corpus(lecture_bigram())  # says so if it has to fetch
-    cache = runtime.cache_dir()
+    cache = cache_dir()
     text = (cache / "tinyshakespeare.txt").read_text(encoding="utf-8")
     short = text[:30_000] + "".join(sorted(set(text)))
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))

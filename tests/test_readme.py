@@ -4,7 +4,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from jaxgpt.arguments import parse_arguments
+from jaxgpt.cli import parse_arguments
 from jaxgpt.presets import PRESETS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

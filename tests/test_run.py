@@ -5,6 +5,7 @@ from conftest import TINY, changed
 
 from jaxgpt import CharTokenizer, load_run
 from jaxgpt.models import build_model
+from jaxgpt.parallel.mesh import make_mesh, one_device
 from jaxgpt.run import (
     claim_run,
     clear_run,
@@ -14,7 +15,6 @@ from jaxgpt.run import (
     save_config,
 )
 from jaxgpt.training.checkpoint import open_checkpoints, save_state
-from jaxgpt.training.sharding import make_mesh, one_device
 from jaxgpt.training.step import create_state
 
 TOKENIZER = CharTokenizer("\nabcdefghij")

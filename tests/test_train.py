@@ -8,8 +8,9 @@ import pytest
 from conftest import TEXT, TINY, changed, finish, start_script
 
 import train
-from jaxgpt import generate, load_run, runtime
+from jaxgpt import generate, load_run
 from jaxgpt.run import find_checkpoint
+from jaxgpt.start import cache_dir
 from jaxgpt.training.monitor import read_rows
 
 
@@ -304,12 +305,12 @@ def test_a_run_of_bpe_resumes_with_its_own_tokenizer(tales, fresh_cache, tmp_pat
     run(changed(config, train={"max_steps": 4}), tmp_path / "run")
     first = load_run(tmp_path / "run")
     assert first.tokenizer.vocab_size == 280
-    shutil.rmtree(runtime.cache_dir() / "tokenizers")
+    shutil.rmtree(cache_dir() / "tokenizers")
     run(changed(first.config, train={"max_steps": 8}), tmp_path / "run", resume=True)
     again = load_run(tmp_path / "run", "latest")
     assert again.step == 8
     assert again.tokenizer.to_json() == first.tokenizer.to_json()
-    assert not (runtime.cache_dir() / "tokenizers").exists()
+    assert not (cache_dir() / "tokenizers").exists()
     assert len(generate(again, "Romeo é", max_new_tokens=9)[0]) >= 1
 
 

@@ -11,12 +11,12 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.files import log_line
 from jaxgpt.interop import torch_parity
 from jaxgpt.interop.huggingface import find_model, read_huggingface
 from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.interop.torch_parity import Check
 from jaxgpt.run import load_run
-from jaxgpt.runtime import log_line
 
 RANDOM = ModelConfig(
     block_size=64,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from jaxgpt.config import Config
+from jaxgpt.files import ASIDE, log_line
 from jaxgpt.interop.huggingface import (
     find_model,
     read_huggingface,
@@ -16,6 +17,7 @@ from jaxgpt.interop.huggingface import (
     write_huggingface,
 )
 from jaxgpt.interop.nanogpt import read_nanogpt, write_nanogpt
+from jaxgpt.parallel.mesh import on_host
 from jaxgpt.run import (
     TOKENIZER,
     claim_run,
@@ -25,7 +27,6 @@ from jaxgpt.run import (
     save_config,
     saved_tokenizer,
 )
-from jaxgpt.runtime import ASIDE, log_line
 from jaxgpt.text import tinyshakespeare
 from jaxgpt.text.pretrained import (
     GPT2_VOCAB_SIZE,
@@ -40,7 +41,6 @@ from jaxgpt.training.checkpoint import (
     save_params,
     save_state,
 )
-from jaxgpt.training.sharding import on_host
 from jaxgpt.training.step import TrainState
 
 Format = Literal["nanogpt", "huggingface"]

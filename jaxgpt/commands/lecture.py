@@ -22,16 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxgpt.config import Config, MeshConfig, SamplingConfig, check_seed
+from jaxgpt.files import log_line
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import has_accelerator, platform_of
+from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import Run
-from jaxgpt.runtime import log_line
 from jaxgpt.text.batches import stack_batches
 from jaxgpt.text.corpus import Corpus, load_corpus
 from jaxgpt.training.evaluation import evaluate_exactly
-from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import (
     Batch,
     TrainState,

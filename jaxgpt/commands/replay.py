@@ -8,10 +8,10 @@ import numpy as np
 import tyro
 
 from jaxgpt.config import MeshConfig
+from jaxgpt.files import log_line
+from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import BLOWUP, load_config
-from jaxgpt.runtime import log_line
 from jaxgpt.training.diagnosis import diagnose, load_blowup
-from jaxgpt.training.sharding import make_mesh
 
 
 def replay(

@@ -23,7 +23,7 @@ from jaxgpt.config import SamplingConfig, check_seed
 from jaxgpt.generation.sampling import sample
 from jaxgpt.models.layers import take
 from jaxgpt.ops.attention import KV
-from jaxgpt.training.sharding import over_rows, replicated, row_mesh
+from jaxgpt.parallel.mesh import over_rows, replicated, row_mesh
 
 TOKENS_PER_CALL = 16
 # Devices share the rows where each has so many to draw with the cache, or any number

@@ -20,13 +20,13 @@ from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxgpt.config import ModelConfig
+from jaxgpt.files import replace_file
 from jaxgpt.interop.state_dict import (
     check_gpt,
     from_state_dict,
     parameter_names,
     to_state_dict,
 )
-from jaxgpt.runtime import replace_file
 from jaxgpt.text.fetch import download
 from jaxgpt.text.pretrained import tokenizer_in
 from jaxgpt.text.tokenizer import (

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from jaxgpt.config import TOO_MUCH, Config, ModelConfig
+from jaxgpt.files import replace_file
 from jaxgpt.interop import required
 from jaxgpt.interop.state_dict import (
     MASKS,
@@ -26,7 +27,6 @@ from jaxgpt.interop.state_dict import (
     parameter_names,
     to_state_dict,
 )
-from jaxgpt.runtime import replace_file
 from jaxgpt.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxgpt.training.step import TrainState
 

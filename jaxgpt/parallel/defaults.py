@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config, ModelConfig
-from jaxgpt.runtime import fused_products
+from jaxgpt.start import fused_products
 
 # Tokens of a microbatch on each CPU device. Activations of so many stay in the cache:
 # on 2 cores the 10.8M model trains 1.5 times as fast as with all of 8192.
@@ -67,8 +67,3 @@ def train_options(config: Config, mesh: Mesh) -> dict[str, Any]:
     float32 = config.model.compute_dtype == "float32"
     options = fused_products() if float32 and platform_of(mesh) == "cpu" else None
     return {"donate_argnums": 0, "compiler_options": options}
-
-
-def keeps_traces(mesh: Mesh) -> bool:
-    """Whether traced programs are kept for the next start: on other devices untried."""
-    return platform_of(mesh) == "cpu"

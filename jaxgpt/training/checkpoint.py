@@ -23,14 +23,14 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
 from jaxgpt.config import Config
-from jaxgpt.processes import (
+from jaxgpt.files import is_first_process, log_line
+from jaxgpt.parallel.processes import (
     any_failed,
-    is_first_process,
     process_share,
     several_processes,
     wait_for_all,
 )
-from jaxgpt.runtime import give_back_memory, log_line
+from jaxgpt.start import give_back_memory
 from jaxgpt.training.step import TrainState, abstract_state
 
 CHECKPOINTS = "checkpoints"

@@ -22,16 +22,17 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
+from jaxgpt.files import is_first_process, log_line
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of, with_microbatches
-from jaxgpt.processes import is_first_process, wait_for_all
+from jaxgpt.parallel.feeding import share_rows
+from jaxgpt.parallel.mesh import activations_over, replicated
+from jaxgpt.parallel.processes import wait_for_all
 from jaxgpt.run import BLOWUP, load_run, save_config
-from jaxgpt.runtime import log_line
 from jaxgpt.text.batches import stack_batches
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.checkpoint import CHECKPOINTS, open_checkpoints, save_params
-from jaxgpt.training.sharding import activations_over, replicated, share_rows
 from jaxgpt.training.step import (
     Batch,
     TrainState,

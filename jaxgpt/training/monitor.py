@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxgpt.config import Config
-from jaxgpt.processes import is_first_process
-from jaxgpt.runtime import log_line, replace_file
+from jaxgpt.files import is_first_process, log_line, replace_file
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"

@@ -7,8 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt.processes import is_first_process
-from jaxgpt.runtime import log_line
+from jaxgpt.files import is_first_process, log_line
 
 
 @contextmanager

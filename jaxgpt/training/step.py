@@ -20,15 +20,15 @@ from jax.sharding import Mesh
 from jaxgpt import ops
 from jaxgpt.config import Config, TrainConfig
 from jaxgpt.parallel.defaults import train_options, with_microbatches
-from jaxgpt.training.optimizer import learning_rate_schedule, make_optimizer
-from jaxgpt.training.sharding import (
+from jaxgpt.parallel.feeding import share_rows
+from jaxgpt.parallel.mesh import (
     activations_over,
     over_rows,
     placed,
     replicated,
     shardings,
-    share_rows,
 )
+from jaxgpt.training.optimizer import learning_rate_schedule, make_optimizer
 
 Batch = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]  # inputs and targets
 Metrics = dict[str, jax.Array]

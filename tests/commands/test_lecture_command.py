@@ -9,11 +9,11 @@ from matplotlib.image import imread
 from jaxgpt.commands import lecture
 from jaxgpt.commands.lecture import RUNGS, SCALED, Rung, train_seeds
 from jaxgpt.models import build_model
+from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.presets import PRESETS
 from jaxgpt.text.batches import stack_batches
 from jaxgpt.text.corpus import Corpus, load_corpus
 from jaxgpt.training.evaluation import evaluate_exactly
-from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import compile_eval_step, compile_train_steps, create_state
 
 

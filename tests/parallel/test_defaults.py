@@ -9,8 +9,8 @@ from conftest import ROOT, TINY, changed
 
 from jaxgpt.parallel import defaults
 from jaxgpt.parallel.defaults import platform_of
-from jaxgpt.training.plan import tpu_devices
-from jaxgpt.training.sharding import make_mesh, one_device
+from jaxgpt.parallel.mesh import make_mesh, one_device
+from jaxgpt.planning.plan import tpu_devices
 
 
 def gpu(kind, capability):

@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import ROOT, changed
 
-from jaxgpt import CharTokenizer, load_run, runtime
+from jaxgpt import CharTokenizer, load_run, start
 from jaxgpt.interop.huggingface import write_huggingface
 from jaxgpt.interop.nanogpt import write_nanogpt
 from jaxgpt.run import fcntl, load_state, save_config
@@ -730,7 +730,7 @@ def run(command, monkeypatch, capsys):
     if script == "-m":
         script, *arguments = "jaxgpt/__main__.py", *arguments[1:]
     monkeypatch.setattr("sys.argv", [script, *arguments])
-    monkeypatch.setattr(runtime, "start", lambda: None)
+    monkeypatch.setattr(start, "start", lambda: None)
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setenv("JAXGPT_CACHE", "cache")
     monkeypatch.setenv("COLUMNS", "1000")  # of the boxes, so that no line is broken

@@ -643,7 +643,7 @@ def test_any_prompt_is_continued_in_utf8_or_refused(kind, prompt, stop):
         patch.setattr(generate.tyro, "cli", lambda *args, **kwargs: arguments)
         patch.setattr(generate, "load_config", lambda run_dir: untrained(kind).config)
         patch.setattr(generate, "load_run", lambda *args: untrained(kind))
-        patch.setattr(generate.runtime, "start", lambda: None)
+        patch.setattr(generate.start, "start", lambda: None)
         patch.setattr(sys, "stdout", stdout)
         outcome(generate.main)
     stdout.flush()

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from jaxgpt import BPETokenizer, runtime
+from jaxgpt import BPETokenizer
+from jaxgpt.start import cache_dir
 from jaxgpt.text import pretrained, tokenizer
 from jaxgpt.text.pretrained import find_tokenizer, gpt2_tokenizer, load_nanogpt_meta
 from jaxgpt.text.tokenizer import load_tokenizer
@@ -30,7 +31,7 @@ def gpt2():
 @pytest.fixture(scope="module")
 def tables(gpt2):
     """The folder with GPT-2's vocab.json and merges.txt."""
-    return runtime.cache_dir() / "gpt2"
+    return cache_dir() / "gpt2"
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from jaxgpt.config import SamplingConfig
 from jaxgpt.generation import decode
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
-from jaxgpt.training.plan import not_cached, tpu_devices
-from jaxgpt.training.sharding import activations_over, make_mesh, one_device
+from jaxgpt.parallel.mesh import activations_over, make_mesh, one_device
+from jaxgpt.planning.plan import not_cached, tpu_devices
 from jaxgpt.training.step import abstract_state, compile_eval_step, trace_train_steps
 
 cross_entropy = import_module("jaxgpt.ops.cross_entropy")  # a function has its name

@@ -9,6 +9,7 @@ import pytest
 from conftest import TINY, changed
 
 from jaxgpt.models import build_model
+from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.training.checkpoint import (
     check_saves,
     find_step,
@@ -18,7 +19,6 @@ from jaxgpt.training.checkpoint import (
     save_state,
     val_loss,
 )
-from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import compile_train_steps, create_state
 
 MODEL = build_model(TINY.model, "cpu")

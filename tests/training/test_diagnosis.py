@@ -8,10 +8,11 @@ from conftest import TINY, changed
 import train
 from jaxgpt import load_run
 from jaxgpt.models import build_model
+from jaxgpt.parallel.feeding import read_batches
+from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training.diagnosis import diagnose, load_blowup
 from jaxgpt.training.monitor import read_rows
-from jaxgpt.training.sharding import make_mesh, read_batches
 from jaxgpt.training.step import (
     compile_train_steps,
     create_state,

@@ -6,9 +6,9 @@ import pytest
 from conftest import TINY, changed
 
 from jaxgpt.ops import cross_entropy
+from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.text.corpus import Corpus
 from jaxgpt.training.evaluation import estimate_losses, evaluate_exactly
-from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import compile_eval_step
 
 T = TINY.model.block_size

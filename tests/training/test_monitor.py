@@ -55,7 +55,7 @@ def test_rows_have_the_fields_of_their_event(tmp_path):
 
 def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("jaxgpt.training.monitor.is_first_process", lambda: False)
-    monkeypatch.setattr("jaxgpt.runtime.is_first_process", lambda: False)
+    monkeypatch.setattr("jaxgpt.files.is_first_process", lambda: False)
     with session(tmp_path) as monitor:
         monitor.train(0, steps(8), time.monotonic())
         monitor.eval(8, train_loss=2.0, val_loss=2.5)

@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import TrainConfig
 from jaxgpt.models import build_model
 from jaxgpt.parallel import defaults
+from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.text.batches import stack_batches
-from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import (
     call_size,
     check_skipped,

@@ -10,11 +10,11 @@ from conftest import ROOT, TINY, changed, finish, start_script
 
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
+from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.planning import plan
+from jaxgpt.planning.hlo import Program
+from jaxgpt.planning.plan import describe, not_cached, tpu_devices
 from jaxgpt.presets import PRESETS
-from jaxgpt.training import plan
-from jaxgpt.training.hlo import Program
-from jaxgpt.training.plan import describe, not_cached, tpu_devices
-from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import trace_train_steps
 
 

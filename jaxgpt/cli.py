@@ -11,6 +11,7 @@ import jax
 import tyro
 
 from jaxgpt.config import Config
+from jaxgpt.files import log_line
 from jaxgpt.parallel.defaults import default_preset
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import (
@@ -20,7 +21,6 @@ from jaxgpt.run import (
     has_run,
     load_config,
 )
-from jaxgpt.runtime import log_line
 from jaxgpt.training.checkpoint import CHECKPOINTS
 
 _PROG = "train.py [PRESET]"

@@ -4,8 +4,8 @@ import pytest
 from conftest import TINY, changed
 
 from jaxgpt.models import build_model
-from jaxgpt.training.flops import product_flops, step_flops
-from jaxgpt.training.sharding import make_mesh
+from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.planning.flops import product_flops, step_flops
 from jaxgpt.training.step import trace_train_steps
 
 # So short that attention leaves out nothing that is masked, as the formula has it.

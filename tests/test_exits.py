@@ -4,22 +4,17 @@ import os
 import platform
 import signal
 import sys
-import time
 import weakref
-from contextlib import suppress
 
 import jax
 import pytest
 from conftest import finish, start_script
 from jax.errors import JaxRuntimeError
 
-from jaxgpt import runtime
-from jaxgpt.runtime import (
-    deferred_interrupts,
-    give_back_memory,
-    plain_errors,
-    replace_file,
-)
+from jaxgpt import start
+from jaxgpt.exits import deferred_interrupts, plain_errors
+from jaxgpt.files import replace_file
+from jaxgpt.start import give_back_memory
 
 
 @pytest.fixture(autouse=True)
@@ -74,18 +69,6 @@ def test_sigterm_exits_with_its_number_and_leaves_the_handler_as_it_was(capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def wait_on(seconds):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        time.sleep(0.01)
-
-
-def lose_an_interrupt():
-    with suppress(KeyboardInterrupt):  # as a callback from C does
-        signal.raise_signal(signal.SIGINT)
-    wait_on(10)
-
-
 def make_an_interrupt_another_error():
     try:
         signal.raise_signal(signal.SIGINT)
@@ -93,7 +76,7 @@ def make_an_interrupt_another_error():
         raise ValueError("while comparing") from error
 
 
-@pytest.mark.parametrize("end", [lose_an_interrupt, make_an_interrupt_another_error])
+@pytest.mark.parametrize("end", [make_an_interrupt_another_error])
 def test_an_interrupt_ends_a_script_whatever_becomes_of_it(end, capsys):
     with pytest.raises(SystemExit) as left, plain_errors():
         end()
@@ -104,7 +87,7 @@ def test_an_interrupt_ends_a_script_whatever_becomes_of_it(end, capsys):
 def test_a_thread_within_xla_does_not_abort_the_script_that_ends():
     compiling = """
 import jax, signal, threading, time
-from jaxgpt.runtime import plain_errors
+from jaxgpt.exits import plain_errors
 
 def program(x):
     for _ in range(300):
@@ -127,36 +110,17 @@ with plain_errors():
     assert err == "\ninterrupted\n"
 
 
-def test_an_interrupt_that_is_lost_before_it_is_deferred_counts_once():
-    with plain_errors():
-        with suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-        with deferred_interrupts() as interrupt:
-            wait_on(1.2)
-            assert interrupt.reached()
-    assert interrupt.signal == signal.SIGTERM
-
-
-def test_what_an_interrupt_has_to_close_is_closed_in_peace():
-    closed = False
-
-    def close_slowly():
-        nonlocal closed
-        try:
-            signal.raise_signal(signal.SIGINT)
-        finally:
-            wait_on(1.2)
-            closed = True
-
-    with pytest.raises(SystemExit), plain_errors():
-        close_slowly()
-    assert closed
+def test_a_signal_that_waits_is_noted_and_raises_nothing():
+    with plain_errors(), deferred_interrupts() as asked:
+        assert asked() == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert asked() == signal.SIGTERM
 
 
 def test_only_what_a_failed_save_leaves_behind_is_not_told_of():
     left_behind = """
 import asyncio, tensorstore
-from jaxgpt.runtime import start
+from jaxgpt.start import start
 class Broken:
     def __del__(self):
         raise ValueError("a defect")
@@ -174,7 +138,7 @@ Broken()
 
 
 def flags_after_start(flags):
-    show = "from jaxgpt import runtime; runtime.start(); import os, jax"
+    show = "from jaxgpt import start; start.start(); import os, jax"
     show += "; jax.devices(); print(os.environ.get('XLA_FLAGS'))"
     out, _ = finish(start_script("-c", show, XLA_FLAGS=flags))
     return out.split()
@@ -182,7 +146,7 @@ def flags_after_start(flags):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="set where measured")
 def test_xlas_flags_are_the_users_where_they_name_them():
-    theirs, ours = "--xla_cpu_ftz=true", list(map(runtime._as_flag, runtime._XLA_FLAGS))
+    theirs, ours = "--xla_cpu_ftz=true", list(map(start._as_flag, start._XLA_FLAGS))
     assert flags_after_start(theirs) == [theirs, *ours]
     one = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
     assert flags_after_start(one) == [one, *ours[1:]]
@@ -191,17 +155,17 @@ def test_xlas_flags_are_the_users_where_they_name_them():
 def test_float32_training_fuses_products_unless_the_user_says_how_to_multiply(
     monkeypatch,
 ):
-    monkeypatch.setenv("XLA_FLAGS", runtime._as_flag(runtime._YNN_FLAG))
-    assert "LIBRARY_FUSION_TYPE_DOT" in runtime.fused_products()[runtime._YNN_FLAG]
-    monkeypatch.setenv("XLA_FLAGS", f"--{runtime._YNN_FLAG}=LIBRARY_FUSION_TYPE_REDUCE")
-    assert runtime.fused_products() is None
+    monkeypatch.setenv("XLA_FLAGS", start._as_flag(start._YNN_FLAG))
+    assert "LIBRARY_FUSION_TYPE_DOT" in start.fused_products()[start._YNN_FLAG]
+    monkeypatch.setenv("XLA_FLAGS", f"--{start._YNN_FLAG}=LIBRARY_FUSION_TYPE_REDUCE")
+    assert start.fused_products() is None
 
 
 def test_a_flag_that_xla_does_not_know_is_not_set(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(runtime, "_XLA_FLAGS", {"xla_cpu_no_such_flag": ("true",)})
+    monkeypatch.setattr(start, "_XLA_FLAGS", {"xla_cpu_no_such_flag": ("true",)})
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
-    runtime.start()
+    start.start()
     assert os.environ["XLA_FLAGS"] == ""
 
 

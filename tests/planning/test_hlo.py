@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.training.hlo import Program
+from jaxgpt.planning.hlo import Program
 
 MESH = jax.make_mesh((8,), ("all",), axis_types=(AxisType.Auto,))
 KIB = 1024

@@ -16,7 +16,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import flax.linen as nn
@@ -29,7 +28,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt.config import Config, MeshConfig, ModelConfig
 from jaxgpt.parallel.defaults import prefers_one_device
-from jaxgpt.text.batches import stack_batches
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -234,34 +232,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def over_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Placement of batches, whose rows are along `axis`."""
     return NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp")))
-
-
-def share_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """Places a batch that every process has in full; each keeps its devices' rows."""
-    return jax.make_array_from_callback(array.shape, over_rows(mesh), array.__getitem__)
-
-
-def read_batches(
-    tokens: np.ndarray, steps: range, config: Config, mesh: Mesh
-) -> tuple[jax.Array, jax.Array]:
-    """The training batches of several steps, inputs and targets, i32 [steps, B, T].
-
-    Each process reads the rows of its own devices, and no others.
-    """
-    B = config.data.batch_size
-    shape, sharding = (len(steps), B, config.model.block_size), over_rows(mesh, axis=1)
-
-    @cache
-    def rows(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        return stack_batches(tokens, steps, config, slice(first, last))
-
-    def place(which: int) -> jax.Array:
-        def read(index: Any) -> np.ndarray:
-            return rows(*index[1].indices(B)[:2])[which]
-
-        return jax.make_array_from_callback(shape, sharding, read)
-
-    return place(0), place(1)
 
 
 @contextmanager

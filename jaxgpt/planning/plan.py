@@ -15,13 +15,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
+from jaxgpt.files import log_line
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
-from jaxgpt.runtime import log_line
+from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.planning.flops import product_flops, step_flops
+from jaxgpt.planning.hlo import Collective, Program
 from jaxgpt.text.corpus import load_corpus, named_vocab_size
-from jaxgpt.training.flops import product_flops, step_flops
-from jaxgpt.training.hlo import Collective, Program
-from jaxgpt.training.sharding import make_mesh
 from jaxgpt.training.step import abstract_state, trace_train_steps
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, changed
 
 from jaxgpt import CharTokenizer, Config
-from jaxgpt.arguments import parse_arguments, parse_processes
+from jaxgpt.cli import parse_arguments, parse_processes
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import load_config, save_config
 from jaxgpt.training.checkpoint import open_checkpoints, save_params

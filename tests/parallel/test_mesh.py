@@ -10,10 +10,12 @@ from conftest import ROOT, TINY, changed
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.models import build_model
+from jaxgpt.parallel import feeding
+from jaxgpt.parallel import mesh as meshes
+from jaxgpt.parallel.feeding import read_batches
+from jaxgpt.parallel.mesh import make_mesh, shardings
 from jaxgpt.presets import PRESETS
 from jaxgpt.text.batches import stack_batches
-from jaxgpt.training import sharding
-from jaxgpt.training.sharding import make_mesh, read_batches, shardings
 from jaxgpt.training.step import (
     abstract_state,
     compile_train_steps,
@@ -136,8 +138,8 @@ def test_a_parameter_without_a_rule_is_an_error_that_names_it():
 
 
 def test_the_first_rule_that_fits_counts(monkeypatch):
-    rules = (("mlp/c_fc/kernel", P("data")), *sharding.RULES)
-    monkeypatch.setattr(sharding, "RULES", rules)
+    rules = (("mlp/c_fc/kernel", P("data")), *meshes.RULES)
+    monkeypatch.setattr(meshes, "RULES", rules)
     tree = {"h": {"mlp": {"c_fc": {"kernel": jnp.zeros((8, 2))}}}}
     placed = shardings(tree, mesh_of(TINY))
     assert placed["h"]["mlp"]["c_fc"]["kernel"].spec == P("data")
@@ -230,7 +232,7 @@ def test_batches_are_those_of_one_device_and_only_their_own_rows_are_read(monkey
         read.append((rows.start, rows.stop))
         return stack_batches(tokens, steps, config, rows)
 
-    monkeypatch.setattr(sharding, "stack_batches", spy)
+    monkeypatch.setattr(feeding, "stack_batches", spy)
     batches = read_batches(TOKENS, range(3, 6), config, mesh_of(config))
     assert sorted(read) == [(0, 8), (8, 16), (16, 24), (24, 32)]
     whole = stack_batches(TOKENS, range(3, 6), config)

@@ -87,11 +87,6 @@ def several_processes() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def is_first_process() -> bool:
-    """Whether this process writes what is written once: logs, metrics, the config."""
-    return not several_processes() or jax.process_index() == 0
-
-
 def wait_for_all(name: str) -> None:
     """Returns once every process of the run is here."""
     if several_processes():
@@ -121,6 +116,22 @@ def highest(number: int) -> jax.Array | int:
     return take_highest(
         jax.make_array_from_callback((jax.device_count(),), one_each, lambda index: own)
     )
+
+
+def agreement() -> Callable[[int], int]:
+    """Makes `agree(number)`: the highest number that any process gave the call before.
+
+    All make each call at the same point, and none waits. One process alone agrees with
+    itself at once.
+    """
+    before: jax.Array | int = 0
+
+    def agree(number: int) -> int:
+        nonlocal before
+        last, before = before, highest(number)
+        return int(last if several_processes() else number)
+
+    return agree
 
 
 @cache

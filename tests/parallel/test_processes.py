@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import finish, start_script
 
-from jaxgpt.processes import join_processes
+from jaxgpt.parallel.processes import join_processes
 from jaxgpt.training.monitor import read_rows
 
 MINUTE = 60

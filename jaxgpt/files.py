@@ -1,0 +1,39 @@
+"""Files that are whole or not there, and lines that a run tells."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ASIDE = ".tmp"  # suffix of what is being written
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has `write` write aside, then renames: the file at `path` is whole or not there.
+
+    Makes the folder if need be.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def log_line(line: str) -> None:
+    """Prints a line on stderr, where all goes but a command's product.
+
+    Of several processes only the first does.
+    """
+    if is_first_process():
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_first_process() -> bool:
+    """Whether this process writes what is written once: logs, metrics, the config."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
