@@ -7,8 +7,9 @@ import dataclasses
 import shlex
 import sys
 import time
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -39,6 +40,7 @@ from jaxgpt.run import (
     own_tokenizer,
     save_config,
 )
+from jaxgpt.text.batches import evaluation_source, training_source
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
@@ -49,15 +51,20 @@ from jaxgpt.training.checkpoint import (
     save_state,
 )
 from jaxgpt.training.diagnosis import explained
-from jaxgpt.training.evaluation import estimate_losses, evaluate_exactly
+from jaxgpt.training.evaluation import (
+    compile_estimate,
+    compile_losses,
+    estimate,
+    evaluate_exactly,
+)
 from jaxgpt.training.monitor import Monitor, check_finite
+from jaxgpt.training.objectives import Batch, next_token, validation_figure
 from jaxgpt.training.profile import profiled
 from jaxgpt.training.step import (
     call_size,
     check_skipped,
-    compile_eval_step,
-    compile_train_steps,
     create_state,
+    trace_train_steps,
 )
 
 STARTED = time.monotonic()
@@ -108,8 +115,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         check_alike(config)
         mesh = make_mesh(config, log_line)
         model = build_model(config.model, platform_of(mesh))
-        eval_step = compile_eval_step(model, mesh)
-        evaluate = partial(estimate_losses, eval_step, corpus, config)
+        objective, source = next_token(model), training_source(corpus.train, config)
+        splits = {"train": corpus.train, "val": corpus.val}
+        sources = {name: evaluation_source(splits[name], config) for name in splits}
+        evaluate = partial(estimate, compile_estimate(objective, mesh), sources)
 
         folder = run_dir / CHECKPOINTS
         resumed_step = newest_whole(folder) if resume else None
@@ -124,6 +133,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         if not resume:
             clear_run(run_dir)  # only now that the new one can begin
         step, last_step = resumed_step or 0, config.train.max_steps
+        eval_iters = config.train.eval_iters
         saved = resumed_step
         if step > last_step:
             raise ValueError(
@@ -135,30 +145,35 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         with (
             open_checkpoints(folder) as checkpoints,
             Monitor(run_dir, config, resumed_step, STARTED) as monitor,
-            explained(lambda: state, run_dir, config, corpus, mesh),
+            explained(lambda: state, next_token, source, config, mesh),
             profiled(run_dir / PROFILE, config.train.profile) as trace,
         ):
+            programs: dict[Any, jax.stages.Compiled] = {}
 
-            @cache
-            def train_steps(count: int) -> jax.stages.Compiled:
-                monitor.flush()  # so that compiling counts as no step's time
-                return compile_train_steps(model, config, mesh, count)
+            def program(batches: Batch) -> jax.stages.Compiled:
+                """Several steps, compiled for the shapes of these batches."""
+                shapes = tuple(map(jax.typeof, jax.tree.leaves(batches)))
+                if shapes not in programs:
+                    monitor.flush()  # so that compiling counts as no step's time
+                    traced = trace_train_steps(objective, config, mesh, state, batches)
+                    programs[shapes] = traced.lower().compile()
+                return programs[shapes]
 
             def save() -> None:
                 """Saves between evaluations, where the parameters still give a loss."""
                 monitor.flush()
-                check_finite(step, evaluate(state.params, eval_iters=1))
+                check_finite(step, evaluate(state.params, batches=1))
                 save_state(checkpoints, state, val_loss=None)
 
             with exits.deferred_interrupts() as asked:
-                if resumed_step is None:
-                    monitor.eval(0, **evaluate(state.params))
                 agree = agreement()
+                if resumed_step is None:
+                    monitor.eval(0, evaluate(state.params, eval_iters))
                 while not (signal := agree(asked())) and step < last_step:
                     count = call_size(step, config.train)
-                    run_steps = train_steps(count)
                     steps = range(step, step + count)
-                    batches = read_batches(corpus.train, steps, config, mesh)
+                    batches = read_batches(source, steps, config.data.batch_size, mesh)
+                    run_steps = program(batches)
                     started = time.monotonic()
                     state, metrics = run_steps(state, batches)
                     monitor.train(step, metrics, started)
@@ -168,9 +183,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
 
                     if step % config.train.eval_interval == 0 or step == last_step:
                         monitor.flush()
-                        losses = evaluate(state.params)
-                        monitor.eval(step, **losses)
-                        save_state(checkpoints, state, losses["val_loss"])
+                        figures = evaluate(state.params, eval_iters)
+                        monitor.eval(step, figures)
+                        figure = figures[validation_figure(objective)]
+                        save_state(checkpoints, state, figure)
                     elif step % config.train.checkpoint_interval == 0:
                         save()
 
@@ -179,7 +195,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                         save()
                     return signal
 
-            exact = evaluate_exactly(eval_step, state.params, corpus.val, config)
+            losses = compile_losses(model, mesh)
+            exact = evaluate_exactly(losses, state.params, corpus.val, config)
             monitor.done(step, exact.nats_per_token)
             return 0
 

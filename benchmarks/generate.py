@@ -145,12 +145,12 @@ def jaxgpt_generation(config: Facts, prompts_BT: np.ndarray, new: int) -> Run:
     start.start()
     import jax
 
-    from jaxgpt.config import ModelConfig, SamplingConfig
+    from jaxgpt.config import GPTConfig, SamplingConfig
     from jaxgpt.generation.decode import generate_tokens
     from jaxgpt.models import build_model
     from jaxgpt.parallel.defaults import platform_of
 
-    model = build_model(ModelConfig(**config), platform_of(jax.devices()[0]))
+    model = build_model(GPTConfig(**config), platform_of(jax.devices()[0]))
     tokens_BT = np.zeros((1, 1), np.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens_BT)["params"]
     sampling = SamplingConfig(temperature=1.0)

@@ -136,10 +136,12 @@ def shape_config(shape: str, device: Device = "cpu") -> Any:
 
     A large model's batch is small on a CPU, and on a GPU that of nanoGPT's bench.py.
     """
+    from jaxgpt.config import GPTConfig
     from jaxgpt.presets import PRESETS
 
     name = {"tiny": "smoke"}.get(shape, shape.removesuffix("-no-dropout"))
     config = PRESETS[name]()
+    assert isinstance(config.model, GPTConfig)
     model = dataclasses.replace(
         config.model,
         vocab_size=config.model.vocab_size or 65,  # Tiny Shakespeare's characters
@@ -211,15 +213,17 @@ def jaxgpt_updates(values: Facts) -> Updates:
     from jaxgpt.models import build_model
     from jaxgpt.parallel.defaults import platform_of
     from jaxgpt.parallel.mesh import make_mesh, over_rows
-    from jaxgpt.training.step import compile_train_steps, create_state
+    from jaxgpt.training.objectives import next_token
+    from jaxgpt.training.step import create_state, trace_train_steps
 
     config = Config.from_dict(values)
     count = config.train.steps_per_call
     mesh = make_mesh(config)
     model = build_model(config.model, platform_of(mesh))
-    train_steps = compile_train_steps(model, config, mesh, count)
     placed = jax.device_put(batches(values), over_rows(mesh, axis=1))
     state, metrics = create_state(model, config, mesh), None
+    traced = trace_train_steps(next_token(model), config, mesh, state, placed)
+    train_steps = traced.lower().compile()
 
     def update() -> None:
         nonlocal state, metrics

@@ -1,10 +1,12 @@
 """jaxgpt: the GPT of the lecture "Let's build GPT" and of nanoGPT, in JAX and Flax."""
 
 from jaxgpt.config import (
+    BigramConfig,
     Config,
     DataConfig,
+    GPTConfig,
+    LectureConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     SamplingConfig,
     TrainConfig,
@@ -18,11 +20,13 @@ __all__ = [
     "GPT",
     "BPETokenizer",
     "Bigram",
+    "BigramConfig",
     "CharTokenizer",
     "Config",
     "DataConfig",
+    "GPTConfig",
+    "LectureConfig",
     "MeshConfig",
-    "ModelConfig",
     "OptimizerConfig",
     "Run",
     "SamplingConfig",

@@ -11,7 +11,6 @@ from jaxgpt.commands.compare import compare
 from jaxgpt.commands.convert import export, import_
 from jaxgpt.commands.evaluate import evaluate
 from jaxgpt.commands.lecture import lecture
-from jaxgpt.commands.replay import replay
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
@@ -20,7 +19,6 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "import": import_,
     "export": export,
     "compare": compare,
-    "replay": replay,
 }
 
 

@@ -186,10 +186,12 @@ def _start_from(run_dir: Path, checkpoint: str, preset: Config) -> Config:
     """
     model, folder = load_config(run_dir).model, find_checkpoint(run_dir, checkpoint)
     log_line(f"starting from {folder}")
-    of_training = set(_OF_TRAINING) - set(model.not_read())
-    model = dataclasses.replace(
-        model, **{name: getattr(preset.model, name) for name in of_training}
-    )
+    of_training = {
+        name: getattr(preset.model, name)
+        for name in _OF_TRAINING
+        if hasattr(model, name) and hasattr(preset.model, name)
+    }
+    model = dataclasses.replace(model, **of_training)
     data, tokenizer = preset.data, (run_dir / TOKENIZER).resolve()
     if tokenizer.exists():
         data = dataclasses.replace(data, tokenizer=str(tokenizer))

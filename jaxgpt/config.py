@@ -69,61 +69,16 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model's shape. Names are nanoGPT's."""
+    """What every kind of model has. Names are nanoGPT's."""
 
-    # nanoGPT's model, or a rung of the lecture's ladder
-    architecture: Literal[
-        "gpt", "bigram", "attention", "feed-forward", "residual", "layer-norm"
-    ] = "gpt"
     block_size: int = 64  # tokens the model can look back over
     vocab_size: int | None = None  # tokens it knows; the tokenizer fills it in
-    n_layer: int = 4  # Transformer blocks
-    n_head: int = 4  # attention heads per block
-    n_embd: int = 128  # width of the residual stream
-    dropout: float = 0.0  # fraction of activations dropped in training
-    bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
-    gelu: Literal["exact", "tanh"] = "exact"  # nanoGPT's (erf) or GPT-2's approximation
-    # of activations; parameters, softmax, logits and loss stay float32
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False  # recompute each block in the backward pass, to save memory
-    # on NVIDIA GPUs from Ampere on use cuDNN's attention, for bfloat16 without dropout
-    fused_attention: bool = True
-    # layers that are compiled one by one, which runs faster; deeper models loop over
-    # this many at a time, and with remat over one
-    unroll: int = 12
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_at_least(self, 1, "block_size", "n_layer", "n_head", "n_embd", "unroll")
+        _check_at_least(self, 1, "block_size")
         if self.vocab_size is not None:
             _check_at_least(self, 1, "vocab_size")
-        if self.n_embd % self.n_head:
-            few = range(1, min(self.n_embd, 1000) + 1)
-            divisors = [n for n in few if self.n_embd % n == 0]
-            options = ", ".join(map(str, divisors[:12]))
-            raise ValueError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
-                f"n_head could be {options}"
-            )
-        _check(
-            0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0, under 1"
-        )
-        for setting in dataclasses.fields(self):
-            value = getattr(self, setting.name)
-            _check(
-                setting.name not in self.not_read() or value == setting.default,
-                f"{setting.name}={value} changes nothing with architecture="
-                f"{self.architecture}; leave it at {setting.default}",
-            )
-
-    def not_read(self) -> tuple[str, ...]:
-        """Fields that the architecture has no use for."""
-        if self.architecture == "gpt":
-            return ()
-        of_gpt = ("bias", "gelu", "compute_dtype", "remat", "fused_attention", "unroll")
-        if self.architecture != "bigram":
-            return of_gpt
-        return ("n_layer", "n_head", "n_embd", "dropout", *of_gpt)
 
     def known_vocab_size(self) -> int:
         """vocab_size; raises ValueError where nothing has settled it yet."""
@@ -139,10 +94,76 @@ class ModelConfig:
             "the last block_size tokens",
         )
 
+
+@dataclass(frozen=True)
+class BigramConfig(ModelConfig):
+    """The lecture's first model, a table of bigrams."""
+
+    architecture: Literal["bigram"] = "bigram"
+
+
+@dataclass(frozen=True)
+class TransformerConfig(ModelConfig):
+    """What every Transformer has."""
+
+    n_layer: int = 4  # Transformer blocks
+    n_head: int = 4  # attention heads per block
+    n_embd: int = 128  # width of the residual stream
+    dropout: float = 0.0  # fraction of activations dropped in training
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_at_least(self, 1, "n_layer", "n_head", "n_embd")
+        if self.n_embd % self.n_head:
+            few = range(1, min(self.n_embd, 1000) + 1)
+            divisors = [n for n in few if self.n_embd % n == 0]
+            options = ", ".join(map(str, divisors[:12]))
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
+                f"n_head could be {options}"
+            )
+        _check(
+            0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0, under 1"
+        )
+
     @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.n_embd // self.n_head
+
+
+@dataclass(frozen=True)
+class LectureConfig(TransformerConfig):
+    """A rung of the lecture's ladder above the table of bigrams."""
+
+    architecture: Literal["attention", "feed-forward", "residual", "layer-norm"] = (
+        "layer-norm"
+    )
+
+
+@dataclass(frozen=True)
+class GPTConfig(TransformerConfig):
+    """nanoGPT's and GPT-2's model."""
+
+    architecture: Literal["gpt"] = "gpt"
+    bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
+    gelu: Literal["exact", "tanh"] = "exact"  # nanoGPT's (erf) or GPT-2's approximation
+    # of activations; parameters, softmax, logits and loss stay float32
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False  # recompute each block in the backward pass, to save memory
+    # on NVIDIA GPUs from Ampere on use cuDNN's attention, for bfloat16 without dropout
+    fused_attention: bool = True
+    # layers that are compiled one by one, which runs faster; deeper models loop over
+    # this many at a time, and with remat over one
+    unroll: int = 12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_at_least(self, 1, "unroll")
+
+
+# The kinds of models; `architecture` tells them apart.
+AnyModelConfig = GPTConfig | LectureConfig | BigramConfig
 
 
 @dataclass(frozen=True)
@@ -297,7 +318,7 @@ class SamplingConfig:
 class Config:
     """One experiment."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: tyro.conf.AvoidSubcommands[AnyModelConfig] = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -310,7 +331,8 @@ class Config:
             "as in --model.vocab-size 1024",
         )
         _check(
-            self.model.architecture == "gpt" or self.mesh.fsdp == self.mesh.tensor == 1,
+            isinstance(self.model, GPTConfig)
+            or self.mesh.fsdp == self.mesh.tensor == 1,
             f"mesh.fsdp={self.mesh.fsdp} and mesh.tensor={self.mesh.tensor} change "
             f"nothing with architecture={self.model.architecture}, whose parameters "
             "every device holds; leave them at 1",
@@ -331,15 +353,35 @@ class Config:
         _check_names("section", values, sections)
         built = {}
         for name, section in values.items():
-            hints = typing.get_type_hints(sections[name])
-            _check_names(f"field of {name}", section, hints)
-            built[name] = sections[name](
+            kind = sections[name]
+            if name == "model":
+                kind, section = _kind_of_model(section)
+            _check_names(f"field of {name}", section, typing.get_type_hints(kind))
+            built[name] = kind(
                 **{
                     key: tuple(value) if isinstance(value, list) else value
                     for key, value in section.items()
                 }
             )
         return cls(**built)
+
+
+def _kind_of_model(section: Any) -> tuple[Any, Any]:
+    """The class of a model's section, and the section as that class takes it."""
+    if not isinstance(section, dict) or "architecture" not in section:
+        return GPTConfig, section
+    for kind in typing.get_args(AnyModelConfig):
+        hints, gpts = typing.get_type_hints(kind), GPTConfig().__dict__
+        if section["architecture"] in typing.get_args(hints["architecture"]):
+            # Once every kind had the GPT's fields, and those it did not read their
+            # defaults.
+            kept = {
+                name: value
+                for name, value in section.items()
+                if name in hints or name not in gpts or value != gpts[name]
+            }
+            return kind, kept
+    raise ValueError(f"architecture={section['architecture']!r} is not known")
 
 
 def _check_names(kind: str, values: Any, known: dict[str, Any]) -> None:

@@ -8,10 +8,12 @@ import dataclasses
 from collections.abc import Callable
 
 from jaxgpt.config import (
+    BigramConfig,
     Config,
     DataConfig,
+    GPTConfig,
+    LectureConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -23,7 +25,7 @@ def smoke() -> Config:
     python train.py smoke
     """
     return Config(
-        model=ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32, dropout=0.1),
+        model=GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=32, dropout=0.1),
         data=DataConfig(batch_size=16),
         optimizer=OptimizerConfig(warmup_steps=10),
         train=TrainConfig(
@@ -37,7 +39,9 @@ def smoke() -> Config:
     )
 
 
-def _lecture(model: ModelConfig, learning_rate: float, max_steps: int) -> Config:
+def _lecture(
+    model: LectureConfig | BigramConfig, learning_rate: float, max_steps: int
+) -> Config:
     """The lecture's recipe: torch's AdamW as it comes, no schedule, no clipping.
 
     But biases and norms are not decayed, here as elsewhere; it makes no difference.
@@ -65,8 +69,8 @@ def _lecture(model: ModelConfig, learning_rate: float, max_steps: int) -> Config
 
 def _lecture_small(architecture: str, n_head: int, n_layer: int) -> Config:
     """A rung between the table of bigrams and the scaled model."""
-    model = ModelConfig(
-        architecture=architecture,  # type: ignore[arg-type] # ModelConfig checks it
+    model = LectureConfig(
+        architecture=architecture,  # type: ignore[arg-type] # LectureConfig checks it
         block_size=8,
         n_layer=n_layer,
         n_head=n_head,
@@ -80,7 +84,7 @@ def lecture_bigram() -> Config:
 
     python train.py lecture-bigram
     """
-    model = ModelConfig(architecture="bigram", block_size=8)
+    model = BigramConfig(block_size=8)
     return _lecture(model, learning_rate=1e-2, max_steps=3000)
 
 
@@ -137,7 +141,7 @@ def lecture_scaled() -> Config:
 
     python train.py lecture-scaled
     """
-    model = ModelConfig(
+    model = LectureConfig(
         architecture="layer-norm",
         block_size=256,
         n_layer=6,
@@ -169,7 +173,7 @@ def shakespeare_char_fast() -> Config:
     One layer of shakespeare-char-cpu's four, and six times its learning rate.
     """
     return Config(
-        model=ModelConfig(n_layer=1),
+        model=GPTConfig(n_layer=1),
         optimizer=OptimizerConfig(learning_rate=6e-3, min_lr=1e-5, warmup_steps=50),
         train=TrainConfig(
             max_steps=1600,
@@ -186,7 +190,7 @@ def shakespeare_char() -> Config:
     python train.py shakespeare-char
     """
     return Config(
-        model=ModelConfig(
+        model=GPTConfig(
             n_layer=6,
             n_head=6,
             n_embd=384,
@@ -210,7 +214,7 @@ def gpt2_124m() -> Config:
     v5e:2x4`); chips of less memory need --model.remat, which takes 4.4 GiB.
     """
     return Config(
-        model=ModelConfig(
+        model=GPTConfig(
             n_layer=12,
             n_head=12,
             n_embd=768,
@@ -292,7 +296,7 @@ def gpt3_175b() -> Config:
     step. Source: Brown et al. 2020 (GPT-3), tables 2.1 and 2.2, appendix B.
     """
     return Config(
-        model=ModelConfig(
+        model=GPTConfig(
             n_layer=96,
             n_head=96,
             n_embd=12288,

@@ -15,16 +15,21 @@ from hypothesis import settings
 import generate
 import train
 from jaxgpt import (
+    BigramConfig,
     Config,
     DataConfig,
-    ModelConfig,
+    GPTConfig,
+    LectureConfig,
     OptimizerConfig,
     TrainConfig,
     __main__,
     start,
 )
 from jaxgpt.models import build_model
+from jaxgpt.parallel.feeding import window_shapes
 from jaxgpt.training import checkpoint
+from jaxgpt.training.objectives import next_token
+from jaxgpt.training.step import abstract_state, trace_train_steps
 
 ROOT = Path(__file__).parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is an accelerator
@@ -42,7 +47,7 @@ TEXT = "".join(
 )
 
 TINY = Config(
-    model=ModelConfig(
+    model=GPTConfig(
         n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11, dropout=0.3
     ),
     data=DataConfig(batch_size=8),
@@ -65,14 +70,35 @@ def pytest_configure(config):
 
 
 def changed(config: Config, **sections: dict[str, object]) -> Config:
-    """The config with fields of its sections replaced."""
-    return dataclasses.replace(
-        config,
-        **{
-            name: dataclasses.replace(getattr(config, name), **fields)
-            for name, fields in sections.items()
-        },
+    """The config with fields of its sections replaced.
+
+    A model of another architecture takes over the fields that it has.
+    """
+    replaced = {}
+    for name, fields in sections.items():
+        section, kind = getattr(config, name), type(getattr(config, name))
+        if "architecture" in fields:
+            kinds = {"gpt": GPTConfig, "bigram": BigramConfig}
+            kind = kinds.get(fields["architecture"], LectureConfig)
+        values = vars(section) | fields
+        known = {field.name for field in dataclasses.fields(kind)} | fields.keys()
+        replaced[name] = kind(**{key: values[key] for key in values if key in known})
+    return dataclasses.replace(config, **replaced)
+
+
+def train_on(model, config, mesh, state, batches):
+    """Takes a train step of each of the batches, in one call."""
+    traced = trace_train_steps(next_token(model), config, mesh, state, batches)
+    return traced.lower().compile()(state, batches)
+
+
+def traced_steps(model, config, mesh, count=1):
+    """Train steps of so many batches, traced without devices."""
+    state, batches = (
+        abstract_state(model, config, mesh),
+        window_shapes(config, mesh, count),
     )
+    return trace_train_steps(next_token(model), config, mesh, state, batches)
 
 
 def start_script(*arguments, **environment):
@@ -128,9 +154,7 @@ def smoke(tmp_path_factory):
 @pytest.fixture(scope="session")
 def bigram():
     """A bigram model and its initial parameters."""
-    model = build_model(
-        ModelConfig(architecture="bigram", block_size=8, vocab_size=11), "cpu"
-    )
+    model = build_model(BigramConfig(block_size=8, vocab_size=11), "cpu")
     return model, model.init(jax.random.key(0), jax.numpy.zeros((1, 1), int))["params"]
 
 

@@ -19,9 +19,8 @@ from jaxgpt.interop.state_dict import to_state_dict
 from jaxgpt.models import build_model
 from jaxgpt.ops import cross_entropy
 from jaxgpt.parallel.mesh import make_mesh
-from jaxgpt.training.evaluation import evaluate_exactly
+from jaxgpt.training.evaluation import compile_losses, evaluate_exactly
 from jaxgpt.training.optimizer import learning_rate_schedule
-from jaxgpt.training.step import compile_eval_step
 
 FAKE = """
 import time
@@ -197,8 +196,8 @@ def test_pytorchs_exact_loss_is_ours(tmp_path, length):
     T = config.model.block_size
     tokens = np.random.default_rng(0).integers(11, size=length).astype(np.int32)
     model = build_model(config.model, "cpu")
-    eval_step = compile_eval_step(model, make_mesh(config))
-    ours = evaluate_exactly(eval_step, state.params, tokens, config)
+    losses = compile_losses(model, make_mesh(config))
+    ours = evaluate_exactly(losses, state.params, tokens, config)
     found = exact_loss(theirs, torch.tensor(tokens, dtype=torch.int64), T)
     assert found == pytest.approx(ours.nats_per_token, rel=1e-5)
 

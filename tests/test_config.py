@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import re
 from functools import partial
@@ -8,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import (
+    BigramConfig,
     Config,
     DataConfig,
+    GPTConfig,
+    LectureConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -40,32 +43,17 @@ def test_a_config_comes_back_from_json_as_it_was(preset):
     ("section", "fields", "message"),
     [
         (
-            ModelConfig,
+            GPTConfig,
             {"n_embd": 384, "n_head": 5},
             "n_embd=384 is not divisible by n_head=5; n_head could be 1, 2, 3, 4, 6, 8",
         ),
-        (ModelConfig, {"n_layer": 0}, "n_layer=0 must be at least 1"),
-        (ModelConfig, {"block_size": 0}, "block_size=0 must be at least 1"),
-        (ModelConfig, {"vocab_size": 0}, "vocab_size=0 must be at least 1"),
-        (ModelConfig, {"n_layer": 10**12}, "at least 1, under 2147483648"),
-        (ModelConfig, {"n_embd": 2**31 - 1}, "by n_head=4; n_head could be 1"),
-        (ModelConfig, {"dropout": 1.0}, "dropout=1.0 must be at least 0, under 1"),
-        (ModelConfig, {"dropout": float("nan")}, "dropout=nan must be"),
-        (
-            ModelConfig,
-            {"architecture": "residual", "bias": True},
-            "bias=True changes nothing with architecture=residual; leave it at False",
-        ),
-        (
-            ModelConfig,
-            {"architecture": "bigram", "dropout": 0.2},
-            "dropout=0.2 changes nothing with architecture=bigram; leave it at 0.0",
-        ),
-        (
-            ModelConfig,
-            {"architecture": "bigram", "n_embd": 32},
-            "n_embd=32 changes nothing with architecture=bigram; leave it at 128",
-        ),
+        (GPTConfig, {"n_layer": 0}, "n_layer=0 must be at least 1"),
+        (GPTConfig, {"block_size": 0}, "block_size=0 must be at least 1"),
+        (GPTConfig, {"vocab_size": 0}, "vocab_size=0 must be at least 1"),
+        (GPTConfig, {"n_layer": 10**12}, "at least 1, under 2147483648"),
+        (GPTConfig, {"n_embd": 2**31 - 1}, "by n_head=4; n_head could be 1"),
+        (GPTConfig, {"dropout": 1.0}, "dropout=1.0 must be at least 0, under 1"),
+        (GPTConfig, {"dropout": float("nan")}, "dropout=nan must be"),
         (DataConfig, {"batch_size": 0}, "batch_size=0 must be at least 1"),
         (
             DataConfig,
@@ -83,7 +71,7 @@ def test_a_config_comes_back_from_json_as_it_was(preset):
         (MeshConfig, {"fsdp": -2}, "mesh.fsdp=-2 must be -1"),
         (MeshConfig, {"tensor": -1}, "mesh.tensor=-1 must be at least 1"),
         (
-            partial(Config, ModelConfig(architecture="residual")),
+            partial(Config, LectureConfig(architecture="residual")),
             {"mesh": MeshConfig(fsdp=2)},
             "mesh.fsdp=2 and mesh.tensor=1 change nothing with architecture=residual",
         ),
@@ -116,6 +104,16 @@ def test_bpe_says_how_many_tokens_it_shall_have():
 def test_a_saved_config_with_a_mistake_is_refused_by_name(values, message):
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         Config.from_dict(values)
+
+
+def test_a_model_has_its_own_fields_and_one_of_before_reads_as_it_was():
+    of_before = dataclasses.asdict(GPTConfig(block_size=8)) | {"architecture": "bigram"}
+    read = Config.from_dict({"model": of_before}).model
+    assert read == BigramConfig(block_size=8)
+    with pytest.raises(ValueError, match="unknown field of model 'n_layer'"):
+        Config.from_dict({"model": of_before | {"n_layer": 5}})
+    with pytest.raises(ValueError, match="architecture='rnn' is not known"):
+        Config.from_dict({"model": {"architecture": "rnn"}})
 
 
 @given(JSON)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import FlagCreatePairsOff
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import GPTConfig
 from jaxgpt.files import log_line
 from jaxgpt.interop import torch_parity
 from jaxgpt.interop.huggingface import find_model, read_huggingface
@@ -18,7 +18,7 @@ from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.interop.torch_parity import Check
 from jaxgpt.run import load_run
 
-RANDOM = ModelConfig(
+RANDOM = GPTConfig(
     block_size=64,
     vocab_size=1000,
     n_layer=4,
@@ -138,7 +138,7 @@ def _both_sides(
     run_dir: Path | None,
     checkpoint: str,
     seed: int,
-) -> tuple[str, ModelConfig, Any, Any]:
+) -> tuple[str, GPTConfig, Any, Any]:
     """What is compared: its name, our config and parameters, and PyTorch's model."""
     if hf is not None:
         folder = find_model(hf)

@@ -13,8 +13,7 @@ from jaxgpt.files import log_line
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import load_config, load_run, text_tokenizer
 from jaxgpt.text.corpus import load_corpus
-from jaxgpt.training.evaluation import evaluate_exactly
-from jaxgpt.training.step import compile_eval_step
+from jaxgpt.training.evaluation import compile_losses, evaluate_exactly
 
 
 def evaluate(
@@ -57,7 +56,7 @@ def evaluate(
     corpus, config = load_corpus(config, log_line, run.tokenizer)
     tokens = {"train": corpus.train, "val": corpus.val}[split]
     result = evaluate_exactly(
-        compile_eval_step(run.model, devices),
+        compile_losses(run.model, devices),
         run.params,
         tokens,
         config,

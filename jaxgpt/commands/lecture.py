@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,18 +27,19 @@ from jaxgpt.files import log_line
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import has_accelerator, platform_of
+from jaxgpt.parallel.feeding import stack_batches
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import Run
-from jaxgpt.text.batches import stack_batches
+from jaxgpt.text.batches import training_source
 from jaxgpt.text.corpus import Corpus, load_corpus
-from jaxgpt.training.evaluation import evaluate_exactly
+from jaxgpt.training.evaluation import compile_losses, evaluate_exactly
+from jaxgpt.training.objectives import Batch, next_token
+from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.step import (
-    Batch,
     TrainState,
     call_size,
-    compile_eval_step,
-    init_state,
+    create_state,
     make_train_step,
 )
 
@@ -132,15 +134,15 @@ def climb(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any
     started = time.monotonic()
     mesh = make_mesh(config, lambda line: None)
     model = build_model(config.model, platform_of(mesh))
-    eval_step = compile_eval_step(model, mesh)
+    losses_of = compile_losses(model, mesh)
     curve = []
-    for step, params_S in train_seeds(model, config, corpus, seeds):
+    for step, params_S in train_seeds(model, config, mesh, corpus, seeds):
         each_params = [
             jax.tree.map(lambda leaf_S, s=s: leaf_S[s], params_S)
             for s in range(len(seeds))
         ]
         losses = [
-            evaluate_exactly(eval_step, params, corpus.val, config).nats_per_token
+            evaluate_exactly(losses_of, params, corpus.val, config).nats_per_token
             for params in each_params
         ]
         curve.append({"step": step, "val_losses": losses})
@@ -182,7 +184,7 @@ def _shortened(config: Config, steps_scale: float) -> Config:
 
 
 def train_seeds(
-    model: nn.Module, config: Config, corpus: Corpus, seeds: Sequence[int]
+    model: nn.Module, config: Config, mesh: Mesh, corpus: Corpus, seeds: Sequence[int]
 ) -> Iterator[tuple[int, Any]]:
     """Trains the model once with each seed, all at once: `vmap` of the train step.
 
@@ -192,12 +194,13 @@ def train_seeds(
     Yields, every `eval_interval` updates and at the end, their number and the
     parameters [S, ...], which are gone once the next are asked for.
     """
-    seeds_S = jnp.array(seeds, jnp.uint32)
+    objective, seeds_S = next_token(model), jnp.array(seeds, jnp.uint32)
+    optimizer = make_optimizer(config.optimizer, config.train.max_steps)
 
     @partial(jax.jit, donate_argnums=0)
     def train_calls(states_S: TrainState, batches_S: Batch) -> TrainState:
         def train_steps(seed: jax.Array, state: TrainState, batches: Batch) -> Any:
-            train_step = make_train_step(model, config, seed=seed)
+            train_step = make_train_step(objective, optimizer, config, seed=seed)
             return jax.lax.scan(train_step, state, batches)[0]
 
         return jax.vmap(train_steps)(seeds_S, states_S, batches_S)
@@ -206,11 +209,13 @@ def train_seeds(
         dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
         for seed in seeds
     ]
-    states_S = jax.jit(jax.vmap(partial(init_state, model, config)))(seeds_S)
+    sources = [training_source(corpus.train, each) for each in seeded]
+    states = [create_state(model, each, mesh) for each in seeded]
+    states_S = jax.tree.map(lambda *a: jnp.stack(a), *states)
     step = 0
     while step < config.train.max_steps:
         steps = range(step, step + call_size(step, config.train))
-        batches = [stack_batches(corpus.train, steps, each) for each in seeded]
+        batches = [stack_batches(source, steps) for source in sources]
         states_S = train_calls(states_S, jax.tree.map(lambda *a: np.stack(a), *batches))
         step = steps.stop
         if step % config.train.eval_interval == 0 or step == config.train.max_steps:

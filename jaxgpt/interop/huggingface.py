@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import GPTConfig
 from jaxgpt.files import replace_file
 from jaxgpt.interop.state_dict import (
     check_gpt,
@@ -94,7 +94,7 @@ def find_model(source: str) -> Path:
     return Path(folder)
 
 
-def read_huggingface(folder: Path) -> tuple[ModelConfig, Any]:
+def read_huggingface(folder: Path) -> tuple[GPTConfig, Any]:
     """Reads the model in a directory.
 
     Returns the config, whose dropout is GPT-2's `resid_pdrop`, and the parameters, f32.
@@ -135,7 +135,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def write_huggingface(
-    folder: Path, config: ModelConfig, params: Any, tokenizer: Tokenizer | None
+    folder: Path, config: GPTConfig, params: Any, tokenizer: Tokenizer | None
 ) -> None:
     """Writes what transformers' AutoModelForCausalLM and AutoTokenizer load.
 
@@ -201,7 +201,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_config(path: Path) -> ModelConfig:
+def _read_config(path: Path) -> GPTConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is no model: it has no {path.name}")
     found = _read_json(path)
@@ -222,7 +222,7 @@ def _read_config(path: Path) -> ModelConfig:
         for name, ours in _FIXED.items():
             if (theirs := found.get(name, ours)) != ours:
                 raise ValueError(f"{name}={theirs} is not supported; {ours} is")
-        return ModelConfig(
+        return GPTConfig(
             block_size=found["n_positions"],
             vocab_size=found["vocab_size"],
             n_layer=found["n_layer"],

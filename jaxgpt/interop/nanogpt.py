@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgpt.config import TOO_MUCH, Config, ModelConfig
+from jaxgpt.config import TOO_MUCH, Config, GPTConfig
 from jaxgpt.files import replace_file
 from jaxgpt.interop import required
 from jaxgpt.interop.state_dict import (
@@ -154,7 +154,7 @@ def _load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _params(tensors: dict[str, Any], config: ModelConfig) -> Any:
+def _params(tensors: dict[str, Any], config: GPTConfig) -> Any:
     """A tree like the parameters, of tensors that are [out, in]."""
     for name, tensor in tensors.items():
         if not MASKS.search(name) and not _is_whole(tensor):
@@ -192,7 +192,7 @@ def _config(checkpoint: dict[str, Any], log: Callable[[str], None]) -> Config:
     # Old files leave out what has nanoGPT's own default.
     optional = {"bias": True, "dropout": 0.0}
     given = {name: args.get(name, value) for name, value in optional.items()}
-    model = ModelConfig(**{name: args[name] for name in _MODEL}, **given)
+    model = GPTConfig(**{name: args[name] for name in _MODEL}, **given)
     settings = checkpoint.get("config", {})
     end, last = (settings.get(name) for name in ("lr_decay_iters", "max_iters"))
     if end != last and settings.get("decay_lr", True):
@@ -207,7 +207,7 @@ def _config(checkpoint: dict[str, Any], log: Callable[[str], None]) -> Config:
         return Config(model=model)
 
 
-def _trained_as(settings: dict[str, Any], model: ModelConfig) -> Config:
+def _trained_as(settings: dict[str, Any], model: GPTConfig) -> Config:
     """The config of nanoGPT's settings; what they leave out keeps our defaults."""
     sections: dict[str, dict[str, Any]] = {
         section: {name: settings[name] for name in names if name in settings}
@@ -246,14 +246,14 @@ def _settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _tensors(tree: Any, config: ModelConfig) -> dict[str, Any]:
+def _tensors(tree: Any, config: GPTConfig) -> dict[str, Any]:
     """A tree like the parameters as tensors of their own, [out, in]."""
     torch = required("torch")
     arrays = to_state_dict(tree, config, out_in=True)
     return {name: torch.tensor(array) for name, array in arrays.items()}
 
 
-def _in_groups(config: ModelConfig) -> tuple[list[str], list[str]]:
+def _in_groups(config: GPTConfig) -> tuple[list[str], list[str]]:
     """Names of the parameters that nanoGPT's AdamW decays, and of the others.
 
     It numbers them in this order, and decays those of two dimensions.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import GPTConfig
 from jaxgpt.models import parameter_shapes
 
 _BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
@@ -19,13 +19,13 @@ MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # buffers, no parameters
 _WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"  # one and the same tensor
 
 
-def check_gpt(config: ModelConfig, program: str) -> None:
+def check_gpt(config: GPTConfig, program: str) -> None:
     """Raises ValueError if the model is none that `program` has."""
     if config.architecture != "gpt":
         raise ValueError(f"{program} has no {config.architecture} model, only a gpt")
 
 
-def parameter_names(config: ModelConfig) -> list[str]:
+def parameter_names(config: GPTConfig) -> list[str]:
     """Names of the parameters, in the order of PyTorch's `named_parameters`."""
     kinds = ("weight", "bias") if config.bias else ("weight",)
     blocks = [f"h.{i}.{module}" for i in range(config.n_layer) for module in _BLOCK]
@@ -34,7 +34,7 @@ def parameter_names(config: ModelConfig) -> list[str]:
 
 
 def to_state_dict(
-    params: Any, config: ModelConfig, *, out_in: bool
+    params: Any, config: GPTConfig, *, out_in: bool
 ) -> dict[str, np.ndarray]:
     """A tree like the GPT's parameters (gradients, moments) as PyTorch's tensors.
 
@@ -55,7 +55,7 @@ def to_state_dict(
 def from_state_dict(
     shapes: Mapping[str, Sequence[int]],
     read: Callable[[str], np.ndarray],
-    config: ModelConfig,
+    config: GPTConfig,
     *,
     out_in: bool,
 ) -> Any:
@@ -111,7 +111,7 @@ def from_state_dict(
     return unflatten_dict(leaves)
 
 
-def _check_sizes(shapes: Mapping[str, Sequence[int]], config: ModelConfig) -> None:
+def _check_sizes(shapes: Mapping[str, Sequence[int]], config: GPTConfig) -> None:
     """Raises ValueError where the model is larger than the tensors could make it."""
     if _WTE not in shapes:
         raise ValueError(f"{_WTE} is missing")
@@ -147,7 +147,7 @@ def _leaf(
 
 
 def _torch_shaped(
-    kind: str, array: np.ndarray, config: ModelConfig, out_in: bool
+    kind: str, array: np.ndarray, config: GPTConfig, out_in: bool
 ) -> np.ndarray:
     """A view of the array without the axes of heads, and of q, k and v."""
     if kind != "kernel":

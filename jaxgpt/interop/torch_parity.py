@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 from jaxgpt import ops
 from jaxgpt.config import (
     Config,
-    ModelConfig,
+    GPTConfig,
     OptimizerConfig,
     SamplingConfig,
     TrainConfig,
@@ -38,8 +38,11 @@ from jaxgpt.interop.state_dict import (
 )
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
+from jaxgpt.parallel.mesh import one_device
 from jaxgpt.text.batches import batch
-from jaxgpt.training.step import Batch, make_train_step, state_of
+from jaxgpt.training.objectives import Batch, next_token
+from jaxgpt.training.optimizer import make_optimizer
+from jaxgpt.training.step import create_state, make_train_step
 
 # Tolerances in float32: of norms (activations, gradients), of the largest difference
 # (logits) and in nats (losses). Where the root mean square of the logits is above 1,
@@ -84,7 +87,7 @@ class Check:
         return self.tolerance is None or self.error <= self.tolerance
 
 
-def random_gpt2(config: ModelConfig, seed: int) -> tuple[Any, Any]:
+def random_gpt2(config: GPTConfig, seed: int) -> tuple[Any, Any]:
     """Parameters as transformers draws them for a GPT-2, and that GPT-2."""
     required("torch").manual_seed(seed)
     reference = _build(config)
@@ -94,7 +97,7 @@ def random_gpt2(config: ModelConfig, seed: int) -> tuple[Any, Any]:
     return jax.tree.map(jnp.asarray, params), reference
 
 
-def gpt2_of_params(config: ModelConfig, params: Any) -> Any:
+def gpt2_of_params(config: GPTConfig, params: Any) -> Any:
     """A GPT-2 of transformers' with our parameters; ValueError if ours is no GPT."""
     check_gpt(config, "GPT-2")
     torch = required("torch")
@@ -102,7 +105,7 @@ def gpt2_of_params(config: ModelConfig, params: Any) -> Any:
     return _fill(config, {name: torch.tensor(a) for name, a in tensors.items()})
 
 
-def gpt2_of_nanogpt(config: ModelConfig, path: Path) -> Any:
+def gpt2_of_nanogpt(config: GPTConfig, path: Path) -> Any:
     """A GPT-2 of transformers' with the weights of a ckpt.pt, which it transposes."""
     torch = required("torch")
     tensors = torch.load(path, map_location="cpu", weights_only=True)["model"]
@@ -128,7 +131,7 @@ def gpt2_of_directory(folder: Path) -> Any:
 
 
 def compare(
-    config: ModelConfig,
+    config: GPTConfig,
     params: Any,
     reference: Any,
     *,
@@ -191,7 +194,7 @@ def compare(
             yield texts
 
 
-def _build(config: ModelConfig) -> Any:
+def _build(config: GPTConfig) -> Any:
     transformers = required("transformers")
     activations = {gelu: name for name, gelu in reversed(ACTIVATIONS.items())}
     return transformers.GPT2LMHeadModel(
@@ -209,12 +212,12 @@ def _build(config: ModelConfig) -> Any:
     )
 
 
-def _build_here(config: ModelConfig) -> Any:
+def _build_here(config: GPTConfig) -> Any:
     """Our model, for the device that JAX computes on."""
     return build_model(config, platform_of(jax.devices()[0]))
 
 
-def _fill(config: ModelConfig, tensors: dict[str, Any]) -> Any:
+def _fill(config: GPTConfig, tensors: dict[str, Any]) -> Any:
     """A GPT-2 with these weights; biases that they lack stay zero."""
     reference = _build(config)
     missing, unexpected = reference.load_state_dict(tensors, strict=False)
@@ -247,7 +250,7 @@ def _check(
 
 
 def _one_pass(
-    config: ModelConfig, params: Any, reference: Any, pair: Batch
+    config: GPTConfig, params: Any, reference: Any, pair: Batch
 ) -> Generator[Check, None, float]:
     """Checks one batch, forward and backward; returns the global gradient norm."""
     inputs_BT, targets_BT = pair
@@ -369,7 +372,7 @@ def _split_keys(bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bfloat16(
-    config: ModelConfig, params: Any, reference: Any, inputs_BT: Any
+    config: GPTConfig, params: Any, reference: Any, inputs_BT: Any
 ) -> Iterator[Check]:
     """Checks logits computed in bfloat16 against PyTorch's in float32.
 
@@ -389,7 +392,7 @@ def _bfloat16(
 
 
 def _greedy(
-    config: ModelConfig, params: Any, reference: Any, prompt: list[int], count: int
+    config: GPTConfig, params: Any, reference: Any, prompt: list[int], count: int
 ) -> Check:
     """Checks that both write the same tokens, each the likeliest of all."""
     torch = required("torch")
@@ -414,7 +417,7 @@ def _greedy(
 
 
 def _training(
-    config: ModelConfig,
+    config: GPTConfig,
     optimizer: OptimizerConfig,
     params: Any,
     reference: Any,
@@ -425,9 +428,11 @@ def _training(
     whole = Config(
         model=config, optimizer=optimizer, train=TrainConfig(max_steps=len(batches))
     )
-    train_step = make_train_step(_build_here(config), whole)
+    model = _build_here(config)
+    adamw = make_optimizer(optimizer, whole.train.max_steps)
+    train_step = make_train_step(next_token(model), adamw, whole)
     state, metrics = jax.jit(lambda *args: jax.lax.scan(train_step, *args))(
-        state_of(whole, params), (inputs_NBT, targets_NBT)
+        create_state(model, whole, one_device(), params), (inputs_NBT, targets_NBT)
     )
     their_losses = _torch_training(reference, optimizer, batches)
     for step, (ours, theirs) in enumerate(

@@ -1,23 +1,30 @@
 """The models: token ids to logits."""
 
+from functools import cache
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import BigramConfig, GPTConfig, LectureConfig, ModelConfig
 from jaxgpt.models.gpt import GPT
 from jaxgpt.models.lecture import Bigram, LectureGPT
 
 
 def build_model(config: ModelConfig, platform: str) -> nn.Module:
     """The model of a config, without parameters; `platform` is as in `jaxgpt.ops`."""
-    if config.architecture == "gpt":
-        return GPT(config, platform)
-    return (Bigram if config.architecture == "bigram" else LectureGPT)(config)
+    match config:
+        case GPTConfig():
+            return GPT(config, platform)
+        case LectureConfig():
+            return LectureGPT(config)
+        case BigramConfig():
+            return Bigram(config)
+    raise TypeError(f"there is no model of a {type(config).__name__}")
 
 
+@cache  # as a start asks for them several times
 def parameter_shapes(config: ModelConfig) -> Any:
     """Shapes and dtypes of the model's parameters, without their memory."""
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgpt import ops
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import GPTConfig
 from jaxgpt.models import layers
 from jaxgpt.ops.attention import KV, Mask
 
@@ -22,7 +22,7 @@ class GPT(nn.Module):
     of which `unroll` are compiled. Source: nanoGPT model.py; GPT-2, section 2.3.
     """
 
-    config: ModelConfig
+    config: GPTConfig
     platform: str
 
     def setup(self) -> None:

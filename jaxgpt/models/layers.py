@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgpt import ops
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import GPTConfig
 from jaxgpt.ops.attention import KV, Mask
 from jaxgpt.ops.dropout import Drop
 
@@ -26,12 +26,12 @@ INIT = nn.initializers.normal(0.02)
 constrain = nn.with_logical_constraint
 
 
-def residual_init(config: ModelConfig) -> nn.initializers.Initializer:
+def residual_init(config: GPTConfig) -> nn.initializers.Initializer:
     """Initialiser of projections into the residual stream, as in GPT-2, section 2.3."""
     return nn.initializers.normal(0.02 / (2 * config.n_layer) ** 0.5)
 
 
-def layer_norm(config: ModelConfig) -> nn.LayerNorm:
+def layer_norm(config: GPTConfig) -> nn.LayerNorm:
     """LayerNorm with PyTorch's epsilon; statistics in float32."""
     dtype = jnp.dtype(config.compute_dtype)
     return nn.LayerNorm(epsilon=1e-5, use_bias=config.bias, dtype=dtype)
@@ -46,7 +46,7 @@ def take(x_BT: Array, index_B: Array) -> Array:
 class Embed(nn.Module):
     """A table of vectors, one for each token or position."""
 
-    config: ModelConfig
+    config: GPTConfig
     platform: str
     size: int
 
@@ -61,7 +61,7 @@ class Embed(nn.Module):
 class Linear(nn.Module):
     """The einsum `spec` of x and a kernel, and a bias if the config has any."""
 
-    config: ModelConfig
+    config: GPTConfig
     platform: str
     spec: str
     shape: tuple[int, ...]
@@ -100,7 +100,7 @@ class Dropout(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention. Source: "Attention Is All You Need", section 3.2."""
 
-    config: ModelConfig
+    config: GPTConfig
     platform: str
 
     def setup(self) -> None:
@@ -160,7 +160,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Linear, GELU, Linear: each position on its own."""
 
-    config: ModelConfig
+    config: GPTConfig
     platform: str
 
     def setup(self) -> None:
@@ -179,7 +179,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A Transformer block: communication, then computation, each a residual branch."""
 
-    config: ModelConfig
+    config: GPTConfig
     platform: str
 
     def setup(self) -> None:

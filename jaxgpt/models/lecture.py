@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.config import ModelConfig
+from jaxgpt.config import BigramConfig, LectureConfig
 from jaxgpt.models.layers import Dropout
 
 
@@ -42,7 +42,7 @@ def layer_norm(name: str) -> nn.LayerNorm:
 class Bigram(nn.Module):
     """Each token predicts the next by a look into a table of logits [V, V]."""
 
-    config: ModelConfig
+    config: BigramConfig
 
     @nn.compact
     def __call__(
@@ -111,7 +111,7 @@ def attention_weights(q_BTD: jax.Array, k_BSD: jax.Array) -> jax.Array:
 class Head(nn.Module):
     """One head of causal self-attention, [B, T, C] to [B, T, D]."""
 
-    config: ModelConfig
+    config: LectureConfig
 
     @nn.compact
     def __call__(self, x_BTC: jax.Array, rows_B: jax.Array | None) -> jax.Array:
@@ -128,7 +128,7 @@ class Head(nn.Module):
 class MultiHead(nn.Module):
     """Heads side by side: `vmap` makes many of one, each with its own parameters."""
 
-    config: ModelConfig
+    config: LectureConfig
 
     @nn.compact
     def __call__(self, x_BTC: jax.Array, rows_B: jax.Array | None) -> jax.Array:
@@ -147,7 +147,7 @@ class MultiHead(nn.Module):
 class FeedForwardBlock(nn.Module):
     """Communication, then computation: each position thinks about what it was told."""
 
-    config: ModelConfig
+    config: LectureConfig
 
     @nn.compact
     def __call__(self, x_BTC: jax.Array, rows_B: jax.Array | None) -> jax.Array:
@@ -159,7 +159,7 @@ class FeedForwardBlock(nn.Module):
 class SelfAttention(nn.Module):
     """The heads, and a projection of what they found back into the residual stream."""
 
-    config: ModelConfig
+    config: LectureConfig
 
     @nn.compact
     def __call__(self, x_BTC: jax.Array, rows_B: jax.Array | None) -> jax.Array:
@@ -172,7 +172,7 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Four times as wide inside, and projected back into the residual stream."""
 
-    config: ModelConfig
+    config: LectureConfig
 
     @nn.compact
     def __call__(self, x_BTC: jax.Array, rows_B: jax.Array | None) -> jax.Array:
@@ -184,7 +184,7 @@ class FeedForward(nn.Module):
 class ResidualBlock(nn.Module):
     """Each half adds to what it reads, so that gradients reach the first layers."""
 
-    config: ModelConfig
+    config: LectureConfig
 
     @nn.compact
     def __call__(self, x_BTC: jax.Array, rows_B: jax.Array | None) -> jax.Array:
@@ -195,7 +195,7 @@ class ResidualBlock(nn.Module):
 class LayerNormBlock(nn.Module):
     """Each half normalises what it reads: the pre-norm block of GPT-2."""
 
-    config: ModelConfig
+    config: LectureConfig
 
     @nn.compact
     def __call__(self, x_BTC: jax.Array, rows_B: jax.Array | None) -> jax.Array:
@@ -216,7 +216,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
 class LectureGPT(nn.Module):
     """Every rung above the bigram: embeddings, n_layer blocks, and a linear head."""
 
-    config: ModelConfig
+    config: LectureConfig
 
     @nn.compact
     def __call__(

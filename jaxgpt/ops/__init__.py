@@ -7,7 +7,7 @@ Ampere on) or "gpu" (any other).
 """
 
 from jaxgpt.ops.attention import attention, attention_weights, cached_attention, update
-from jaxgpt.ops.cross_entropy import cross_entropy, head_losses, mean_head_loss
+from jaxgpt.ops.cross_entropy import cross_entropy, head_loss, head_losses
 from jaxgpt.ops.dropout import dropout
 from jaxgpt.ops.embedding import embed
 from jaxgpt.ops.gelu import gelu

@@ -41,14 +41,12 @@ def head_losses(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def mean_head_loss(
-    x_BTC: Array, table_VC: Array, targets_BT: Array, platform: str
-) -> Array:
-    """The mean of `head_losses`, f32 scalar.
+def head_loss(x_BTC: Array, table_VC: Array, targets_BT: Array, platform: str) -> Array:
+    """The sum of `head_losses`, f32 scalar.
 
     Each chunk's gradient is computed with its loss: no logits are kept, or made twice.
     """
-    return head_losses(x_BTC, table_VC, targets_BT, platform).mean()
+    return head_losses(x_BTC, table_VC, targets_BT, platform).sum()
 
 
 def _loss_and_gradients(
@@ -65,7 +63,7 @@ def _loss_and_gradients(
         log_sum_BT1 = jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
         grad_BTV = jnp.exp(logits_BTV - log_sum_BT1)
         grad_BTV -= jax.nn.one_hot(chunk_targets_BT, len(table))
-        grad_BTV = (grad_BTV / targets_BT.size).astype(dtype)
+        grad_BTV = grad_BTV.astype(dtype)
         grad_x_BTC = einsum("BTV,VC->BTC", grad_BTV, table, dtype, platform)
         grad_VC = einsum("BTV,BTC->VC", grad_BTV, x_BTC, jnp.float32, platform)
         return jax.tree.map(jnp.add, total, (loss, grad_VC)), grad_x_BTC
@@ -73,7 +71,7 @@ def _loss_and_gradients(
     zeros = jnp.zeros_like(table_VC, shape=()), jnp.zeros_like(table, table_VC.dtype)
     chunks = _chunks(x_BTC, V), _chunks(targets_BT, V)
     (loss, grad_VC), grad_x = jax.lax.scan(add, zeros, chunks)
-    return loss / targets_BT.size, (_joined(grad_x), grad_VC[:V])
+    return loss, (_joined(grad_x), grad_VC[:V])
 
 
 def _scale(_: str, gradients: Any, grad: Array) -> tuple[Array, Array, None]:
@@ -81,7 +79,7 @@ def _scale(_: str, gradients: Any, grad: Array) -> tuple[Array, Array, None]:
     return grad_x_BTC * grad.astype(grad_x_BTC.dtype), grad_VC * grad, None
 
 
-mean_head_loss.defvjp(_loss_and_gradients, _scale)
+head_loss.defvjp(_loss_and_gradients, _scale)
 
 
 def _padded(table_VC: Array, platform: str) -> Array:

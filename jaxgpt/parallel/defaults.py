@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config, ModelConfig
+from jaxgpt.models import parameter_shapes
 from jaxgpt.start import fused_products
 
 # Tokens of a microbatch on each CPU device. Activations of so many stay in the cache:
@@ -45,7 +46,8 @@ def prefers_one_device(device: jax.Device, model: ModelConfig) -> bool:
     On 2 cores a step of GPT-2's blocks (85M) with 2 rows of 512 took one device 2.7 s
     and 4.3 GB, two 3.0 s and 6.2 GB.
     """
-    return device.platform == "cpu" and 12 * model.n_layer * model.n_embd**2 > 50e6
+    size = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model)))
+    return device.platform == "cpu" and size > 50e6
 
 
 def with_microbatches(config: Config, mesh: Mesh) -> Config:
@@ -64,6 +66,6 @@ def with_microbatches(config: Config, mesh: Mesh) -> Config:
 
 def train_options(config: Config, mesh: Mesh) -> dict[str, Any]:
     """How `jax.jit` is to compile the train steps, whatever it is that they train."""
-    float32 = config.model.compute_dtype == "float32"
+    float32 = getattr(config.model, "compute_dtype", "float32") == "float32"
     options = fused_products() if float32 and platform_of(mesh) == "cpu" else None
     return {"donate_argnums": 0, "compiler_options": options}

@@ -1,43 +1,61 @@
 """Batches reach the devices: each process reads the rows of its own.
 
-B batch   T time
+N steps in one call   B batch
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
 from jaxgpt.parallel.mesh import over_rows
-from jaxgpt.text.batches import stack_batches
+from jaxgpt.text.batches import Source
 
 
-def share_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """Places a batch that every process has in full; each keeps its devices' rows."""
-    return jax.make_array_from_callback(array.shape, over_rows(mesh), array.__getitem__)
+def stack_batches(source: Source, steps: range, rows: slice = slice(None)) -> Any:
+    """The batches of several steps, their leaves [N, B, ...]; `rows` are of each B."""
+    batches = [source(step, rows) for step in steps]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
-def read_batches(
-    tokens: np.ndarray, steps: range, config: Config, mesh: Mesh
-) -> tuple[jax.Array, jax.Array]:
-    """The training batches of several steps, inputs and targets, i32 [steps, B, T].
-
-    Each process reads the rows of its own devices, and no others.
-    """
-    B = config.data.batch_size
-    shape, sharding = (len(steps), B, config.model.block_size), over_rows(mesh, axis=1)
+def read_batches(source: Source, steps: range, batch_size: int, mesh: Mesh) -> Any:
+    """As `stack_batches`, on the mesh; reads the rows of this process's devices."""
+    sharding, B = over_rows(mesh, axis=1), batch_size
 
     @cache
-    def rows(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        return stack_batches(tokens, steps, config, slice(first, last))
+    def rows(first: int, last: int) -> Any:
+        return stack_batches(source, steps, slice(first, last))
 
-    def place(which: int) -> jax.Array:
-        def read(index: Any) -> np.ndarray:
-            return rows(*index[1].indices(B)[:2])[which]
+    def read(index: Any) -> Any:
+        return rows(*index[1].indices(B)[:2])
 
-        return jax.make_array_from_callback(shape, sharding, read)
+    def place(i: int, shape: tuple[int, ...]) -> jax.Array:
+        shape = (len(steps), B, *shape[2:])
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: jax.tree.leaves(read(index))[i]
+        )
 
-    return place(0), place(1)
+    own = sharding.addressable_devices_indices_map((len(steps), B))
+    leaves, structure = jax.tree.flatten(read(next(iter(own.values()))))
+    placed = [place(i, leaf.shape) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, placed)
+
+
+def share_rows(mesh: Mesh, batch: Any) -> Any:
+    """Places a batch that every process has in full; each keeps its devices' rows."""
+    place = partial(jax.make_array_from_callback, sharding=over_rows(mesh))
+    return jax.tree.map(
+        lambda leaf: place(leaf.shape, data_callback=leaf.__getitem__), batch
+    )
+
+
+def window_shapes(config: Config, mesh: Mesh, count: int) -> Any:
+    """Shapes of `count` batches of next-token windows, without their memory."""
+    shape = (count, config.data.batch_size, config.model.block_size)
+    rows = over_rows(mesh, axis=1)
+    tokens_NBT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    return tokens_NBT, tokens_NBT

@@ -113,7 +113,7 @@ def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
     """
     shape = {axis: getattr(config.mesh, axis) for axis in AXES}
     rows, block_size = config.data.rows_at_once, config.model.block_size
-    for axis, shared in (("fsdp", config.model.n_embd), ("data", 0)):
+    for axis, shared in (("fsdp", getattr(config.model, "n_embd", 0)), ("data", 0)):
         if shape[axis] == -1:
             taken = math.prod(size for size in shape.values() if size != -1)
             sharing = taken // shape["tensor"]

@@ -18,10 +18,12 @@ from jaxgpt.config import Config
 from jaxgpt.files import log_line
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
+from jaxgpt.parallel.feeding import window_shapes
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning.flops import product_flops, step_flops
 from jaxgpt.planning.hlo import Collective, Program
 from jaxgpt.text.corpus import load_corpus, named_vocab_size
+from jaxgpt.training.objectives import next_token
 from jaxgpt.training.step import abstract_state, trace_train_steps
 
 
@@ -129,7 +131,8 @@ def describe(config: Config, topology: str = "") -> Iterator[str]:
         "optimizer state", f"{_readable(_bytes_each(state.opt_state))} per device"
     )
 
-    traced = trace_train_steps(model, config, mesh, 1)
+    batches = window_shapes(config, mesh, 1)
+    traced = trace_train_steps(next_token(model), config, mesh, state, batches)
     compiled = _compile(traced, topology)
     memory = compiled.memory_analysis()
     if memory is not None:  # not every backend tells

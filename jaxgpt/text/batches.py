@@ -1,32 +1,43 @@
 """Tokens become batches: a pure function of a seed and a step.
 
 B batch   T time (block_size)
+
+A source is a function of (step, rows) to a batch, so that a run needs no more than its
+step to resume, and each process reads its own rows only.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from jaxgpt.config import Config
 
 EVAL_SEED = 2**32  # of the batches that every evaluation sees; no run's seed is as high
+ALL = slice(None)
+
+# Completed steps, and which rows of the batch to read, to a pytree with rows on axis 0.
+Source = Callable[[int, slice], Any]
 
 
 def batch(
     tokens: np.ndarray,
     seed: int,
     step: int,
+    rows: slice = ALL,
     *,
     batch_size: int,
     block_size: int,
-    rows: slice = slice(None),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Windows of the corpus, drawn uniformly, and what follows each of their tokens.
 
     Args:
       tokens: token ids of one split [tokens].
       seed, step: the only source of randomness.
+      rows: which of the B to read; all if left out.
       batch_size: B.
       block_size: T.
-      rows: which of the B to read; all if left out.
 
     Returns inputs and targets, i32 [B, T]; targets_BT[:, t] == inputs_BT[:, t + 1].
     """
@@ -36,23 +47,26 @@ def batch(
     return windows[:, :-1], windows[:, 1:]
 
 
-def stack_batches(
-    tokens: np.ndarray, steps: range, config: Config, rows: slice = slice(None)
-) -> tuple[np.ndarray, np.ndarray]:
-    """The training batches of several steps, inputs and targets, i32 [steps, B, T].
+def training_source(tokens: np.ndarray, config: Config) -> Source:
+    """The batches that a run trains on."""
+    return partial(
+        batch,
+        tokens,
+        config.train.seed,
+        batch_size=config.data.batch_size,
+        block_size=config.model.block_size,
+    )
 
-    `rows` are those of each batch to read, as in `batch`.
+
+def evaluation_source(tokens: np.ndarray, config: Config) -> Source:
+    """Batches that are the same in every evaluation, whatever the seed: they compare.
+
+    They have as many rows as run at once.
     """
-    batches = [
-        batch(
-            tokens,
-            config.train.seed,
-            step,
-            batch_size=config.data.batch_size,
-            block_size=config.model.block_size,
-            rows=rows,
-        )
-        for step in steps
-    ]
-    inputs, targets = zip(*batches, strict=True)
-    return np.stack(inputs), np.stack(targets)
+    return partial(
+        batch,
+        tokens,
+        EVAL_SEED,
+        batch_size=config.data.rows_at_once,
+        block_size=config.model.block_size,
+    )

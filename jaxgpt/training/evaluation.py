@@ -3,47 +3,83 @@
 B batch   T time
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxgpt import ops
 from jaxgpt.config import Config
-from jaxgpt.text.batches import EVAL_SEED, batch
-from jaxgpt.text.corpus import Corpus
-from jaxgpt.training.step import Batch, EvalStep
+from jaxgpt.parallel.feeding import share_rows
+from jaxgpt.parallel.mesh import activations_over, replicated, shardings
+from jaxgpt.text.batches import Source
+from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
+
+# Parameters and a batch, which every process gives in full, to what all of them get.
+EvalStep = Callable[[Any, Batch], Any]
 
 
-def estimate_losses(
-    eval_step: EvalStep,
-    corpus: Corpus,
-    config: Config,
-    params: Any,
-    eval_iters: int | None = None,
+def compile_estimate(objective: Objective, mesh: Mesh) -> EvalStep:
+    """Makes what gives an objective's loss and figures of a batch, without dropout."""
+
+    def figures(params: Any, batch: Batch) -> dict[str, LossSum]:
+        rows_B = jnp.arange(len(jax.tree.leaves(batch)[0]))
+        loss, figures = objective(params, batch, Context(None, rows_B))
+        return {"loss": loss, **figures}
+
+    return _compile(figures, mesh)
+
+
+def compile_losses(model: nn.Module, mesh: Mesh) -> EvalStep:
+    """Makes what gives each next token's loss in nats, f32 [B, T], without dropout."""
+
+    def losses(params: Any, batch: Batch) -> jax.Array:
+        (inputs_BT, targets_BT), apply = batch, partial(model.apply, {"params": params})
+        if hasattr(model, "hidden"):
+            x_BTC, head_VC = apply(inputs_BT, method="hidden"), model.head(params)
+            return ops.head_losses(x_BTC, head_VC, targets_BT, model.platform)
+        return ops.cross_entropy(apply(inputs_BT), targets_BT)
+
+    return _compile(losses, mesh)
+
+
+def _compile(function: EvalStep, mesh: Mesh) -> EvalStep:
+    jitted = jax.jit(function, out_shardings=replicated(mesh))
+
+    def eval_step(params: Any, batch: Batch) -> Any:
+        params = jax.device_put(params, shardings(params, mesh))  # if need be
+        with activations_over(mesh):
+            return jitted(params, share_rows(mesh, batch))
+
+    return eval_step
+
+
+def estimate(
+    eval_step: EvalStep, sources: dict[str, Source], params: Any, batches: int
 ) -> dict[str, float]:
-    """Mean `train_loss` and `val_loss` in nats per token over `eval_iters` batches.
+    """Means of an objective's loss and figures over `batches` batches of each source.
 
-    The batches are the same in every evaluation, whatever the seed, so that evaluations
-    compare. Without `eval_iters` there are `train.eval_iters`.
+    Args:
+      eval_step: as `compile_estimate` makes it.
+      sources: by name: of "val" there are `val_loss` and so on.
+      params: the model's.
+      batches: of each source.
     """
-
-    def batches(tokens: np.ndarray) -> Iterator[Batch]:
-        for i in range(eval_iters or config.train.eval_iters):
-            yield batch(
-                tokens,
-                EVAL_SEED,
-                i,
-                batch_size=config.data.rows_at_once,
-                block_size=config.model.block_size,
-            )
-
-    def mean(tokens: np.ndarray) -> float:
-        losses = _each_loss(eval_step, params, batches(tokens))
-        return float(np.mean([loss_BT.mean() for loss_BT in losses]))
-
-    return {"train_loss": mean(corpus.train), "val_loss": mean(corpus.val)}
+    means = {}
+    for name, source in sources.items():
+        total: Any = None
+        steps = (source(step, slice(None)) for step in range(batches))
+        for sums in _each(eval_step, params, steps):
+            total = sums if total is None else jax.tree.map(np.add, total, sums)
+        for figure, loss in total.items():
+            means[f"{name}_{figure}"] = float(loss.mean())
+    return means
 
 
 @dataclass(frozen=True)
@@ -78,7 +114,7 @@ def evaluate_exactly(
     the result (but for rounding).
 
     Args:
-      eval_step: as `compile_eval_step` makes it.
+      eval_step: as `compile_losses` makes it.
       params: the model's parameters.
       tokens: of one split [tokens], at least two.
       config: of the model, and of how many rows run at once.
@@ -95,7 +131,7 @@ def evaluate_exactly(
     batches = _windows(tokens, starts, config.data.rows_at_once, T)
     count, position = len(tokens) - 1, 0
     sums = np.zeros(-(-count // T))  # of each stretch of T losses, in the text's order
-    for loss_BT in _each_loss(eval_step, params, batches):
+    for loss_BT in _each(eval_step, params, batches):
         losses = loss_BT[:, T - stride :].ravel()
         if position == 0:
             losses = np.append(loss_BT[0, : T - stride], losses)
@@ -135,18 +171,17 @@ def _summary(sums: np.ndarray, size: int, count: int) -> Evaluation:
     return Evaluation(count, float(mean), error)
 
 
-def _each_loss(
-    eval_step: EvalStep, params: Any, batches: Iterable[Batch]
-) -> Iterator[np.ndarray]:
-    """Yields each batch's losses, f64 [B, T].
+def _each(eval_step: EvalStep, params: Any, batches: Iterable[Batch]) -> Iterator[Any]:
+    """Yields what `eval_step` gives of each batch, f64 on the host.
 
-    Reads them one batch late, so that the device never waits; no later, since XLA's CPU
+    Reads it one batch late, so that the device never waits; no later, since XLA's CPU
     client can deadlock with more than 32 programs under way on several devices.
     """
-    running: list[jax.Array] = []
-    for pair in batches:
-        running.append(eval_step(params, pair))
+    running: list[Any] = []
+    to_host = partial(jax.tree.map, partial(np.asarray, dtype=np.float64))
+    for batch in batches:
+        running.append(eval_step(params, batch))
         if len(running) > 1:
-            yield np.asarray(running.pop(0), np.float64)
-    for losses_BT in running:
-        yield np.asarray(losses_BT, np.float64)
+            yield to_host(running.pop(0))
+    for last in running:
+        yield to_host(last)

@@ -55,7 +55,6 @@ class Monitor(AbstractContextManager):
         path = self._path if self._writes else Path(os.devnull)
         self._file = path.open("a", encoding="utf-8")
         self._config = config.train
-        self._tokens_per_step = config.data.batch_size * config.model.block_size
         self._pending: tuple[int, Mapping[str, jax.Array], float] | None = None
         self._last_end = 0.0
         self._skipped = 0  # steps, until now
@@ -82,7 +81,7 @@ class Monitor(AbstractContextManager):
 
         Args:
           first: updates completed before the call.
-          metrics: of N steps, each [N].
+          metrics: of N steps, as the train step reports them, each [N].
           started: when the call was made, by `time.monotonic`.
         """
         self._log_pending()
@@ -97,16 +96,21 @@ class Monitor(AbstractContextManager):
         self._log_pending()
         self._sync()
 
-    def eval(self, step: int, train_loss: float, val_loss: float) -> None:
+    def eval(self, step: int, figures: Mapping[str, float]) -> None:
         """Logs an evaluation after `step` updates, and draws the curve.
 
         Its row too is on disk when this returns.
+
+        Args:
+          step: completed updates.
+          figures: as `estimate` gives them, of the splits "train" and "val".
         """
         self._log_pending()
-        check_finite(step, {"train_loss": train_loss, "val_loss": val_loss})
-        self._write("eval", step, train_loss=train_loss, val_loss=val_loss)
+        check_finite(step, figures)
+        self._write("eval", step, **figures)
         self._sync()
-        self._say(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        shown = (f"{name.replace('_', ' ')} {n:.4f}" for name, n in figures.items())
+        self._say(f"step {step}: {', '.join(shown)}")
         if step and self._writes:  # before it there is no curve
             plot_losses(self._path, self._curve)
 
@@ -130,20 +134,19 @@ class Monitor(AbstractContextManager):
         self._pending = None
         metrics = jax.device_get(metrics)  # waits for the call
         end = time.monotonic()
-        count = len(metrics["loss"])
-        seconds = end - max(started, self._last_end)
-        rate = self._tokens_per_step * count / seconds
+        rate = float(metrics["tokens"].sum()) / (end - max(started, self._last_end))
         self._last_end = end
-        for step in range(first + 1, first + count + 1):
-            values = {
-                name: float(metrics[name][step - first - 1]) for name in _OF_A_STEP
-            }
-            self._skipped = int(metrics["skipped"][step - first - 1])
-            if bad := not_finite(values):
-                if self._skipped > self._config.max_skipped_steps:
+        figures_of_its_own = metrics.keys() - {*_OF_A_STEP, "tokens", "skipped"}
+        names = (*_OF_A_STEP, *sorted(figures_of_its_own))
+        for i, skipped in enumerate(metrics["skipped"].tolist()):
+            step, values = first + 1 + i, {n: float(metrics[n][i]) for n in names}
+            bad = not_finite(values) if skipped > self._skipped else {}
+            self._skipped = skipped
+            if bad:
+                if skipped > self._config.max_skipped_steps:
                     check_finite(step, values)
                 found = ", ".join(f"{name} is {value}" for name, value in bad.items())
-                so_far = f"{self._skipped} of at most {self._config.max_skipped_steps}"
+                so_far = f"{skipped} of at most {self._config.max_skipped_steps}"
                 self._say(f"step {step} is skipped, {so_far}: {found}")
             figures = f"loss {values['loss']:.4f}  {rate:,.0f} tok/s"
             if self._bar:

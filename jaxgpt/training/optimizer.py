@@ -1,6 +1,7 @@
 """AdamW with warmup, cosine decay and clipping: nanoGPT's optimizer in optax."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -34,12 +35,25 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def make_optimizer(
-    config: OptimizerConfig, max_steps: int
-) -> optax.GradientTransformation:
-    """The transformation of gradients into updates. Source: torch.optim.AdamW."""
+class Optimizer(NamedTuple):
+    """A `optax.GradientTransformation` that tells its learning rate.
+
+    Attributes:
+      init: parameters to the optimizer's state.
+      update: gradients, state and parameters to updates and the state.
+      learning_rate: the state to the next update's rate.
+    """
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    learning_rate: Callable[[optax.OptState], Any]
+
+
+def make_optimizer(config: OptimizerConfig, max_steps: int) -> Optimizer:
+    """AdamW after clipping, by its schedule. Source: torch.optim.AdamW."""
+    schedule = learning_rate_schedule(config, max_steps)
     adamw = optax.adamw(
-        learning_rate_schedule(config, max_steps),
+        schedule,
         b1=config.beta1,
         b2=config.beta2,
         eps=1e-8,
@@ -47,4 +61,9 @@ def make_optimizer(
         mask=decay_mask,
     )
     clip = optax.clip_by_global_norm(config.grad_clip)
-    return optax.chain(clip if config.grad_clip else optax.identity(), adamw)
+    init, update = optax.chain(clip if config.grad_clip else optax.identity(), adamw)
+
+    def learning_rate(state: optax.OptState) -> Any:
+        return schedule(optax.tree.get(state, "ScaleByScheduleState").count)
+
+    return Optimizer(init, update, learning_rate)

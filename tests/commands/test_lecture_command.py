@@ -3,18 +3,19 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, changed, finish, start_script
+from conftest import TINY, changed, finish, start_script, train_on
 from matplotlib.image import imread
 
 from jaxgpt.commands import lecture
 from jaxgpt.commands.lecture import RUNGS, SCALED, Rung, train_seeds
 from jaxgpt.models import build_model
+from jaxgpt.parallel.feeding import stack_batches
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.presets import PRESETS
-from jaxgpt.text.batches import stack_batches
+from jaxgpt.text.batches import training_source
 from jaxgpt.text.corpus import Corpus, load_corpus
-from jaxgpt.training.evaluation import evaluate_exactly
-from jaxgpt.training.step import compile_eval_step, compile_train_steps, create_state
+from jaxgpt.training.evaluation import compile_losses, evaluate_exactly
+from jaxgpt.training.step import create_state
 
 
 def test_the_ladder_is_the_lectures_presets_in_order():
@@ -34,17 +35,17 @@ def test_seeds_that_train_at_once_train_as_each_alone(corpus):
     train = {"max_steps": 10, "eval_interval": 4, "checkpoint_interval": 4}
     config = changed(TINY, model=shape, train=train, mesh={"data": 1})
     model, seeds = build_model(config.model, "cpu"), [5, 2**32 - 1]
+    mesh = make_mesh(config, lambda line: None)
     yielded = [
         (step, jax.device_get(params_S))
-        for step, params_S in train_seeds(model, config, corpus, seeds)
+        for step, params_S in train_seeds(model, config, mesh, corpus, seeds)
     ]
     assert [step for step, _ in yielded] == [4, 8, 10]  # evaluations, and the end
     for index, seed in enumerate(seeds):
         alone = changed(config, train={"seed": seed})
-        mesh = make_mesh(alone, lambda line: None)
         state = create_state(model, alone, mesh)
-        batches = stack_batches(corpus.train, range(10), alone)
-        state, _ = compile_train_steps(model, alone, mesh, 10)(state, batches)
+        batches = stack_batches(training_source(corpus.train, alone), range(10))
+        state, _ = train_on(model, alone, mesh, state, batches)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b[index], atol=1e-5),  # noqa: B023
             state.params,
@@ -115,10 +116,11 @@ def test_losses_are_exact_on_the_validation_split():
     config = changed(config, train={"max_steps": 6, "steps_per_call": 1})
     corpus, config = load_corpus(config)
     model = build_model(config.model, "cpu")
-    ((_, params_S),) = train_seeds(model, config, corpus, [7])
+    mesh = make_mesh(config, lambda line: None)
+    ((_, params_S),) = train_seeds(model, config, mesh, corpus, [7])
     params = jax.tree.map(lambda leaf: leaf[0], params_S)
-    eval_step = compile_eval_step(model, make_mesh(config, lambda line: None))
-    exact = evaluate_exactly(eval_step, params, corpus.val, config)
+    losses = compile_losses(model, mesh)
+    exact = evaluate_exactly(losses, params, corpus.val, config)
     result = lecture.climb(RUNGS[0], [7], steps_scale=0.002)
     assert result["val_losses"] == pytest.approx([exact.nats_per_token], abs=1e-5)
 

@@ -16,7 +16,7 @@ from jaxgpt.generation.decode import generate_tokens, unstacked
 from jaxgpt.models import build_model
 from jaxgpt.ops import cross_entropy
 from jaxgpt.presets import PRESETS
-from jaxgpt.training.step import training_loss
+from jaxgpt.training.objectives import Context, next_token
 
 blocks = import_module("jaxgpt.ops.attention")  # a function has its name
 
@@ -189,8 +189,11 @@ def test_bfloat16_trains_and_generates_in_odd_shapes(
         bias=True,
     )
     tokens = np.zeros((rows, block_size), np.int32)
-    loss = jax.jit(partial(training_loss, model, jax.random.key(0)))
-    grads = jax.jit(jax.grad(loss))(params, tokens, tokens, np.arange(rows))
+    context = Context(jax.random.key(0), np.arange(rows))
+    loss = next_token(model)
+    grads = jax.jit(jax.grad(lambda p: loss(p, (tokens, tokens), context)[0].total))(
+        params
+    )
     assert np.isfinite(optax.tree.norm(grads))
     prompts = [[0] * length for length in range(1, rows + 1)]
     pieces = generate_tokens(model, params, prompts, block_size + 2)

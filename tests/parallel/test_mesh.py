@@ -1,27 +1,23 @@
 import math
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, changed
+from conftest import ROOT, TINY, changed, train_on
 from jax.sharding import PartitionSpec as P
 
+from jaxgpt import GPTConfig
 from jaxgpt.models import build_model
-from jaxgpt.parallel import feeding
 from jaxgpt.parallel import mesh as meshes
-from jaxgpt.parallel.feeding import read_batches
+from jaxgpt.parallel.feeding import read_batches, stack_batches
 from jaxgpt.parallel.mesh import make_mesh, shardings
 from jaxgpt.presets import PRESETS
-from jaxgpt.text.batches import stack_batches
-from jaxgpt.training.step import (
-    abstract_state,
-    compile_train_steps,
-    create_state,
-    init_on,
-)
+from jaxgpt.text.batches import training_source
+from jaxgpt.training.step import abstract_state, create_state
 
 STEPS = 20
 WIDE = changed(
@@ -44,13 +40,18 @@ def mesh_of(config):
     return make_mesh(config, lambda line: None)
 
 
+def read(config, steps, source=None):
+    """The training batches of these steps on the config's mesh."""
+    source = source or training_source(TOKENS, config)
+    return read_batches(source, steps, config.data.batch_size, mesh_of(config))
+
+
 def train(config):
     """Trains for STEPS steps from the seed; returns the losses and the state."""
     model, mesh = build_model(config.model, "cpu"), mesh_of(config)
     state = create_state(model, config, mesh)
-    batches = read_batches(TOKENS, range(STEPS), config, mesh)
-    train_steps = compile_train_steps(model, config, mesh, STEPS)
-    state, metrics = train_steps(state, batches)
+    batches = read(config, range(STEPS))
+    state, metrics = train_on(model, config, mesh, state, batches)
     return np.asarray(metrics["loss"]), state
 
 
@@ -96,7 +97,7 @@ def bytes_per_device(state):
 GPTS = [
     name
     for name, make in PRESETS.items()
-    if make().model.architecture == "gpt" and make().model.n_embd % 8 == 0
+    if isinstance(make().model, GPTConfig) and make().model.n_embd % 8 == 0
 ]
 
 
@@ -116,7 +117,8 @@ def test_fsdp_over_8_devices_leaves_an_eighth_on_each(preset):
 def test_no_device_holds_the_whole_model_while_it_is_made(shape):
     config = on(changed(WIDE, model={"n_embd": 512, "n_layer": 8}), *shape)
     model, mesh = build_model(config.model, "cpu"), mesh_of(config)
-    memory = init_on(mesh, model, config).lower().compile().memory_analysis()
+    make = jax.jit(partial(create_state, model, config, mesh))
+    memory = make.lower().compile().memory_analysis()
     shapes = jax.tree.leaves(abstract_state(model, config, mesh).params)
     params = sum(leaf.size * 4 for leaf in shapes)
     held = memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -225,17 +227,20 @@ def test_a_process_that_would_have_no_device_is_an_error():
         make_mesh(config, devices=devices)
 
 
-def test_batches_are_those_of_one_device_and_only_their_own_rows_are_read(monkeypatch):
-    config, read = on(WIDE, 2, 2, 2), []
+def test_batches_are_those_of_one_device_and_only_their_own_rows_are_read():
+    config, seen = on(WIDE, 2, 2, 2), []
+    source = training_source(TOKENS, config)
 
-    def spy(tokens, steps, config, rows):
-        read.append((rows.start, rows.stop))
-        return stack_batches(tokens, steps, config, rows)
+    def spy(step, rows):
+        seen.append((step, rows.start, rows.stop))
+        inputs, targets = source(step, rows)
+        return {"inputs": inputs, "lengths": targets[:, 0]}  # any pytree of rows
 
-    monkeypatch.setattr(feeding, "stack_batches", spy)
-    batches = read_batches(TOKENS, range(3, 6), config, mesh_of(config))
-    assert sorted(read) == [(0, 8), (8, 16), (16, 24), (24, 32)]
-    whole = stack_batches(TOKENS, range(3, 6), config)
+    batches = read(config, range(3, 6), spy)
+    own = [(0, 8), (8, 16), (16, 24), (24, 32)]
+    assert sorted(seen) == [(step, *rows) for step in (3, 4, 5) for rows in own]
+    whole = stack_batches(spy, range(3, 6))
+    assert batches["lengths"].shape == (3, 32)
     jax.tree.map(np.testing.assert_array_equal, batches, whole)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, changed
+from conftest import TINY, changed, traced_steps
 
 from jaxgpt import run
 from jaxgpt.config import SamplingConfig
@@ -20,7 +20,8 @@ from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.mesh import activations_over, make_mesh, one_device
 from jaxgpt.planning.plan import not_cached, tpu_devices
-from jaxgpt.training.step import abstract_state, compile_eval_step, trace_train_steps
+from jaxgpt.training.evaluation import compile_losses
+from jaxgpt.training.step import abstract_state
 
 cross_entropy = import_module("jaxgpt.ops.cross_entropy")  # a function has its name
 
@@ -60,13 +61,13 @@ def for_tpu(**model):
     mesh = make_mesh(config, devices=tpu_devices("v5e:1x1"))
     built = build_model(config.model, platform_of(mesh))
     with not_cached():
-        return trace_train_steps(built, config, mesh, 1).lower().compile()
+        return traced_steps(built, config, mesh).lower().compile()
 
 
 def for_cuda(**model):
     """The train step's StableHLO for NVIDIA GPUs."""
     config, built = settled("cuda", **{"fused_attention": False} | model)  # needs cuDNN
-    traced = trace_train_steps(built, config, one_device(), 1)
+    traced = traced_steps(built, config, one_device())
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -192,7 +193,7 @@ def test_no_step_asks_for_all_logits_of_a_large_vocabulary(monkeypatch):
 
     def largest():
         """Of the train step, and of the eval step."""
-        eval_step = compile_eval_step(model, one_device())
+        eval_step = compile_losses(model, one_device())
         jitted = inspect.getclosurevars(eval_step).nonlocals["jitted"]
         with activations_over(one_device()):
             lowered = jitted.trace(params, (tokens_BT, tokens_BT)).lower()
@@ -301,8 +302,8 @@ def programs(platform):
     mesh = one_device()
     params = abstract_state(model, config, mesh).params
     tokens_BT = jax.ShapeDtypeStruct((B, 128), jnp.int32)
-    yield "training", lowered(platform, trace_train_steps(model, config, mesh, 1))
-    eval_step = compile_eval_step(model, mesh)
+    yield "training", lowered(platform, traced_steps(model, config, mesh))
+    eval_step = compile_losses(model, mesh)
     jitted = inspect.getclosurevars(eval_step).nonlocals["jitted"]
     with activations_over(mesh):
         traced = jitted.trace(params, (tokens_BT, tokens_BT))

@@ -7,9 +7,14 @@ from conftest import TINY, changed
 
 from jaxgpt.ops import cross_entropy
 from jaxgpt.parallel.mesh import make_mesh
-from jaxgpt.text.corpus import Corpus
-from jaxgpt.training.evaluation import estimate_losses, evaluate_exactly
-from jaxgpt.training.step import compile_eval_step
+from jaxgpt.text.batches import evaluation_source
+from jaxgpt.training.evaluation import (
+    compile_estimate,
+    compile_losses,
+    estimate,
+    evaluate_exactly,
+)
+from jaxgpt.training.objectives import LossSum, next_token
 
 T = TINY.model.block_size
 
@@ -32,7 +37,7 @@ def test_exact_loss_predicts_every_token_but_the_first_once(tiny_model, tokens):
     for batch_size in (1, 3, 8):
         config = changed(TINY, data={"batch_size": batch_size})
         mesh = make_mesh(config, lambda line: None)
-        eval_step = compile_eval_step(model, mesh)
+        eval_step = compile_losses(model, mesh)
         exact = evaluate_exactly(eval_step, params, tokens, config)
         assert exact.tokens == len(losses)
         assert exact.nats_per_token == pytest.approx(np.mean(losses), abs=1e-6)
@@ -51,7 +56,7 @@ def test_a_stride_predicts_each_token_once_from_its_own_window(
         losses = loss_of_each_target(model, params, window)
         expected.append(losses[i - start, tokens[i + 1]])
     config = changed(TINY, data={"batch_size": 3})
-    eval_step = compile_eval_step(model, make_mesh(config, lambda line: None))
+    eval_step = compile_losses(model, make_mesh(config, lambda line: None))
     exact = evaluate_exactly(eval_step, params, tokens, config, stride)
     assert exact.tokens == count
     assert exact.nats_per_token == pytest.approx(np.mean(expected), abs=1e-5)
@@ -109,24 +114,47 @@ def test_a_loss_that_is_not_finite_is_an_error(loss):
         evaluate_losses(np.append(np.ones(T), loss))
 
 
+def estimates(objective, config, params, train, val, batches=2):
+    splits = {"train": train, "val": val}
+    sources = {name: evaluation_source(splits[name], config) for name in splits}
+    return estimate(
+        compile_estimate(objective, make_mesh(config)), sources, params, batches
+    )
+
+
 def test_estimates_compare_whatever_the_seed_and_differ_between_splits(tiny_model):
     model, params = tiny_model
     rng = np.random.default_rng(0)
-    corpus = Corpus(rng.integers(11, size=99), rng.integers(4, size=99), None)
-    eval_step = compile_eval_step(model, make_mesh(TINY))
+    splits = rng.integers(11, size=99), rng.integers(4, size=99)
     one, other = (
-        estimate_losses(eval_step, corpus, changed(TINY, train={"seed": seed}), params)
+        estimates(
+            next_token(model), changed(TINY, train={"seed": seed}), params, *splits
+        )
         for seed in (1, 2)
     )
     assert one == other
     assert one["train_loss"] != one["val_loss"]
 
 
+def test_estimates_are_means_over_what_counts_of_all_that_is_reported():
+    def objective(params, batch, context):
+        inputs_BT, _ = batch
+        odd_BT = inputs_BT % 2
+        assert context.key is None
+        loss = LossSum((odd_BT * inputs_BT).sum(), odd_BT.sum())
+        return loss, {"largest": LossSum(inputs_BT.max(), jax.numpy.float32(1))}
+
+    tokens, batches = np.random.default_rng(0).integers(11, size=99), 3
+    found = estimates(objective, TINY, {}, tokens, tokens, batches)
+    source = evaluation_source(tokens, TINY)
+    seen = np.stack([source(step, slice(None))[0] for step in range(batches)])
+    assert found["train_loss"] == pytest.approx(seen[seen % 2 == 1].mean())
+    assert found["val_largest"] == pytest.approx(seen.max(axis=(1, 2)).mean())
+
+
 def test_many_evaluations_on_many_devices_do_not_deadlock(tiny_model):
     model, params = tiny_model
-    config = changed(TINY, train={"eval_iters": 200})
-    corpus = Corpus(np.zeros(99, np.uint16), np.ones(99, np.uint16), None)
-    eval_step = compile_eval_step(model, make_mesh(config))
     params = jax.device_put(params, jax.devices()[0])
-    losses = estimate_losses(eval_step, corpus, config, params)
+    splits = np.zeros(99, np.uint16), np.ones(99, np.uint16)
+    losses = estimates(next_token(model), TINY, params, *splits, batches=200)
     assert all(np.isfinite(list(losses.values())))

@@ -17,7 +17,8 @@ def steps(count, loss=1.0):
     """Metrics of a call's steps."""
     names = ("loss", "learning_rate", "grad_norm")
     values = {name: jnp.full(count, loss) for name in names}
-    return values | {"skipped": jnp.zeros(count, int)}
+    tokens = jnp.full(count, TINY.data.batch_size * TINY.model.block_size)
+    return values | {"tokens": tokens, "skipped": jnp.zeros(count, int)}
 
 
 def session(run_dir, resumed_step=None):
@@ -31,10 +32,10 @@ def rows_of(run_dir, event):
 
 def test_rows_have_the_fields_of_their_event(tmp_path):
     with session(tmp_path) as monitor:
-        monitor.eval(0, train_loss=4.0, val_loss=4.5)
+        monitor.eval(0, {"train_loss": 4.0, "val_loss": 4.5})
         monitor.train(0, steps(3), time.monotonic())
         monitor.train(3, steps(5), time.monotonic())
-        monitor.eval(8, train_loss=2.0, val_loss=2.5)
+        monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5})
         monitor.done(8, 2.25)
     train = rows_of(tmp_path, "train")
     assert [row["step"] for row in train] == [2, 4, 6, 8]  # every log_interval
@@ -58,7 +59,7 @@ def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsy
     monkeypatch.setattr("jaxgpt.files.is_first_process", lambda: False)
     with session(tmp_path) as monitor:
         monitor.train(0, steps(8), time.monotonic())
-        monitor.eval(8, train_loss=2.0, val_loss=2.5)
+        monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5})
         with pytest.raises(FloatingPointError):  # but all stop at what is not finite
             monitor.done(8, float("nan"))
     assert not list(tmp_path.iterdir())
@@ -68,7 +69,7 @@ def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsy
 def test_the_curve_is_a_picture(tmp_path):
     with session(tmp_path) as monitor:
         monitor.train(0, steps(8), time.monotonic())
-        monitor.eval(8, train_loss=2.0, val_loss=2.5)
+        monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5})
     picture = matplotlib.image.imread(tmp_path / "loss.png")
     assert picture.std() > 0.01  # not a blank page
 
@@ -91,7 +92,7 @@ def test_a_step_that_may_be_skipped_is_told_of_and_logged_as_null(tmp_path, caps
     metrics["grad_norm"] = metrics["grad_norm"].at[3].set(float("inf"))
     with Monitor(tmp_path, config, None, time.monotonic()) as monitor:
         monitor.train(0, metrics, time.monotonic())
-        monitor.eval(4, train_loss=1.0, val_loss=1.0)
+        monitor.eval(4, {"train_loss": 1.0, "val_loss": 1.0})
         monitor.done(4, 1.0)
     told = capsys.readouterr().err
     assert "step 4 is skipped, 3 of at most 5: grad_norm is inf" in told

@@ -4,26 +4,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, changed
+from conftest import TINY, changed, train_on
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import TrainConfig
 from jaxgpt.models import build_model
 from jaxgpt.parallel import defaults
+from jaxgpt.parallel.feeding import stack_batches
 from jaxgpt.parallel.mesh import make_mesh
-from jaxgpt.text.batches import stack_batches
+from jaxgpt.text.batches import training_source
+from jaxgpt.training.objectives import next_token
+from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.step import (
     call_size,
     check_skipped,
-    compile_train_steps,
     create_state,
-    init_state,
     make_train_step,
 )
 
 STEPS = 4
 TOKENS = np.random.default_rng(0).integers(11, size=200).astype(np.uint16)
-BATCHES = stack_batches(TOKENS, range(STEPS), TINY)
+BATCHES = stack_batches(training_source(TOKENS, TINY), range(STEPS))
 
 
 def run(config, calls=(STEPS,)):
@@ -31,9 +32,8 @@ def run(config, calls=(STEPS,)):
     model, mesh = build_model(config.model, "cpu"), make_mesh(config, lambda line: None)
     state, rows, done = create_state(model, config, mesh), [], 0
     for count in calls:
-        train_steps = compile_train_steps(model, config, mesh, count)
         batches = jax.tree.map(lambda a: a[done : done + count], BATCHES)  # noqa: B023
-        state, metrics = train_steps(state, batches)
+        state, metrics = train_on(model, config, mesh, state, batches)
         rows += zip(metrics["loss"], metrics["grad_norm"], strict=True)
         done += count
     assert state.step == STEPS
@@ -88,9 +88,9 @@ def test_dropout_differs_from_row_to_row():
             build_model(config.model, "cpu"),
             make_mesh(config, lambda line: None),
         )
-        train_steps = compile_train_steps(model, config, mesh, 1)
         rows = jax.tree.map(lambda a: a[:, :batch_size], alike)  # noqa: B023
-        _, metrics = train_steps(create_state(model, config, mesh), rows)
+        state = create_state(model, config, mesh)
+        _, metrics = train_on(model, config, mesh, state, rows)
         losses.append(float(metrics["loss"][0]))
     assert losses[0] != pytest.approx(losses[1], abs=1e-6)
 
@@ -100,7 +100,7 @@ def test_dropout_changes_from_step_to_step():
     same = jax.tree.map(lambda a: np.stack([a[0]] * 2), BATCHES)
     model, mesh = build_model(config.model, "cpu"), make_mesh(config)
     state = create_state(model, config, mesh)
-    _, metrics = compile_train_steps(model, config, mesh, 2)(state, same)
+    _, metrics = train_on(model, config, mesh, state, same)
     assert metrics["loss"][0] != metrics["loss"][1]
 
 
@@ -113,12 +113,22 @@ def run_mapped(train_step, state, batches):
     return jax.device_get((rows, state.params))
 
 
+def mapped_step(config):
+    """The train step of one of the devices of an axis "data"."""
+    objective = next_token(build_model(config.model, "cpu"))
+    optimizer = make_optimizer(config.optimizer, config.train.max_steps)
+    return make_train_step(objective, optimizer, config, axis_name="data")
+
+
+def state_of(config):
+    mesh = make_mesh(config, lambda line: None)
+    return create_state(build_model(config.model, "cpu"), config, mesh)
+
+
 def test_pmap_trains_as_one_device(reference):
-    model = build_model(TINY.model, "cpu")
-    train_step = make_train_step(model, TINY, axis_name="data")
     shards = jax.tree.map(lambda a: a.reshape(STEPS, 8, 1, *a.shape[2:]), BATCHES)
-    copies = jax.tree.map(lambda a: jnp.stack([a] * 8), init_state(model, TINY))
-    result = run_mapped(jax.pmap(train_step, axis_name="data"), copies, shards)
+    copies = jax.tree.map(lambda a: np.stack([a] * 8), state_of(TINY))
+    result = run_mapped(jax.pmap(mapped_step(TINY), axis_name="data"), copies, shards)
     for device in range(8):
         one = jax.tree.map(lambda a: a[device], result)  # noqa: B023
         assert_same(one, reference, 2e-5)
@@ -127,27 +137,22 @@ def test_pmap_trains_as_one_device(reference):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_shard_map_trains_as_one_device(reference, check_vma, pieces):
-    config = changed(TINY, data={"gradient_accumulation_steps": pieces})
-    model = build_model(config.model, "cpu")
-    train_step = make_train_step(model, config, axis_name="data")
-    mesh = make_mesh(changed(config, mesh={"data": 4}))
+    data = {"gradient_accumulation_steps": pieces}
+    config = changed(TINY, data=data, mesh={"data": 4})
     sharded_step = jax.shard_map(
-        train_step,
-        mesh=mesh,
+        mapped_step(config),
+        mesh=make_mesh(config),
         in_specs=(P(), P("data")),
         out_specs=P(),
         check_vma=check_vma,
     )
-    result = run_mapped(
-        jax.jit(sharded_step), create_state(model, config, mesh), BATCHES
-    )
+    result = run_mapped(jax.jit(sharded_step), state_of(config), BATCHES)
     assert_same(result, reference, 2e-5)
 
 
 def test_seed_decides_the_initial_parameters():
-    model = build_model(TINY.model, "cpu")
     one, again, other = (
-        init_state(model, changed(TINY, train={"seed": seed})).params["wte"]
+        state_of(changed(TINY, train={"seed": seed})).params["wte"]
         for seed in (1, 1, 2)
     )
     assert_same(one, again, 0)
@@ -174,9 +179,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_one_too_many_stops_all(
     limit, step, skipped, updates
 ):
     # In a bigram's table the row of token 10 is infinite: no batch without it knows.
-    model = {"architecture": "bigram", "n_layer": 4, "n_head": 4, "n_embd": 128}
-    config = changed(TINY, model=model | {"dropout": 0.0})
-    config = changed(config, train={"max_skipped_steps": limit})
+    train = {"max_skipped_steps": limit}
+    config = changed(TINY, model={"architecture": "bigram"}, train=train)
     good = np.random.default_rng(0).integers(0, 10, (3, 2, 8, TINY.model.block_size))
     bad = np.full_like(good[0], 10)
     mesh, bigram = make_mesh(config), build_model(config.model, "cpu")
@@ -185,9 +189,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_one_too_many_stops_all(
         state = create_state(bigram, config, mesh)
         params = jax.tree.map(lambda a: a.at[10].set(jnp.inf), state.params)
         state = state.replace(params=params)
-        train_steps = compile_train_steps(bigram, config, mesh, len(batches))
         inputs, targets = np.stack(batches).astype(np.int32).swapaxes(0, 1)
-        return train_steps(state, (inputs, targets))
+        return train_on(bigram, config, mesh, state, (inputs, targets))
 
     state, metrics = train([good[0], bad, good[1], bad, good[2]])
     assert (state.step, state.skipped) == (step, skipped)
