@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxgpt import exits, start
-from jaxgpt.cli import parse_arguments, parse_processes
+from jaxgpt.cli import parse_arguments, read_options
 from jaxgpt.config import Config
 from jaxgpt.files import log_line
 from jaxgpt.generation.stream import generate
@@ -73,8 +73,9 @@ STARTED = time.monotonic()
 def main() -> None:
     """Parses the command line, then trains, or tells what training would cost."""
     start.start()
-    if (processes := parse_processes(sys.argv[1:])) is not None:
-        join_processes(*processes)
+    asked = read_options(sys.argv[1:])[-1]
+    if not (asked.dry_run or asked.plan):  # which a process does alone
+        join_processes(asked.coordinator_address, asked.num_processes, asked.process_id)
     if several_processes():
         log_line(f"{jax.process_count()} processes, {jax.device_count()} devices")
     config, run_dir, options = parse_arguments(sys.argv[1:])

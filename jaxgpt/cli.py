@@ -54,22 +54,40 @@ class _Arguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
-def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
-    """Settles what to run: a preset, or a resumed run's own config, with overrides.
+def read_options(argv: list[str]) -> tuple[str, list[str], RunOptions]:
+    """The preset ("" if left out), the flags, and what they say of where a run goes.
+
+    Raises ValueError on a preset there is not; prints the help and exits where asked.
 
     Args:
       argv: the command line after the program's name; the preset, if any, comes first.
+    """
+    named = bool(argv) and not argv[0].startswith("-")
+    preset, flags = (argv[0], argv[1:]) if named else ("", argv)
+    if preset and preset not in PRESETS:
+        nearest = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"there is no preset {preset!r}; did you mean {nearest}? "
+            f"There are {', '.join(PRESETS)}"
+        )
+    if "-h" in flags or "--help" in flags:
+        _parse(flags, PRESETS[preset]() if preset else Config())
+    # The other flags are for `_parse`.
+    options, _ = tyro.cli(RunOptions, args=flags, prog=_PROG, return_unknown_args=True)
+    return preset, flags, options
+
+
+def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
+    """Settles what to run: a preset, or a resumed run's own config, with overrides.
 
     Returns the config, the run directory and the options. Raises ValueError or OSError
     where they contradict each other; exits with a message on what cannot be parsed.
     """
-    preset, flags = _split(argv)
-    if preset:
-        _check_preset(preset)
-    if "-h" in flags or "--help" in flags:
-        _parse(flags, PRESETS[preset]() if preset else Config())  # prints and exits
-
-    options = _parse_options(flags)
+    preset, flags, options = read_options(argv)
+    name = preset or default_preset()
+    base = PRESETS[name]()
+    run_dir = options.out_dir or Path("runs") / name
+    init_from = options.init_from or base.train.init_from
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite exclude each other; choose one")
     if options.resume and options.init_from:
@@ -77,85 +95,51 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
             "--resume goes on with the run's own parameters, and --init-from begins "
             "with another's; choose one"
         )
-    name = preset or default_preset()
-    init_from = options.init_from or PRESETS[name]().train.init_from
     if options.checkpoint != "best" and not init_from:
         raise ValueError(
             f"--checkpoint {options.checkpoint} is one of --init-from's run; give that"
         )
-    run_dir = options.out_dir or Path("runs") / name
     if options.resume and has_run(run_dir):
-        saved = load_config(run_dir)
-        config = _parse(flags, saved)
-        _check_same_model(saved, config)
-        if (run_dir / CHECKPOINTS).is_file():
-            raise NotADirectoryError(
-                f"{run_dir / CHECKPOINTS} is a file; put the run's folder of that name "
-                "back, or move the file away to begin at step 0"
-            )
-        if (run_dir / TOKENIZER).exists():
-            _check_same_tokenizer(saved, config)
-        if not saved.data.sha256:
-            text = ", ".join(config.data.path) or config.data.corpus
-            log_line(f"{run_dir} was imported; --data.path gives its text, now {text}")
-        return config, run_dir, options
+        return _resumed(run_dir, flags), run_dir, options
     if options.resume and not preset:
         raise FileNotFoundError(
             f"there is no run in {run_dir} to resume; give the --out-dir of one, or a "
             "preset to start"
         )
     if init_from:
-        start = _start_from(Path(init_from), options.checkpoint, PRESETS[name]())
+        start = _start_from(Path(init_from), options.checkpoint, base)
         config = _parse(flags, start)
         _check_start(start, config, run_dir)
     else:
-        config = _parse(flags, PRESETS[name]())
+        config = _parse(flags, base)
     if not preset:
         log_line(f"no preset given: {name} is the one for {jax.default_backend()}")
     return config, run_dir, options
 
 
-def parse_processes(
-    argv: list[str],
-) -> tuple[str | None, int | None, int | None] | None:
-    """What the command line says of the run's processes, for `join_processes`.
-
-    None if it asks for something that this process does alone. Raises ValueError where
-    there can be no such process.
-    """
-    preset, flags = _split(argv)
-    if preset:
-        _check_preset(preset)
-    if "-h" in flags or "--help" in flags:
-        return None
-    options = _parse_options(flags)
-    if options.dry_run or options.plan:
-        return None
-    count, number = options.num_processes, options.process_id
-    if count is not None and count < 1:
-        raise ValueError(f"--num-processes {count} must be at least 1")
-    if count is not None and number is not None and not 0 <= number < count:
-        raise ValueError(
-            f"--process-id {number} must be from 0 to {count - 1}, as there are "
-            f"--num-processes {count}"
+def _resumed(run_dir: Path, flags: list[str]) -> Config:
+    """The config of a run that goes on, with the flags' overrides."""
+    saved = load_config(run_dir)
+    config = _parse(flags, saved)
+    _check_same_model(saved, config)
+    if (run_dir / CHECKPOINTS).is_file():
+        raise NotADirectoryError(
+            f"{run_dir / CHECKPOINTS} is a file; put the run's folder of that name "
+            "back, or move the file away to begin at step 0"
         )
-    return options.coordinator_address, count, number
-
-
-def _split(argv: list[str]) -> tuple[str, list[str]]:
-    """The preset, "" if left out, and the flags."""
-    if argv and not argv[0].startswith("-"):
-        return argv[0], argv[1:]
-    return "", argv
-
-
-def _parse_options(flags: list[str]) -> RunOptions:
-    """The options alone; the other flags are for `_parse`."""
-    return tyro.cli(RunOptions, args=flags, prog=_PROG, return_unknown_args=True)[0]
+    if (run_dir / TOKENIZER).exists():
+        _check_same_tokenizer(saved, config)
+    if not saved.data.sha256:
+        text = ", ".join(config.data.path) or config.data.corpus
+        log_line(f"{run_dir} was imported; --data.path gives its text, now {text}")
+    return config
 
 
 def _parse(flags: list[str], default: Config) -> Config:
-    presets = [f"{name}: {_summary(name)}" for name in PRESETS]
+    presets = [
+        f"{name}: {(preset.__doc__ or '').splitlines()[0]}"
+        for name, preset in PRESETS.items()
+    ]
     return tyro.cli(
         _Arguments,
         args=flags,
@@ -164,19 +148,6 @@ def _parse(flags: list[str], default: Config) -> Config:
         description="Trains a model. PRESET comes first and is one of\n\n"
         + "\n\n".join(presets),
     ).config
-
-
-def _summary(preset: str) -> str:
-    return (PRESETS[preset].__doc__ or "").splitlines()[0]
-
-
-def _check_preset(name: str) -> None:
-    if name not in PRESETS:
-        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0)[0]
-        raise ValueError(
-            f"there is no preset {name!r}; did you mean {nearest}? "
-            f"There are {', '.join(PRESETS)}"
-        )
 
 
 def _start_from(run_dir: Path, checkpoint: str, preset: Config) -> Config:

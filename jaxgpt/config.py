@@ -54,10 +54,11 @@ def _check(holds: bool, message: str) -> None:
 
 
 def _check_at_least(section: Any, minimum: float, *names: str) -> None:
+    """Raises ValueError unless each is in range, or None where that is allowed."""
     for name in names:
         value = getattr(section, name)
         _check(
-            minimum <= value < TOO_MUCH,
+            value is None or minimum <= value < TOO_MUCH,
             f"{name}={value} must be at least {minimum}, under {TOO_MUCH}",
         )
 
@@ -76,9 +77,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_at_least(self, 1, "block_size")
-        if self.vocab_size is not None:
-            _check_at_least(self, 1, "vocab_size")
+        _check_at_least(self, 1, "block_size", "vocab_size")
 
     def known_vocab_size(self) -> int:
         """vocab_size; raises ValueError where nothing has settled it yet."""
@@ -99,7 +98,7 @@ class ModelConfig:
 class BigramConfig(ModelConfig):
     """The lecture's first model, a table of bigrams."""
 
-    architecture: Literal["bigram"] = "bigram"
+    architecture: Literal["bigram"] = "bigram"  # the kind of model
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,10 @@ class TransformerConfig(ModelConfig):
         _check_at_least(self, 1, "n_layer", "n_head", "n_embd")
         if self.n_embd % self.n_head:
             few = range(1, min(self.n_embd, 1000) + 1)
-            divisors = [n for n in few if self.n_embd % n == 0]
-            options = ", ".join(map(str, divisors[:12]))
+            divisors = [str(n) for n in few if self.n_embd % n == 0]
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
-                f"n_head could be {options}"
+                f"n_head could be {', '.join(divisors[:12])}"
             )
         _check(
             0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0, under 1"
@@ -136,6 +134,7 @@ class TransformerConfig(ModelConfig):
 class LectureConfig(TransformerConfig):
     """A rung of the lecture's ladder above the table of bigrams."""
 
+    # the rung, each with all of the one before
     architecture: Literal["attention", "feed-forward", "residual", "layer-norm"] = (
         "layer-norm"
     )
@@ -145,7 +144,7 @@ class LectureConfig(TransformerConfig):
 class GPTConfig(TransformerConfig):
     """nanoGPT's and GPT-2's model."""
 
-    architecture: Literal["gpt"] = "gpt"
+    architecture: Literal["gpt"] = "gpt"  # the kind of model
     bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
     gelu: Literal["exact", "tanh"] = "exact"  # nanoGPT's (erf) or GPT-2's approximation
     # of activations; parameters, softmax, logits and loss stay float32
@@ -257,16 +256,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_at_least(
-            self,
-            1,
-            "max_steps",
-            "eval_interval",
-            "eval_iters",
-            "log_interval",
-            "checkpoint_interval",
-            "steps_per_call",
-        )
+        _check_at_least(self, 1, "max_steps", "eval_iters", "steps_per_call")
+        _check_at_least(self, 1, "eval_interval", "log_interval", "checkpoint_interval")
         _check_at_least(self, 0, "max_skipped_steps", "profile")
         check_seed(self.seed)
 
@@ -308,8 +299,7 @@ class SamplingConfig:
             0 <= self.temperature < float("inf"),
             f"temperature={self.temperature} must be at least 0 (greedy) and finite",
         )
-        if self.top_k is not None:
-            _check_at_least(self, 1, "top_k")
+        _check_at_least(self, 1, "top_k")
         if self.top_p is not None:
             _check(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0, up to 1")
 
@@ -349,38 +339,35 @@ class Config:
         Raises ValueError or TypeError that names the field when one is unknown or holds
         a value it cannot hold.
         """
-        sections = typing.get_type_hints(cls)
-        _check_names("section", values, sections)
+        kinds = typing.get_type_hints(cls)
+        _check_names("section", values, kinds)
         built = {}
         for name, section in values.items():
-            kind = sections[name]
+            kind = kinds[name]
             if name == "model":
                 kind, section = _kind_of_model(section)
             _check_names(f"field of {name}", section, typing.get_type_hints(kind))
-            built[name] = kind(
-                **{
-                    key: tuple(value) if isinstance(value, list) else value
-                    for key, value in section.items()
-                }
-            )
+            lists = {n: tuple(v) for n, v in section.items() if isinstance(v, list)}
+            built[name] = kind(**section | lists)
         return cls(**built)
 
 
 def _kind_of_model(section: Any) -> tuple[Any, Any]:
-    """The class of a model's section, and the section as that class takes it."""
-    if not isinstance(section, dict) or "architecture" not in section:
+    """The class of a model's section, and of the section the fields it has.
+
+    Once every kind had the GPT's, and those that it did not read at their defaults.
+    """
+    gpts = vars(GPTConfig())
+    if not isinstance(section, dict) or section.get("architecture", "gpt") == "gpt":
         return GPTConfig, section
-    for kind in typing.get_args(AnyModelConfig):
-        hints, gpts = typing.get_type_hints(kind), GPTConfig().__dict__
+    for kind in (LectureConfig, BigramConfig):
+        hints = typing.get_type_hints(kind)
         if section["architecture"] in typing.get_args(hints["architecture"]):
-            # Once every kind had the GPT's fields, and those it did not read their
-            # defaults.
-            kept = {
+            return kind, {
                 name: value
                 for name, value in section.items()
                 if name in hints or name not in gpts or value != gpts[name]
             }
-            return kind, kept
     raise ValueError(f"architecture={section['architecture']!r} is not known")
 
 

@@ -5,6 +5,7 @@ S seeds   N steps in one call
 
 import dataclasses
 import json
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -134,12 +135,10 @@ def climb(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any
     started = time.monotonic()
     mesh = make_mesh(config, lambda line: None)
     model = build_model(config.model, platform_of(mesh))
-    losses_of = compile_losses(model, mesh)
-    curve = []
+    losses_of, curve = compile_losses(model, mesh), []
     for step, params_S in train_seeds(model, config, mesh, corpus, seeds):
         each_params = [
-            jax.tree.map(lambda leaf_S, s=s: leaf_S[s], params_S)
-            for s in range(len(seeds))
+            jax.tree.map(operator.itemgetter(s), params_S) for s in range(len(seeds))
         ]
         losses = [
             evaluate_exactly(losses_of, params, corpus.val, config).nats_per_token
@@ -148,12 +147,10 @@ def climb(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any
         curve.append({"step": step, "val_losses": losses})
         shown = ", ".join(f"{loss:.3f}" for loss in losses)
         log_line(f"{rung.preset}  step {step}/{config.train.max_steps}  val {shown}")
-    seconds = time.monotonic() - started
+    seconds, mean = time.monotonic() - started, float(np.mean(losses))
     run = Run(config, corpus.tokenizer, model, each_params[0], step)
-    (sample,) = generate(
-        run, "", max_new_tokens=300, sampling=SamplingConfig(temperature=1.0)
-    )
-    mean = float(np.mean(losses))
+    sampling = SamplingConfig(temperature=1.0)
+    (sample,) = generate(run, "", max_new_tokens=300, sampling=sampling)
     return {
         "rung": rung.preset,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.params)),
@@ -210,34 +207,28 @@ def train_seeds(
         for seed in seeds
     ]
     sources = [training_source(corpus.train, each) for each in seeded]
-    states = [create_state(model, each, mesh) for each in seeded]
-    states_S = jax.tree.map(lambda *a: jnp.stack(a), *states)
+    states_S = _stacked([create_state(model, each, mesh) for each in seeded])
     step = 0
     while step < config.train.max_steps:
         steps = range(step, step + call_size(step, config.train))
-        batches = [stack_batches(source, steps) for source in sources]
-        states_S = train_calls(states_S, jax.tree.map(lambda *a: np.stack(a), *batches))
+        batches_S = _stacked([stack_batches(source, steps) for source in sources])
+        states_S = train_calls(states_S, batches_S)
         step = steps.stop
         if step % config.train.eval_interval == 0 or step == config.train.max_steps:
             yield step, states_S.params
 
 
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
 def table(results: list[dict[str, Any]]) -> Table:
     """The results beside the lecture's figures; prints as Markdown."""
-    grid = Table(box=box.MARKDOWN)
-    grid.add_column("rung", no_wrap=True)
-    for name in (
-        "parameters",
-        "seconds",
-        "val loss",
-        "lecture",
-        "difference",
-        "PyTorch",
-        "verdict",
-    ):
+    grid = Table("rung", box=box.MARKDOWN)
+    figures = "parameters, seconds, val loss, lecture, difference, PyTorch, verdict"
+    for name in figures.split(", "):
         grid.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        pytorch = [f"{loss:.3f}" for loss in sorted(result["pytorch"])]
         grid.add_row(
             result["rung"].removeprefix("lecture-"),
             f"{result['parameters']:,}",
@@ -245,7 +236,7 @@ def table(results: list[dict[str, Any]]) -> Table:
             f"{result['val_loss']:.3f}",
             f"{result['lecture']:.2f}",
             f"{result['difference']:+.3f}",
-            ", ".join(pytorch),
+            ", ".join(f"{loss:.3f}" for loss in sorted(result["pytorch"])),
             "pass" if result["passed"] else "FAIL",
         )
     return grid

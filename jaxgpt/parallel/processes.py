@@ -44,6 +44,14 @@ def join_processes(
         shutdown_timeout_seconds=30,
     )
     given = (coordinator_address, num_processes, process_id)
+    if num_processes is not None and num_processes < 1:
+        raise ValueError(f"--num-processes {num_processes} must be at least 1")
+    if None not in (num_processes, process_id) and process_id not in range(
+        num_processes or 0
+    ):
+        raise ValueError(
+            f"--process-id {process_id} must be from 0 to --num-processes - 1"
+        )
     if coordinator_address is not None and None not in given:
         port = re.fullmatch(r".+:(\d{1,5})", coordinator_address)
         if not port or int(port[1]) > 65_535:
