@@ -32,4 +32,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     with exits.plain_errors():
-        sys.exit(main())
+        status = main()
+    sys.exit(status)

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 def log_line(line: str) -> None:
     """Prints a line on stderr, where all goes but a command's product.
 
-    Of several processes only the first does.
+    Of several processes only the first does. A line that cannot be written, as to a
+    terminal that was closed, is no reason to stop.
     """
     if is_first_process():
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 def is_first_process() -> bool:

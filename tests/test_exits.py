@@ -1,39 +1,23 @@
 import errno
-import gc
 import os
-import platform
 import signal
+import subprocess
 import sys
-import weakref
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import SimpleNamespace
 
-import jax
 import pytest
 from conftest import finish, start_script
 from jax.errors import JaxRuntimeError
 
-from jaxgpt import start
+from jaxgpt import exits, start
 from jaxgpt.exits import deferred_interrupts, plain_errors
-from jaxgpt.files import replace_file
-from jaxgpt.start import give_back_memory
 
 
 @pytest.fixture(autouse=True)
 def _a_test_outlives_the_script_it_ends(monkeypatch):
     monkeypatch.setattr(os, "_exit", sys.exit)
-
-
-def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
-    path = tmp_path / "new" / "file"
-    replace_file(path, lambda aside: aside.write_text("whole"))
-
-    def fail(aside):
-        aside.write_text("ha")
-        raise OSError("No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        replace_file(path, fail)
-    assert path.read_text() == "whole"
-    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
@@ -76,10 +60,9 @@ def make_an_interrupt_another_error():
         raise ValueError("while comparing") from error
 
 
-@pytest.mark.parametrize("end", [make_an_interrupt_another_error])
-def test_an_interrupt_ends_a_script_whatever_becomes_of_it(end, capsys):
+def test_an_interrupt_ends_a_script_whatever_becomes_of_it(capsys):
     with pytest.raises(SystemExit) as left, plain_errors():
-        end()
+        make_an_interrupt_another_error()
     assert left.value.code == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 
@@ -117,69 +100,100 @@ def test_a_signal_that_waits_is_noted_and_raises_nothing():
         assert asked() == signal.SIGTERM
 
 
-def test_only_what_a_failed_save_leaves_behind_is_not_told_of():
-    left_behind = """
-import asyncio, tensorstore
-from jaxgpt.start import start
-class Broken:
-    def __del__(self):
-        raise ValueError("a defect")
-start()
-promise, written = tensorstore.Promise.new()
-loop = asyncio.new_event_loop()
-written.add_done_callback(lambda _: loop.call_soon_threadsafe(print))
-loop.close()
-promise.set_result(None)
-Broken()
-"""
-    _, err = finish(start_script("-c", left_behind))
-    assert "ValueError: a defect" in err
-    assert "Event loop is closed" not in err
+def test_an_interrupt_that_the_garbage_collector_loses_is_noted(monkeypatch):
+    class Interrupting:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "unraisablehook", start._tell_unraisable)
+    with plain_errors():
+        Interrupting()  # Python goes on after an exception in __del__
+        with deferred_interrupts() as asked:
+            assert asked() == signal.SIGINT
 
 
-def flags_after_start(flags):
-    show = "from jaxgpt import start; start.start(); import os, jax"
-    show += "; jax.devices(); print(os.environ.get('XLA_FLAGS'))"
-    out, _ = finish(start_script("-c", show, XLA_FLAGS=flags))
-    return out.split()
+def fail_to_save_after_a_signal():
+    signal.raise_signal(signal.SIGTERM)
+    raise OSError(errno.ENOSPC, "full", "x")
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="set where measured")
-def test_xlas_flags_are_the_users_where_they_name_them():
-    theirs, ours = "--xla_cpu_ftz=true", list(map(start._as_flag, start._XLA_FLAGS))
-    assert flags_after_start(theirs) == [theirs, *ours]
-    one = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
-    assert flags_after_start(one) == [one, *ours[1:]]
+def test_a_save_that_fails_after_a_signal_is_an_error(capsys):
+    with pytest.raises(SystemExit) as left, plain_errors(), deferred_interrupts():
+        fail_to_save_after_a_signal()
+    assert left.value.code == 1
+    assert capsys.readouterr().err.startswith("error: no room is left")
 
 
-def test_float32_training_fuses_products_unless_the_user_says_how_to_multiply(
-    monkeypatch,
-):
-    monkeypatch.setenv("XLA_FLAGS", start._as_flag(start._YNN_FLAG))
-    assert "LIBRARY_FUSION_TYPE_DOT" in start.fused_products()[start._YNN_FLAG]
-    monkeypatch.setenv("XLA_FLAGS", f"--{start._YNN_FLAG}=LIBRARY_FUSION_TYPE_REDUCE")
-    assert start.fused_products() is None
-
-
-def test_a_flag_that_xla_does_not_know_is_not_set(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(start, "_XLA_FLAGS", {"xla_cpu_no_such_flag": ("true",)})
-    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
-    start.start()
-    assert os.environ["XLA_FLAGS"] == ""
-
-
-def test_memory_that_is_given_back_is_that_of_cycles_too():
-    class Node:
-        pass
-
-    node = Node()
-    node.itself, seen = node, weakref.ref(node)
-    gc.disable()
+@pytest.mark.skipif(not exits._HANGUP, reason="Windows has no SIGHUP")
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        del node
-        assert seen() is not None
-        give_back_memory()
-        assert seen() is None
+        with plain_errors(), deferred_interrupts() as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert asked() == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
-        gc.enable()
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("again", "outcome"),
+    [(10.4, nullcontext()), (10.6, pytest.raises(SystemExit, match="143"))],
+)
+def test_a_signal_that_comes_again_within_half_a_second_is_the_same(
+    monkeypatch, again, outcome
+):
+    coming = iter([(10.0, signal.SIGTERM), (again, signal.SIGTERM), (20.0, 0)])
+    clock = SimpleNamespace(monotonic=lambda: clock.now)
+
+    def recv(size):
+        clock.now, number = next(coming)
+        return bytes([number])
+
+    monkeypatch.setattr(exits, "time", clock)
+    arrivals = SimpleNamespace(recv=recv, close=lambda: None)
+    with outcome:
+        exits._watch(arrivals, [])
+
+
+def test_a_second_signal_ends_a_script_that_could_not_handle_the_first():
+    busy = """
+import hashlib
+from jaxgpt.exits import deferred_interrupts, plain_errors
+with plain_errors(), deferred_interrupts():
+    print("busy", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # takes C half an hour
+"""
+    script = start_script("-c", busy)
+    assert script.stdout.readline() == "busy\n"
+    for _ in range(1000):
+        script.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            script.wait(timeout=0.1)
+            break
+    else:
+        script.kill()
+    finish(script, 143)
+
+
+def test_text_that_is_interrupted_ends_with_the_signals_number(smoke):
+    script = start_script(
+        "generate.py", "--run-dir", smoke[0], "--max-new-tokens", 10**6
+    )
+    assert script.stdout.read(20)
+    script.send_signal(signal.SIGINT)
+    _, err = finish(script, 130)
+    assert err.endswith("\ninterrupted\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
+def test_text_that_stdout_cannot_take_is_an_error():
+    full = """
+import os
+from jaxgpt.exits import plain_errors
+os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+with plain_errors():
+    print("text")
+"""
+    _, err = finish(start_script("-c", full), 1)
+    assert err.startswith("error: no room is left")

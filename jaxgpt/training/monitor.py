@@ -4,7 +4,6 @@ import json
 import math
 import os
 import time
-from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -20,12 +19,6 @@ from jaxgpt.files import is_first_process, log_line, replace_file
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 _OF_A_STEP = ("loss", "learning_rate", "grad_norm")
-_FIELDS = {  # of each event's row, beside event, step and elapsed_seconds
-    "train": (*_OF_A_STEP, "tokens_per_second"),
-    "eval": ("train_loss", "val_loss"),
-    "done": ("val_loss", "best_val_loss"),
-}
-_DRAWN = ("train.step", "train.loss", "eval.step", "eval.train_loss", "eval.val_loss")
 _POINTS = 2000  # across the curve
 
 
@@ -205,34 +198,15 @@ def check_finite(step: int, values: Mapping[str, float]) -> None:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the well-formed rows of metrics.jsonl; none without the file.
-
-    Torn lines, and rows that lack what their event has, are passed over.
-    """
+    """Yields the rows of metrics.jsonl, without torn lines; none without the file."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            with suppress(ValueError, RecursionError):
+            with suppress(ValueError):
                 row = json.loads(line)
-                if _is_well_formed(row):
+                if isinstance(row, dict) and {"event", "step"} <= row.keys():
                     yield row
-
-
-def _is_well_formed(row: Any) -> bool:
-    if not isinstance(row, dict) or row.get("event") not in list(_FIELDS):
-        return False
-    null_too = _OF_A_STEP if row["event"] == "train" else ()
-    return _is_number(row.get("step"), int) and all(
-        _is_number(row.get(name)) or (name in null_too and row.get(name, 0) is None)
-        for name in ("elapsed_seconds", *_FIELDS[row["event"]])
-    )
-
-
-def _is_number(value: Any, kind: Any = (int, float)) -> bool:
-    """Whether it is one that arithmetic in floats takes."""
-    is_number = isinstance(value, kind) and not isinstance(value, bool)
-    return is_number and abs(value) < 1e300  # a NaN is not, either
 
 
 def rewind(path: Path, step: int) -> dict[str, Any] | None:
@@ -257,46 +231,36 @@ def rewind(path: Path, step: int) -> dict[str, Any] | None:
 def plot_losses(metrics: Path, picture: Path) -> None:
     """Draws the losses of the steps and of the evaluations as a PNG.
 
-    Of many steps as many are drawn as there are points across.
-
     Args:
       metrics: metrics.jsonl, with an evaluation.
       picture: to draw.
     """
     from matplotlib.figure import Figure  # half a second, and only needed here
 
-    # As arrays: in a long run the rows themselves would be hundreds of megabytes.
-    columns: dict[str, array[float]] = {name: array("d") for name in _DRAWN}
+    steps, evals = [], []
     for row in read_rows(metrics):
-        for name in _DRAWN:
-            event, _, field = name.partition(".")
-            if row["event"] == event:
-                value = row[field]
-                columns[name].append(math.nan if value is None else value)
-    every = 1 + len(columns["train.step"]) // _POINTS
+        if row["event"] == "train":
+            steps.append((row["step"], row["loss"]))
+        elif row["event"] == "eval":
+            evals.append((row["step"], row["train_loss"], row["val_loss"]))
+    drawn = steps[:: 1 + len(steps) // _POINTS]
+    at, train_losses, val_losses = zip(*evals, strict=True)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(
-        columns["train.step"][::every],
-        columns["train.loss"][::every],
+        [step for step, _ in drawn],
+        [loss for _, loss in drawn],
         color="C0",
         alpha=0.35,
         linewidth=0.8,
         label="train, each batch",
     )
-    for name, color in (("train", "C0"), ("val", "C1")):
-        axes.plot(
-            columns["eval.step"],
-            columns[f"eval.{name}_loss"],
-            color=color,
-            marker=".",
-            label=f"{name}, evaluated",
-        )
-    losses = columns["eval.val_loss"]
-    best = min(range(len(losses)), key=losses.__getitem__)
+    axes.plot(at, train_losses, color="C0", marker=".", label="train, evaluated")
+    axes.plot(at, val_losses, color="C1", marker=".", label="val, evaluated")
+    best, step = min(zip(val_losses, at, strict=True))
     axes.annotate(
-        f"{losses[best]:.3f}",
-        (columns["eval.step"][best], losses[best]),
+        f"{best:.3f}",
+        (step, best),
         xytext=(0, 8),
         textcoords="offset points",
         ha="center",

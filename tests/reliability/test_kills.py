@@ -4,13 +4,17 @@
 """
 
 import hashlib
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import finish, start_script
+from conftest import ROOT, finish, start_script
 
 from jaxgpt.run import load_state
 from jaxgpt.training.checkpoint import find_step
@@ -99,3 +103,33 @@ def test_a_run_killed_and_resumed_is_the_run_that_never_was(
         assert f"resuming {run_dir} from step {saved}," in err
     assert outcome(run_dir) == never_killed
     assert not list(run_dir.glob("**/*tmp*"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no terminals of Unix")
+def test_a_terminal_that_closes_leaves_a_checkpoint_of_the_last_step(tmp_path):
+    pty = pytest.importorskip("pty")
+    run_dir = tmp_path / "run"
+    master, terminal = pty.openpty()
+    # The run must be of a session of its own, which the terminal controls.
+    start = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    never = 10**6
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, *SMOKE, "--out-dir", run_dir]
+        + [f"--train.{name}={never}" for name in ("max-steps", "eval-interval")]
+        + [f"--train.checkpoint-interval={never}"],
+        cwd=ROOT,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    while not in_steps(run_dir, 5):
+        assert os.read(master, 10_000)  # the progress bar
+    os.close(master)
+    assert process.wait(timeout=240) == 128 + signal.SIGHUP
+    last = rows_of(run_dir, "train")[-1]["step"]
+    assert find_step(run_dir / "checkpoints", "latest") == last < never

@@ -25,7 +25,6 @@ import torch_nanogpt
 from conftest import ROOT, TEXT, TINY, changed
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from safetensors.torch import load, save
 
 import generate
@@ -46,7 +45,6 @@ from jaxgpt.text.pretrained import (
     tokenizer_in,
 )
 from jaxgpt.text.tokenizer import encode_prompt, load_tokenizer
-from jaxgpt.training.monitor import METRICS, Monitor, read_rows, rewind
 
 OURS = (str(ROOT / "jaxgpt"), str(ROOT / "generate.py"))
 SECONDS = 10  # a case takes milliseconds; this is a machine that does other work too
@@ -240,45 +238,6 @@ def test_any_tables_of_bpe_are_read_or_refused(folder, vocab, merges, text):
 def test_any_config_of_a_run_is_read_or_refused(folder, content):
     put(folder / "config.json", content)
     outcome(lambda: load_config(folder), folder / "config.json")
-
-
-ROWS = [
-    {"event": "eval", "step": 0, "train_loss": 4.0, "val_loss": 4.5},
-    {"event": "train", "step": 4, "loss": 3.0, "learning_rate": 0.1, "grad_norm": 1.0}
-    | {"tokens_per_second": 9.0},
-    {"event": "eval", "step": 8, "train_loss": 3.0, "val_loss": 3.5},
-    {"event": "done", "step": 8, "val_loss": 3.5, "best_val_loss": 3.5},
-]
-ROWS = [row | {"elapsed_seconds": 0.5} for row in ROWS]
-
-
-def lines(rows):
-    return b"".join(as_json(row) + b"\n" for row in rows)
-
-
-@given(
-    st.lists(edited(ROWS), min_size=1, max_size=2).map(
-        lambda some: lines(
-            row for rows in some for row in (rows if isinstance(rows, list) else [rows])
-        )
-    )
-    | damaged(lines(ROWS))
-    | st.binary(max_size=100)
-)
-def test_a_run_goes_on_with_the_sound_rows_of_any_metrics(folder, content):
-    run_dir = folder / "run"
-    run_dir.mkdir(exist_ok=True)
-    put(run_dir / METRICS, content + lines(ROWS))
-
-    with pytest.MonkeyPatch.context() as patch:  # drawing takes longer than all else
-        patch.setattr(Figure, "savefig", lambda self, path, **kwargs: path.touch())
-        assert rewind(run_dir / METRICS, 4) == ROWS[1]
-        with Monitor(run_dir, TINY, 4, time.monotonic()) as monitor:
-            monitor.eval(8, 2.0, 2.0)
-            monitor.done(8, 2.0)
-    *kept, last = read_rows(run_dir / METRICS)
-    assert (kept[-1]["event"], last["event"]) == ("eval", "done")
-    assert all(math.isfinite(row["step"] + row["elapsed_seconds"]) for row in kept)
 
 
 CALLED = []

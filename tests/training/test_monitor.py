@@ -120,6 +120,18 @@ def test_resuming_drops_a_torn_line_later_rows_and_the_end(tmp_path):
     assert list(read_rows(path)) == rows[:2]
 
 
+@pytest.mark.parametrize(
+    "content", [b'[{"event": "train"}]\n3\nnull\n', b'{"a": 1}\n', b"\xff\0\n", b""]
+)
+def test_a_run_goes_on_whose_metrics_are_another_file(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with session(tmp_path, resumed_step=4) as monitor:
+        monitor.eval(8, train_loss=2.0, val_loss=2.5)
+        monitor.done(8, 2.25)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["event"] for row in rows] == ["eval", "done"]
+
+
 def test_tokens_per_second_counts_from_the_call_to_its_end(tmp_path):
     with session(tmp_path) as monitor:
         time.sleep(0.2)  # as compilation would take
