@@ -17,7 +17,6 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -29,7 +28,6 @@ from jaxgpt.interop.nanogpt import write_nanogpt
 from jaxgpt.run import fcntl, load_state, save_config
 from jaxgpt.text.pretrained import save_nanogpt_meta
 from jaxgpt.training.checkpoint import open_checkpoints, save_params
-from jaxgpt.training.diagnosis import Blowup, save_blowup
 
 PAGE = ROOT / "docs" / "bad-input.md"
 WRITE = os.environ.get("JAXGPT_WRITE_TABLE") == "1"
@@ -50,7 +48,6 @@ not the same on all machines. DIR is the folder where the commands are given, wi
 | `runs/tiny` | a GPT trained on `text.txt` for 8 steps, with a block_size of 8 |
 | `runs/bigram` | the lecture's first model, with the same characters |
 | `runs/imported` | a GPT without tokenizer and optimizer state, as `import` makes it |
-| `runs/tiny/blowup` | a step that stopped a run |
 | `ckpt.pt`, `gpt2` | `runs/tiny`, as nanoGPT and Hugging Face have it |
 
 unless the first column says otherwise.
@@ -75,9 +72,6 @@ def shelf(tiny_run, bigram, tmp_path_factory):
 
     write_nanogpt(here / "ckpt.pt", config, state, None, "tiny")
     write_huggingface(here / "gpt2", config.model, state.params, tokenizer)
-    batch = (ids[:64].reshape(8, 8).astype(np.int32),) * 2
-    blowup = Blowup(config, state.params, 8, batch, jax.random.key(0))
-    save_blowup(tiny, blowup, tokenizer)
     foreign = changed(config, data={"path": (), "sha256": ""})
     lecture = dataclasses.replace(foreign, model=bigram[0].config)
     for name, its_config, params, its_tokenizer in (
@@ -489,7 +483,7 @@ CASES = {
         ("odds above one", f"{GENERATE} --top-p 1.5"),
         ("a negative seed", f"{GENERATE} --seed -1"),
     ],
-    "evaluate, attention, compare, replay, lecture": [
+    "evaluate, attention, compare, lecture": [
         ("a command that there is not", f"{JAXGPT} evalute"),
         ("evaluate no run", f"{JAXGPT} evaluate --run-dir tokens"),
         ("a split that there is not", f"{EVALUATE} --split test"),
@@ -522,13 +516,6 @@ CASES = {
         (
             "compare more than block_size tokens",
             f"{COMPARE} --run-dir runs/tiny --length 9",
-        ),
-        ("replay what is no blow-up", f"{JAXGPT} replay runs/tiny"),
-        ("replay what is not there", f"{JAXGPT} replay runs/none"),
-        (
-            "replay a step that is empty",
-            f"{JAXGPT} replay runs/tiny/blowup",
-            write("runs/tiny/blowup/step.npz"),
         ),
         ("a lecture of no steps", f"{JAXGPT} lecture --steps-scale 0"),
         ("a lecture with a seed twice", f"{JAXGPT} lecture --seeds 7 7"),
