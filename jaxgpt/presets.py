@@ -9,6 +9,7 @@ val.bin.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from jaxgpt.config import (
     Config,
@@ -22,6 +23,12 @@ from jaxgpt.config import (
 _small = partial(ModelConfig, block_size=8, n_embd=32)  # the lecture's, on a CPU
 _bfloat16 = partial(ModelConfig, compute_dtype="bfloat16")
 _gpt2 = partial(_bfloat16, block_size=1024, vocab_size=50257)
+_adamw = partial(OptimizerConfig, beta2=0.95)  # GPT-2's and GPT-3's
+
+
+def _train(every: int, **fields: Any) -> TrainConfig:
+    """Training that is evaluated and saved after each `every` updates."""
+    return TrainConfig(eval_interval=every, checkpoint_interval=every, **fields)
 
 
 def smoke() -> Config:
@@ -30,13 +37,8 @@ def smoke() -> Config:
         model=ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32, dropout=0.1),
         data=DataConfig(batch_size=16),
         optimizer=OptimizerConfig(warmup_steps=10),
-        train=TrainConfig(
-            max_steps=100,
-            eval_interval=50,
-            eval_iters=5,
-            log_interval=1,
-            checkpoint_interval=50,
-            steps_per_call=10,
+        train=_train(
+            every=50, max_steps=100, eval_iters=5, log_interval=1, steps_per_call=10
         ),
     )
 
@@ -63,11 +65,10 @@ def _lecture(
             beta2=0.999,
             grad_clip=0.0,
         ),
-        train=TrainConfig(
+        train=_train(
+            every=500,
             max_steps=max_steps,
-            eval_interval=500,
             eval_iters=200,
-            checkpoint_interval=500,
             steps_per_call=steps_per_call,
         ),
     )
@@ -130,12 +131,7 @@ def shakespeare_char_fast() -> Config:
     return Config(
         model=ModelConfig(n_layer=1),
         optimizer=OptimizerConfig(learning_rate=6e-3, min_lr=1e-5, warmup_steps=50),
-        train=TrainConfig(
-            max_steps=1600,
-            eval_interval=400,
-            checkpoint_interval=400,
-            steps_per_call=50,
-        ),
+        train=_train(every=400, max_steps=1600, steps_per_call=50),
     )
 
 
@@ -163,15 +159,8 @@ def gpt2_124m() -> Config:
             batch_size=480,
             gradient_accumulation_steps=5,
         ),
-        optimizer=OptimizerConfig(
-            learning_rate=6e-4, min_lr=6e-5, warmup_steps=2000, beta2=0.95
-        ),
-        train=TrainConfig(
-            max_steps=600_000,
-            eval_interval=1000,
-            eval_iters=200,
-            checkpoint_interval=1000,
-        ),
+        optimizer=_adamw(learning_rate=6e-4, min_lr=6e-5, warmup_steps=2000),
+        train=_train(every=1000, max_steps=600_000, eval_iters=200),
     )
 
 
@@ -231,9 +220,7 @@ def gpt3_175b() -> Config:
             batch_size=1536,  # 3.1M tokens
             gradient_accumulation_steps=3,
         ),
-        optimizer=OptimizerConfig(
-            learning_rate=6e-5, min_lr=6e-6, warmup_steps=120, beta2=0.95
-        ),
+        optimizer=_adamw(learning_rate=6e-5, min_lr=6e-6, warmup_steps=120),
         train=TrainConfig(
             max_steps=95_000,  # 300B tokens
             eval_interval=1000,
@@ -253,16 +240,9 @@ def finetune_shakespeare() -> Config:
     return Config(
         model=_gpt2(n_layer=12, n_head=12, n_embd=768, bias=True, gelu="tanh"),
         data=DataConfig(batch_size=32, gradient_accumulation_steps=32),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-5, min_lr=3e-5, warmup_steps=0, beta2=0.95
-        ),
-        train=TrainConfig(
-            init_from="runs/gpt2",
-            max_steps=20,
-            eval_interval=5,
-            eval_iters=40,
-            log_interval=1,
-            checkpoint_interval=5,
+        optimizer=_adamw(learning_rate=3e-5, min_lr=3e-5, warmup_steps=0),
+        train=_train(
+            every=5, max_steps=20, eval_iters=40, log_interval=1, init_from="runs/gpt2"
         ),
     )
 

@@ -51,9 +51,8 @@ def evaluate(
     run = load_run(run_dir, checkpoint, devices)
     if not data.has_tokens:
         text_tokenizer(run)
-    log_line(
-        f"evaluating on the {split} split of {', '.join(data.path) or data.corpus}"
-    )
+    text = ", ".join(data.path) or data.corpus
+    log_line(f"evaluating on the {split} split of {text}")
     corpus, config = load_corpus(config, log_line, run.tokenizer)
     tokens = {"train": corpus.train, "val": corpus.val}[split]
     eval_step = compile_eval_step(run.model, devices)

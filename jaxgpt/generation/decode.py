@@ -213,9 +213,8 @@ def generate_tokens(
 
     params = unstacked(params)
     texts = [np.asarray(prompt[-T:], np.int32) for prompt in prompts]
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(seed), jnp.arange(len(texts))
-    )
+    fold_in = jax.vmap(jax.random.fold_in, (None, 0))
+    key_B = fold_in(jax.random.key(seed), jnp.arange(len(texts)))
     if all(np.array_equal(text, texts[0]) for text in texts):
         texts = texts[:1]
     length_B = np.array([len(text) for text in texts], np.int32)

@@ -86,9 +86,7 @@ def stream_text(
 
 def _until_stop(text: str, stop: str) -> tuple[str, str, bool]:
     """Splits off what may be the beginning of `stop`; tells whether it came whole."""
-    if not stop:
-        return text, "", False
-    if stop in text:
+    if stop and stop in text:
         return text[: text.index(stop)], "", True
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):

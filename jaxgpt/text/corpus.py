@@ -38,16 +38,11 @@ _SIZES = "sizes.json"
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus.
-
-    Attributes:
-      train, val: token ids, memory-mapped, u16 or u32 [tokens].
-      tokenizer: None if the corpus came as token files without a vocabulary.
-    """
+    """A tokenized corpus: token ids, memory-mapped, u16 or u32 [tokens]."""
 
     train: np.ndarray
     val: np.ndarray
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None  # None if token files came without a vocabulary
 
 
 @dataclass(frozen=True)
@@ -101,15 +96,23 @@ def load_corpus(
     paths = tuple(str(Path(path).resolve()) for path in config.data.path)
     data = dataclasses.replace(config.data, path=paths, tokenizer=name)
     files = [Path(path) for path in paths] or [tinyshakespeare.find_text(log)]
+    folder = files[0]  # of token files, if it is one
+    if data.has_tokens:
+        files = [folder / f"{split}.bin" for split in SPLITS]
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is not a file; give UTF-8 text files, or one directory with "
+                "train.bin and val.bin"
+            )
     text = None if data.has_tokens else _survey(files)
-    sha256 = text.sha256 if text else _sha256(_token_files(files[0]))
+    sha256 = text.sha256 if text else _sha256(files)
     if data.sha256 not in ("", sha256):
         raise ValueError(
             f"the corpus has changed: the run was trained on sha256 {data.sha256}, "
             f"{', '.join(data.path) or data.corpus} now has {sha256}; "
             "bring the old text back, or train a new run"
         )
-    folder = files[0]
     if text is None:
         tokenizer = _tokenizer_of_tokens(folder, tokenizer, name, log)
     elif tokenizer is None:
@@ -130,10 +133,8 @@ def load_corpus(
             "--data.tokenizer, as in --data.tokenizer gpt2, or its size, as in "
             "--model.vocab-size 50257"
         )
-    train, val = (
-        _open_tokens(path, known, config.model.block_size)
-        for path in _token_files(folder)
-    )
+    T = config.model.block_size
+    train, val = (_open_tokens(folder / f"{s}.bin", known, T) for s in SPLITS)
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size or known),
@@ -145,21 +146,6 @@ def load_corpus(
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     """Type of the token files: u16 as nanoGPT's, u32 where ids need more."""
     return np.uint16 if vocab_size <= 65_536 else np.uint32
-
-
-def _token_files(folder: Path) -> list[Path]:
-    files = [folder / f"{split}.bin" for split in SPLITS]
-    _check_files(files)
-    return files
-
-
-def _check_files(paths: Sequence[Path]) -> None:
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is not a file; give UTF-8 text files, or one directory with "
-                "train.bin and val.bin"
-            )
 
 
 def _sha256(paths: Sequence[Path]) -> str:
@@ -192,7 +178,6 @@ def _read_text(paths: Sequence[Path]) -> Iterator[str]:
 
 def _survey(paths: Sequence[Path]) -> _Text:
     """Reads the text once; raises OSError or ValueError if it is of no use."""
-    _check_files(paths)
     seen = np.zeros(0x110000, bool)  # indexed by code point
     digest, length = hashlib.sha256(), 0
     for text in _read_text(paths):

@@ -10,12 +10,7 @@ from typing import Any
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
 from jaxgpt.text.fetch import download, fetch_once, read_wheel
-from jaxgpt.text.tokenizer import (
-    BPETokenizer,
-    CharTokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
+from jaxgpt.text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 GPT2_VOCAB_SIZE = 50_257
 _HUB = "https://huggingface.co/openai-community/gpt2/resolve/main/"
@@ -108,19 +103,15 @@ def load_nanogpt_meta(path: Path) -> CharTokenizer:
     Raises ValueError if the file is not one, or would run code.
     Source: nanoGPT data/shakespeare_char/prepare.py.
     """
+    content = path.read_bytes()
     try:
-        itos = _PlainUnpickler(path.read_bytes()).load()["itos"]
+        itos = _PlainUnpickler(content).load()["itos"]
         characters = [itos[i] for i in range(len(itos))]
         if any(len(character) != 1 for character in characters):
             raise ValueError("a token of other than one character")
         return CharTokenizer("".join(characters))
-    except OSError:
-        raise
-    except KeyError as error:
-        raise ValueError(
-            f"{path} holds no character vocabulary: it has no {error}"
-        ) from error
     except Exception as error:  # unpickling a damaged file may raise anything
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"{path} holds no character vocabulary, and no code in it was run: {error}"
+            f"{path} holds no character vocabulary, and no code in it was run: {reason}"
         ) from error

@@ -204,9 +204,8 @@ class BPETokenizer:
             and not before["add_prefix_space"],
             "decoder": (found["decoder"] or {}).get("type") == "ByteLevel",
         }
-        for part, holds in gpt2s.items():
-            if not holds:
-                raise ValueError(f"its {part} is not that of GPT-2's byte-level BPE")
+        if unlike := [part for part, holds in gpt2s.items() if not holds]:
+            raise ValueError(f"its {unlike[0]} is not that of GPT-2's byte-level BPE")
         for token in found["added_tokens"]:
             token["special"] = True  # so that `__init__` makes text of them all
         return cls(tokenizers.Tokenizer.from_str(json.dumps(found)))
@@ -250,10 +249,7 @@ Tokenizer = CharTokenizer | BPETokenizer
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokenizer.json; raises ValueError that names a file of another form.
-
-    The same tokens in the same order give the same ids.
-    """
+    """Reads a tokenizer.json; raises ValueError that names a file of another form."""
     content = path.read_bytes()
     try:
         values = json.loads(content)
