@@ -50,31 +50,19 @@ def evaluate(
     run = load_run(run_dir, checkpoint, devices)
     if not data.has_tokens:
         text_tokenizer(run)
-    log_line(
-        f"evaluating on the {split} split of {', '.join(data.path) or data.corpus}"
-    )
+    text = ", ".join(data.path) or data.corpus
+    log_line(f"evaluating on the {split} split of {text}")
     corpus, config = load_corpus(config, log_line, run.tokenizer)
     tokens = {"train": corpus.train, "val": corpus.val}[split]
-    result = evaluate_exactly(
-        compile_losses(run.model, devices),
-        run.params,
-        tokens,
-        config,
-        stride,
-    )
-    bits_per_character = None
+    eval_step = compile_losses(run.model, devices)
+    result = evaluate_exactly(eval_step, run.params, tokens, config, stride)
+    report = {"split": split, **dataclasses.asdict(result)}
+    report["perplexity"] = math.exp(result.nats_per_token)
+    report["bits_per_character"] = None
     if run.tokenizer:
         characters = len(run.tokenizer.decode(tokens[1:]))
         bits = result.tokens * result.nats_per_token / math.log(2)
-        bits_per_character = bits / characters
-    report = {
-        "split": split,
-        "tokens": result.tokens,
-        "nats_per_token": result.nats_per_token,
-        "standard_error": result.standard_error,
-        "perplexity": math.exp(result.nats_per_token),
-        "bits_per_character": bits_per_character,
-    }
+        report["bits_per_character"] = bits / characters
     if json:
         print(dumps(report))
         return 0

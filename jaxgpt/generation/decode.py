@@ -75,9 +75,10 @@ def start(
     """
     (B, T), rows = prompts_BT.shape, len(key_B)
     tokens_BT = jnp.pad(prompts_BT, ((0, 0), (0, model.config.block_size - T)))
-    caches = model.init_cache(B) if cached else None
+    caches = None
     if cached:
-        _, caches = _read(model, params, prompts_BT, length_B - 1, None, caches)
+        reading = prompts_BT, length_B - 1, None, model.init_cache(B)
+        _, caches = model.apply({"params": params}, *reading, method="read")
     tokens_BT, length_B, caches = jax.tree.map(
         lambda a: jnp.tile(a, (rows // B, *(1,) * (a.ndim - 1))),
         (tokens_BT, jnp.asarray(length_B), caches),
@@ -101,12 +102,14 @@ def decode_step(
     tokens_BT, length_B, finished_B = state.tokens_BT, state.length_B, state.finished_B
     caches, last_B, T = state.caches, length_B - 1, tokens_BT.shape[1]
     last_token_B1 = take(tokens_BT, last_B)
-    if caches is None:
-        logits_BV, _ = _read(model, params, tokens_BT, last_B)
+    variables = {"params": params}
+    if caches is not None:
+        reading = last_token_B1, jnp.zeros_like(last_B), last_B, caches
+        logits_BV, caches = model.apply(variables, *reading, method="read")
+    elif hasattr(model, "read"):
+        logits_BV, _ = model.apply(variables, tokens_BT, last_B, method="read")
     else:
-        logits_BV, caches = _read(
-            model, params, last_token_B1, jnp.zeros_like(last_B), last_B, caches
-        )
+        logits_BV = take(model.apply(variables, tokens_BT), last_B)[:, 0]
     key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.drawn_B)
     token_B = sample(logits_BV, key_B, sampling)
     log_prob_B = take(jax.nn.log_softmax(logits_BV), token_B)[:, 0]
@@ -126,22 +129,6 @@ def decode_step(
         caches,
     )
     return state, (token_B, log_prob_B)
-
-
-def _read(
-    model: nn.Module,
-    params: Any,
-    tokens_BT: Array,
-    last_B: Array,
-    start_B: Array | None = None,
-    caches: tuple[KV, ...] | None = None,
-) -> tuple[Array, tuple[KV, ...] | None]:
-    """As `GPT.read`; a model that can't computes the logits of all positions."""
-    variables = {"params": params}
-    if hasattr(model, "read"):
-        arguments = tokens_BT, last_B, start_B, caches
-        return model.apply(variables, *arguments, method="read")
-    return take(model.apply(variables, tokens_BT), last_B)[:, 0], None
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -226,9 +213,8 @@ def generate_tokens(
 
     params = unstacked(params)
     texts = [np.asarray(prompt[-T:], np.int32) for prompt in prompts]
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(seed), jnp.arange(len(texts))
-    )
+    fold_in = jax.vmap(jax.random.fold_in, (None, 0))
+    key_B = fold_in(jax.random.key(seed), jnp.arange(len(texts)))
     if all(np.array_equal(text, texts[0]) for text in texts):
         texts = texts[:1]
     length_B = np.array([len(text) for text in texts], np.int32)

@@ -49,8 +49,8 @@ def filter_logits(logits_BV: jax.Array, config: SamplingConfig) -> jax.Array:
         logits_BV = jnp.where(logits_BV < top_BK[:, -1:], -jnp.inf, logits_BV)
     if config.top_p is not None:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        odds_BV = jax.nn.softmax(sorted_BV)
-        before_BV = jnp.cumsum(odds_BV, axis=-1) - odds_BV
+        probs_BV = jax.nn.softmax(sorted_BV)
+        before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
         kept_BV = jnp.where(before_BV < config.top_p, sorted_BV, jnp.inf)
         lowest_B1 = kept_BV.min(axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < lowest_B1, -jnp.inf, logits_BV)

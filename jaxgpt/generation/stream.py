@@ -2,7 +2,6 @@
 
 import codecs
 import itertools
-import operator
 from collections.abc import Iterator
 
 from jaxgpt.config import SamplingConfig
@@ -16,7 +15,7 @@ def generate(run: Run, prompt: str, **options: object) -> list[str]:
 
     Returns the continuations without the prompt, one for each sample.
     """
-    pieces = list(stream_text(run, prompt, **options))  # type: ignore[arg-type]
+    pieces = stream_text(run, prompt, **options)  # type: ignore[arg-type]
     return ["".join(texts) for texts in zip(*pieces, strict=True)]
 
 
@@ -63,34 +62,31 @@ def stream_text(
         seed,
         () if end is None else (end,),
     )
-    utf8 = [
-        codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)
-    ]
-    held = [""] * num_samples
-    stopped, ended = [False] * num_samples, [False] * num_samples
+    decoder = codecs.getincrementaldecoder("utf-8")
+    decoders = [decoder("replace") for _ in range(num_samples)]
+    held, done = [""] * num_samples, [False] * num_samples
     for tokens, _ in pieces:
-        texts = []
-        for row in range(num_samples):
+        texts = [""] * num_samples
+        for row, utf8 in enumerate(decoders):
+            if done[row]:
+                continue
             drawn = list(itertools.takewhile(lambda token: token != end, tokens[row]))
-            ended[row] = ended[row] or len(drawn) < len(tokens[row])
-            new = b"" if stopped[row] else tokenizer.decode_bytes(drawn)
-            text = held[row] + utf8[row].decode(new)
-            text, held[row], found = _until_stop(text, stop)
-            stopped[row] = stopped[row] or found
-            texts.append(text)
+            text = held[row] + utf8.decode(tokenizer.decode_bytes(drawn))
+            texts[row], held[row], stopped = _until_stop(text, stop)
+            if stopped:
+                utf8.reset()  # what it holds comes after the stop
+            done[row] = stopped or len(drawn) < len(tokens[row])
         yield texts
-        if all(map(operator.or_, stopped, ended)):
+        if all(done):
             break
-    for row, decoder in enumerate(utf8):
-        held[row] += "" if stopped[row] else decoder.decode(b"", final=True)
+    for row, utf8 in enumerate(decoders):
+        held[row] += utf8.decode(b"", final=True)
     yield held
 
 
 def _until_stop(text: str, stop: str) -> tuple[str, str, bool]:
     """Splits off what may be the beginning of `stop`; tells whether it came whole."""
-    if not stop:
-        return text, "", False
-    if stop in text:
+    if stop and stop in text:
         return text[: text.index(stop)], "", True
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):

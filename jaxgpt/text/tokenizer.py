@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -35,8 +36,7 @@ class CharTokenizer:
 
     def __init__(self, characters: str):
         """Takes the vocabulary in id order; raises ValueError if one occurs twice."""
-        distinct = isinstance(characters, str) and len(set(characters))
-        if not characters or distinct != len(characters):
+        if not characters or len(set(characters)) != len(characters):
             raise ValueError(
                 f"a vocabulary needs distinct characters, not {characters!r:.80}"
             )
@@ -135,11 +135,8 @@ class BPETokenizer:
         self._tokenizer = tokenizer
         self._bytes = [b""] * self.vocab_size
         for token, id_ in vocab.items():
-            self._bytes[id_] = (
-                token.encode()
-                if id_ in added
-                else bytes(alphabet[letter] for letter in token)
-            )
+            letters = (alphabet[letter] for letter in token)
+            self._bytes[id_] = token.encode() if id_ in added else bytes(letters)
 
     @classmethod
     def from_tables(cls, vocab: Path, merges: Path) -> Self:
@@ -189,27 +186,26 @@ class BPETokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def from_json(cls, content: str) -> Self:
+    def from_json(cls, content: bytes) -> Self:
         """The tokenizer of a tokenizer.json as the library `tokenizers` writes it.
 
         Raises ValueError if it is not GPT-2's kind.
         """
         found = json.loads(content)
         model, before = found["model"], found["pre_tokenizer"] or {}
-        options = ("dropout", "ignore_merges", "byte_fallback")
-        affixes = ("continuing_subword_prefix", "end_of_word_suffix")
+        options = ["dropout", "ignore_merges", "byte_fallback"]
+        options += ["continuing_subword_prefix", "end_of_word_suffix"]
         gpt2s = {
             "model": model.get("type", "BPE") == "BPE"  # GPT-2's own has no type
-            and not any(model.get(option) for option in (*options, *affixes)),
+            and not any(map(model.get, options)),
             "normalizer": found["normalizer"] is None,
             "pre_tokenizer": before.get("type") == "ByteLevel"
             and before.get("use_regex", True)
             and not before["add_prefix_space"],
             "decoder": (found["decoder"] or {}).get("type") == "ByteLevel",
         }
-        for part, holds in gpt2s.items():
-            if not holds:
-                raise ValueError(f"its {part} is not that of GPT-2's byte-level BPE")
+        if unlike := [part for part, holds in gpt2s.items() if not holds]:
+            raise ValueError(f"its {unlike[0]} is not that of GPT-2's byte-level BPE")
         for token in found["added_tokens"]:
             token["special"] = True  # so that `__init__` makes text of them all
         return cls(tokenizers.Tokenizer.from_str(json.dumps(found)))
@@ -221,10 +217,8 @@ class BPETokenizer:
 
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
         """Yields the ids of a text that comes in chunks; together they are its own."""
-        for pieces in _pieces(chunks):
-            encodings = self._tokenizer.encode_batch_fast(
-                pieces, add_special_tokens=False
-            )
+        encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
+        for encodings in map(encode, _pieces(chunks)):
             yield np.concatenate([np.array(e.ids, np.int32) for e in encodings])
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -255,22 +249,15 @@ Tokenizer = CharTokenizer | BPETokenizer
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokenizer.json; raises ValueError that names a file of another form.
-
-    The same tokens in the same order give the same ids.
-    """
+    """Reads a tokenizer.json; raises ValueError that names a file of another form."""
+    content = path.read_bytes()
     try:
-        content = path.read_text(encoding="utf-8")
         values = json.loads(content)
-        if not isinstance(values, dict):
-            raise ValueError(f"expected a JSON object, found {values!r:.40}")
         if "model" in values:
             return BPETokenizer.from_json(content)
         if values["type"] != "char":
             raise ValueError(f"type {values['type']!r} is not known")
         return CharTokenizer(values["characters"])
-    except OSError:
-        raise
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} is not a tokenizer of jaxgpt: {error}") from error
 
@@ -280,11 +267,11 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
     Source: nanoGPT sample.py.
     """
-    if isinstance(tokenizer, CharTokenizer) or tokenizer.end_of_text is None:
+    if tokenizer.end_of_text is None:
         return tokenizer.encode(text)
-    first, *others = map(tokenizer.encode, text.split(END_OF_TEXT))
     end = np.array([tokenizer.end_of_text], np.int32)
-    return np.concatenate([first, *(part for ids in others for part in (end, ids))])
+    documents = map(tokenizer.encode, text.split(END_OF_TEXT))
+    return np.concatenate([part for ids in documents for part in (end, ids)][1:])
 
 
 def fits(tokenizer: Tokenizer, vocab_size: int | None) -> bool:

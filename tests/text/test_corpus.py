@@ -235,7 +235,7 @@ class TestTokenFiles:
         def offline(log):
             raise OSError("no network")
 
-        monkeypatch.setattr(corpus_module, "gpt2_tokenizer", offline)
+        monkeypatch.setattr(corpus_module.pretrained, "gpt2_tokenizer", offline)
         corpus, _ = load(folder, tokenizer="gpt2", vocab_size=50257)
         assert corpus.tokenizer is None
         with pytest.raises(ValueError, match="says nothing of its vocabulary"):
@@ -266,5 +266,5 @@ def test_a_cached_text_with_a_wrong_checksum_is_named(fresh_cache):
     fresh_cache.mkdir()
     path = fresh_cache / "tinyshakespeare.txt"
     path.write_text("Not Shakespeare")
-    with pytest.raises(ValueError, match=re.escape(f"{path} is not Tiny Shakespeare")):
+    with pytest.raises(ValueError, match=re.escape(f"{path} has sha256")):
         load_corpus(UNKNOWN)

