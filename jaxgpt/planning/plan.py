@@ -1,18 +1,16 @@
 """What a training step costs before it runs, here or on chips that are not here."""
 
-import dataclasses
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from jaxgpt.config import Config
 from jaxgpt.files import log_line
@@ -21,38 +19,32 @@ from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.feeding import window_shapes
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning.flops import product_flops, step_flops
-from jaxgpt.planning.hlo import Collective, Program
+from jaxgpt.planning.hlo import Collective, collectives
 from jaxgpt.text.corpus import load_corpus, named_vocab_size
 from jaxgpt.training.objectives import next_token
 from jaxgpt.training.step import abstract_state, trace_train_steps
 
+Rows = Iterator[tuple[str, str]]  # names and values
+
 
 @dataclass(frozen=True)
 class Chip:
-    """What a chip's maker says of it.
+    """What a chip's maker says of it."""
 
-    Attributes:
-      flops: bfloat16 operations per second.
-      hbm: bytes of memory.
-      hbm_bandwidth: bytes per second to and from it.
-      ici_bandwidth: bytes per second that it can receive from others, over all links.
-    """
-
-    flops: float
-    hbm: int
-    hbm_bandwidth: float
-    ici_bandwidth: float
+    flops: float  # bfloat16 operations per second
+    hbm: int  # bytes of memory
+    ici_bandwidth: float  # bytes per second that it can receive from other chips
 
 
 # By `jax.Device.device_kind`. Sources: docs.cloud.google.com/tpu/docs/ v4, v5e, v5p,
 # v6e and tpu7x, whose interconnect counts both directions; for v4's, Jouppi et al.
 # 2023, "TPU v4", table 4: 6 links of 50 GB/s.
 CHIPS = {
-    "TPU v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9),
-    "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 400e9 / 2),
-    "TPU v5": Chip(459e12, 95 * 2**30, 2765e9, 1200e9 / 2),
-    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1640e9, 800e9 / 2),
-    "TPU7x": Chip(2307e12, 192 * 2**30, 7380e9, 1200e9 / 2),
+    "TPU v4": Chip(275e12, 32 * 2**30, 300e9),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 400e9 / 2),
+    "TPU v5": Chip(459e12, 95 * 2**30, 1200e9 / 2),
+    "TPU v6 lite": Chip(918e12, 32 * 2**30, 800e9 / 2),
+    "TPU7x": Chip(2307e12, 192 * 2**30, 1200e9 / 2),
 }
 USABLE = 0.98  # of a chip's memory; the runtime keeps the rest (v5e: 0.25 of 16 GiB)
 
@@ -110,7 +102,11 @@ def describe(config: Config, topology: str = "") -> Iterator[str]:
 
     Raises ValueError if the step does not fit the chips' memory.
     """
-    config = _with_vocab_size(config)
+    for name, value in _rows(_with_vocab_size(config), topology):
+        yield f"{name:19}{value}"
+
+
+def _rows(config: Config, topology: str) -> Rows:
     devices = tpu_devices(topology) if topology else jax.devices()
     mesh = make_mesh(config, log_line, devices)
     model = build_model(config.model, platform_of(mesh))
@@ -119,32 +115,32 @@ def describe(config: Config, topology: str = "") -> Iterator[str]:
     tokens = config.data.batch_size * config.model.block_size
     all_tokens = tokens * config.train.max_steps
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    yield _row("parameters", f"{params:,}")
-    yield _row("tokens per step", f"{tokens:,}")
-    yield _row(
-        "tokens in all", f"{all_tokens:,} ({all_tokens / params:.1f} per parameter)"
-    )
-    yield _row("FLOPs per step", f"{step_flops(config):.3g}")
-    yield _row("devices", f"{mesh.size} x {devices[0].device_kind} ({axes})")
-    yield _row("parameter memory", f"{_readable(_bytes_each(state.params))} per device")
-    yield _row(
-        "optimizer state", f"{_readable(_bytes_each(state.opt_state))} per device"
-    )
+    yield "parameters", f"{params:,}"
+    yield "tokens per step", f"{tokens:,}"
+    yield "tokens in all", f"{all_tokens:,} ({all_tokens / params:.1f} per parameter)"
+    yield "FLOPs per step", f"{step_flops(config):.3g}"
+    yield "devices", f"{mesh.size} x {devices[0].device_kind} ({axes})"
+    yield "parameter memory", f"{_readable(_bytes_each(state.params))} per device"
+    yield "optimizer state", f"{_readable(_bytes_each(state.opt_state))} per device"
 
     batches = window_shapes(config, mesh, 1)
     traced = trace_train_steps(next_token(model), config, mesh, state, batches)
-    compiled = _compile(traced, topology)
+    compiled = _compile(traced, topology) if topology else traced.lower().compile()
     memory = compiled.memory_analysis()
     if memory is not None:  # not every backend tells
-        temporary = _readable(memory.temp_size_in_bytes)
-        yield _row("temporary memory", f"{temporary} per device")
+        yield "temporary memory", f"{_readable(memory.temp_size_in_bytes)} per device"
     if topology:
-        yield from _account(config, topology, mesh, traced, compiled)
+        chip, text = _chip(devices, topology), compiled.as_text()
+        assert text is not None, "libtpu tells"
+        moved, products = collectives(text), product_flops(traced.jaxpr)
+        yield "memory in all", _memory_in_all(chip, topology, memory)
+        yield "FLOPs with remat", f"{products:.3g}"
+        yield from _collective_rows(moved)
+        if chip:
+            yield from _roofline(config, chip, mesh.size, products, moved)
 
 
 def _compile(traced: jax.stages.Traced, topology: str) -> jax.stages.Compiled:
-    if not topology:
-        return traced.lower().compile()
     try:
         with not_cached():
             return traced.lower().compile()
@@ -163,83 +159,57 @@ def _does_not_fit(topology: str, needed: str, capacity: str) -> ValueError:
     )
 
 
-def _account(
-    config: Config,
-    topology: str,
-    mesh: Mesh,
-    traced: jax.stages.Traced,
-    compiled: jax.stages.Compiled,
-) -> Iterator[str]:
-    """What only the compiler for the chips can tell: memory, transfers, least time."""
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None, "libtpu tells"
-    assert text is not None
+def _chip(devices: Sequence[jax.Device], topology: str) -> Chip | None:
+    """A device's part of its chip, as some chips have two; None if not published."""
+    if (chip := CHIPS.get(devices[0].device_kind)) is None:
+        return None
+    share = _chips(topology) / len(devices)
+    return Chip(chip.flops * share, int(chip.hbm * share), chip.ici_bandwidth * share)
+
+
+def _memory_in_all(chip: Chip | None, topology: str, memory: Any) -> str:
+    """What each device needs; raises ValueError if it has less."""
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    device = _device(topology)
-    if device and used > USABLE * device.hbm:
-        raise _does_not_fit(topology, _readable(used), _readable(USABLE * device.hbm))
-    capacity = f" of {_readable(device.hbm)}" if device else ""
-    yield _row("memory in all", f"{_readable(used)}{capacity} per device: it fits")
-    program, products = Program(text), product_flops(traced.jaxpr)
-    yield _row("FLOPs with remat", f"{products:.3g}")
-    yield from _collective_rows(program.collectives())
-    if device:
-        yield from _roofline(config, device, mesh.size, products, program)
+    if chip and used > USABLE * chip.hbm:
+        raise _does_not_fit(topology, _readable(used), _readable(USABLE * chip.hbm))
+    capacity = f" of {_readable(chip.hbm)}" if chip else ""
+    return f"{_readable(used)}{capacity} per device: it fits"
 
 
-def _device(topology: str) -> Chip | None:
-    """A device's part of its chip, as some chips have two; None if not published."""
-    devices = tpu_devices(topology)
-    chip = CHIPS.get(devices[0].device_kind)
-    share = _chips(topology) / len(devices)
-    if chip is None:
-        return None
-    return Chip(
-        chip.flops * share,
-        int(chip.hbm * share),
-        chip.hbm_bandwidth * share,
-        chip.ici_bandwidth * share,
-    )
-
-
-def _collective_rows(collectives: Sequence[Collective]) -> Iterator[str]:
+def _collective_rows(moved: Sequence[Collective]) -> Rows:
     """Count, size of the whole tensors, and what each device receives, by kind."""
-    for kind in sorted({each.kind for each in collectives}):
-        each_of = [each for each in collectives if each.kind == kind]
-        count = sum(each.times for each in each_of)
-        whole = sum(each.times * each.tensor_bytes for each in each_of)
-        received = sum(each.received_bytes for each in each_of)
-        yield _row(
-            kind,
-            f"{count:,} per step, of {_readable(whole)}; "
-            f"each device receives {_readable(received)}",
-        )
+    for kind in sorted({each.kind for each in moved}):
+        of_kind = [each for each in moved if each.kind == kind]
+        count = sum(each.times for each in of_kind)
+        whole = _readable(sum(each.times * each.tensor_bytes for each in of_kind))
+        received = _readable(sum(each.received_bytes for each in of_kind))
+        yield kind, f"{count:,} per step, of {whole}; each device receives {received}"
 
 
 def _roofline(
-    config: Config, device: Chip, count: int, products: int, program: Program
-) -> Iterator[str]:
+    config: Config, chip: Chip, count: int, products: int, moved: Sequence[Collective]
+) -> Rows:
     """The least time that a step can take, by the chip's published figures.
 
-    Source: Williams et al. 2009, "Roofline: an insightful visual performance model".
+    It counts matrix products, and transfers between devices, but no memory traffic: a
+    step that HBM limits takes longer. A model without products has no such bound.
+
+    Source: Williams et al. 2009, "Roofline: an insightful visual performance model",
+    with the interconnect (ICI) in the place of memory.
     """
-    received = sum(each.received_bytes for each in program.collectives())
-    seconds = {
-        "compute": products / count / device.flops,
-        "HBM": program.hbm_bytes() / device.hbm_bandwidth,
-        "ICI": received / device.ici_bandwidth,
-    }
-    for name, least in seconds.items():
-        yield _row(f"{name} time", f"{least:.3g} s")
-    step = max(seconds.values())
-    tokens = config.data.batch_size * config.model.block_size
-    utilisation = step_flops(config) / count / device.flops / step
-    yield _row(
-        "roofline step time",
-        f"{step:.3g} s: at most {tokens / step:,.0f} tokens/s, "
-        f"model FLOPs utilisation {utilisation:.0%}",
-    )
+    compute = products / count / chip.flops
+    ici = sum(each.received_bytes for each in moved) / chip.ici_bandwidth
+    yield "compute time", f"{compute:.3g} s"
+    yield "ICI time", f"{ici:.3g} s"
+    if step := max(compute, ici):
+        tokens = config.data.batch_size * config.model.block_size
+        bound = f"{step:.3g} s: at most {tokens / step:,.0f} tokens/s"
+        utilisation = step_flops(config) / count / chip.flops / step
+        yield (
+            "roofline step time",
+            f"{bound}, model FLOPs utilisation {utilisation:.0%}",
+        )
 
 
 def _with_vocab_size(config: Config) -> Config:
@@ -247,12 +217,7 @@ def _with_vocab_size(config: Config) -> Config:
         return config
     if (vocab_size := named_vocab_size(config.data)) is None:
         return load_corpus(config, log_line)[1]
-    model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
-    return dataclasses.replace(config, model=model_config)
-
-
-def _row(name: str, value: str) -> str:
-    return f"{name:19}{value}"
+    return replace(config, model=replace(config.model, vocab_size=vocab_size))
 
 
 def _bytes_each(tree: object) -> int:

@@ -1,15 +1,42 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import TINY, changed
+from conftest import TINY, changed, traced_steps
 
-from jaxgpt.models import build_model
+from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning.flops import product_flops, step_flops
-from jaxgpt.training.step import trace_train_steps
+from jaxgpt.presets import PRESETS, lecture_bigram
 
-# So short that attention leaves out nothing that is masked, as the formula has it.
+# So short that no form of attention leaves out masked scores.
 MODEL = {"n_head": 8, "n_embd": 128, "block_size": 64, "vocab_size": 512}
+
+
+@pytest.mark.parametrize(
+    "preset", [name for name in PRESETS if name != "lecture-bigram"]
+)
+def test_flops_of_a_transformer_are_6_per_matrix_entry_and_token_and_attentions(preset):
+    # Chowdhery et al. 2022 (PaLM), appendix B.
+    config = changed(PRESETS[preset](), model={"vocab_size": 65})
+    shape, params = config.model, parameter_shapes(config.model)
+    multiplying = sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if path[-1].key == "kernel" or path[0].key == "wte"
+    )
+    attention = 12 * shape.n_layer * shape.n_embd * shape.block_size
+    tokens = config.data.batch_size * shape.block_size
+    assert step_flops(config) == tokens * (6 * multiplying + attention)
+
+
+@pytest.mark.parametrize("fields", [{"remat": True}, {"unroll": 1}, {"dropout": 0.5}])
+def test_flops_do_not_depend_on_how_the_model_is_computed(fields):
+    config = PRESETS["gpt2-124m"]()
+    assert step_flops(changed(config, model=fields)) == step_flops(config)
+
+
+def test_a_table_of_bigrams_multiplies_nothing():
+    assert step_flops(changed(lecture_bigram(), model={"vocab_size": 65})) == 0
 
 
 @pytest.mark.parametrize("architecture", ["gpt", "residual", "layer-norm"])
@@ -33,7 +60,7 @@ def traced(**sections):
     config = changed(TINY, model=MODEL | {"dropout": 0.0}, data={"batch_size": 16})
     config = changed(config, **sections)
     mesh = make_mesh(config, lambda line: None)
-    return config, trace_train_steps(build_model(config.model, "cpu"), config, mesh, 1)
+    return config, traced_steps(build_model(config.model, "cpu"), config, mesh)
 
 
 @pytest.mark.parametrize("pieces", [1, 2])

@@ -6,16 +6,15 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT, TINY, changed, finish, start_script
+from conftest import ROOT, TINY, changed, finish, start_script, traced_steps
 
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning import plan
-from jaxgpt.planning.hlo import Program
+from jaxgpt.planning.hlo import collectives
 from jaxgpt.planning.plan import describe, not_cached, tpu_devices
-from jaxgpt.presets import PRESETS
-from jaxgpt.training.step import trace_train_steps
+from jaxgpt.presets import PRESETS, lecture_bigram
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -67,7 +66,7 @@ def test_a_plan_tells_memory_collectives_and_the_least_time():
     assert re.search(r"of 16.0 GiB per device: it fits$", rows["memory in all"])
     assert re.match(r"\d+ per step, of .*; each device rec", rows["all-reduce"])
     step = float(rows["roofline step time"].split()[0])
-    parts = ("compute", "HBM", "ICI")
+    parts = ("compute", "ICI")
     assert step == max(float(rows[f"{part} time"].split()[0]) for part in parts)
 
 
@@ -100,6 +99,12 @@ def test_a_chip_without_published_figures_has_no_roofline(monkeypatch):
     rows = plan_of("v5e:1x1")
     assert "it fits" in rows["memory in all"]
     assert "roofline step time" not in rows
+
+
+@needs_libtpu
+def test_a_model_without_products_on_one_chip_has_no_least_time():
+    rows = describe(changed(lecture_bigram(), model={"vocab_size": 65}), "v5e:1x1")
+    assert list(rows)[-2:] == [f"{part:19}0 s" for part in ("compute time", "ICI time")]
 
 
 @needs_libtpu
@@ -164,14 +169,12 @@ def collectives_of(**mesh):
     config = changed(TEXTBOOK, mesh={"data": 1} | mesh)
     devices = tpu_devices("v5e:2x4")
     mesh = make_mesh(config, devices=devices)
-    traced = trace_train_steps(
-        build_model(config.model, platform_of(mesh)), config, mesh, 1
-    )
+    traced = traced_steps(build_model(config.model, platform_of(mesh)), config, mesh)
     with not_cached():
         compiled = traced.lower().compile(compiler_options=WHOLE_COLLECTIVES)
     within = Counter(), Counter()
     outside = Counter(), Counter()
-    for each in Program(compiled.as_text()).collectives():
+    for each in collectives(compiled.as_text()):
         assert each.group == 8
         counts, sizes = within if each.times == 3 else outside
         if each.tensor_bytes > 2**16:  # but for norms, scalars and token ids
