@@ -12,21 +12,12 @@ from tyro.conf import FlagCreatePairsOff
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.files import log_line
-from jaxgpt.interop import torch_parity
-from jaxgpt.interop.huggingface import find_model, read_huggingface
+from jaxgpt.interop import huggingface, torch_parity
 from jaxgpt.interop.nanogpt import read_nanogpt
-from jaxgpt.interop.torch_parity import Check
+from jaxgpt.interop.state_dict import check_gpt
 from jaxgpt.run import load_run
 
-RANDOM = GPTConfig(
-    block_size=64,
-    vocab_size=1000,
-    n_layer=4,
-    n_head=4,
-    n_embd=128,
-    bias=True,
-    gelu="tanh",
-)
+RANDOM = GPTConfig(block_size=64, vocab_size=1000, bias=True, gelu="tanh")
 
 
 def compare(
@@ -63,11 +54,24 @@ def compare(
         raise ValueError("--hf, --nanogpt and --run-dir exclude each other; choose one")
     if checkpoint != "best" and run_dir is None:
         raise ValueError(f"--checkpoint {checkpoint} is one of --run-dir's; give that")
-    name, config, params, reference = _both_sides(
-        hf, nanogpt, run_dir, checkpoint, seed
-    )
-    log_line(f"comparing {name} with transformers' GPT-2, in float32")
-    checks: list[Check] = []
+    if hf is not None:
+        source, folder = hf, huggingface.find_model(hf)
+        config, params = huggingface.read_huggingface(folder)
+        reference = torch_parity.gpt2_of_directory(folder)
+    elif nanogpt is not None:
+        source, (run_config, state, _) = str(nanogpt), read_nanogpt(nanogpt, log_line)
+        config, params = check_gpt(run_config.model, "nanoGPT"), state.params
+        reference = torch_parity.gpt2_of_nanogpt(config, nanogpt)
+    elif run_dir is not None:
+        run = load_run(run_dir, checkpoint)
+        source = f"{run_dir}, step {run.step}"
+        config, params = check_gpt(run.config.model, "GPT-2"), run.params
+        reference = torch_parity.gpt2_of_params(config, params)
+    else:
+        source, config = f"a random GPT-2 of seed {seed}", RANDOM
+        params, reference = torch_parity.random_gpt2(config, seed)
+    log_line(f"comparing {source} with transformers' GPT-2, in float32")
+    checks: list[torch_parity.Check] = []
     for check in torch_parity.compare(
         config,
         params,
@@ -83,32 +87,22 @@ def compare(
         checks.append(check)
     failed = [check for check in checks if not check.passed]
     if json:
-        report = {
-            "source": name,
-            "passed": not failed,
-            "checks": [
-                {
-                    name: _plain(value)
-                    for name, value in dataclasses.asdict(check).items()
-                }
-                | {"passed": check.passed}
-                for check in checks
-            ],
-        }
-        print(dumps(report))
+        rows = [_row(check) for check in checks]
+        print(dumps({"source": source, "passed": not failed, "checks": rows}))
     else:
-        Console().print(table(checks))
+        Console().print(_table(checks))
         print(f"{len(checks) - len(failed)} of {len(checks)} within tolerance")
     return int(bool(failed))
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON has it, which knows no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _row(check: torch_parity.Check) -> dict[str, Any]:
+    """The check as JSON has it, which knows no NaN and no infinity."""
+    row = dataclasses.asdict(check) | {"passed": check.passed}
+    odd = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return row | dict.fromkeys(odd)
 
 
-def table(checks: list[Check]) -> Table:
-    """The checks as a table for the terminal."""
+def _table(checks: list[torch_parity.Check]) -> Table:
     shown = Table(title="How far JAX and PyTorch differ")
     shown.add_column(no_wrap=True)
     for heading in ("largest", "relative", "judged"):
@@ -130,29 +124,3 @@ def table(checks: list[Check]) -> Table:
             verdict if check.passed else f"[bold red]{verdict}",
         )
     return shown
-
-
-def _both_sides(
-    hf: str | None,
-    nanogpt: Path | None,
-    run_dir: Path | None,
-    checkpoint: str,
-    seed: int,
-) -> tuple[str, GPTConfig, Any, Any]:
-    """What is compared: its name, our config and parameters, and PyTorch's model."""
-    if hf is not None:
-        folder = find_model(hf)
-        config, params = read_huggingface(folder)
-        return hf, config, params, torch_parity.gpt2_of_directory(folder)
-    if nanogpt is not None:
-        whole, state, _ = read_nanogpt(nanogpt, log_line)
-        config = whole.model
-        reference = torch_parity.gpt2_of_nanogpt(config, nanogpt)
-        return str(nanogpt), config, state.params, reference
-    if run_dir is not None:
-        run = load_run(run_dir, checkpoint)
-        config = run.config.model
-        reference = torch_parity.gpt2_of_params(config, run.params)
-        return f"{run_dir}, step {run.step}", config, run.params, reference
-    params, reference = torch_parity.random_gpt2(RANDOM, seed)
-    return f"a random GPT-2 of seed {seed}", RANDOM, params, reference

@@ -10,13 +10,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from jaxgpt.config import Config
 from jaxgpt.files import ASIDE, log_line
-from jaxgpt.interop.huggingface import (
-    find_model,
-    read_huggingface,
-    read_tokenizer,
-    write_huggingface,
-)
-from jaxgpt.interop.nanogpt import read_nanogpt, write_nanogpt
+from jaxgpt.interop import huggingface, nanogpt
 from jaxgpt.parallel.mesh import on_host
 from jaxgpt.run import (
     TOKENIZER,
@@ -27,13 +21,7 @@ from jaxgpt.run import (
     save_config,
     saved_tokenizer,
 )
-from jaxgpt.text import tinyshakespeare
-from jaxgpt.text.pretrained import (
-    GPT2_VOCAB_SIZE,
-    find_tokenizer,
-    load_nanogpt_meta,
-    save_nanogpt_meta,
-)
+from jaxgpt.text import pretrained, tinyshakespeare
 from jaxgpt.text.tokenizer import CharTokenizer, Tokenizer, fits
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
@@ -69,19 +57,22 @@ def import_(
     if meta and tokenizer:
         raise ValueError("--meta and --tokenizer exclude each other; choose one")
     if format == "nanogpt":
-        config, state, val_loss = read_nanogpt(Path(source), log_line)
+        config, state, val_loss = nanogpt.read_nanogpt(Path(source), log_line)
     else:
-        folder = find_model(source)
-        model, params = read_huggingface(folder)
+        folder = huggingface.find_model(source)
+        model, params = huggingface.read_huggingface(folder)
         config, val_loss = Config(model=model), None
         state = TrainState(jnp.zeros((), jnp.int32), params, None)
     found: Tokenizer | None = None
     if meta:
-        found = load_nanogpt_meta(meta)
+        found = pretrained.load_nanogpt_meta(meta)
     elif tokenizer:
-        found = find_tokenizer(tokenizer, log_line)
+        found = pretrained.find_tokenizer(tokenizer, log_line)
     elif format == "huggingface":
-        found = _its_tokenizer(folder)
+        try:
+            found = huggingface.read_tokenizer(folder)
+        except ValueError as error:
+            raise ValueError(f"{error}; --tokenizer takes another instead") from error
     vocab_size = config.model.known_vocab_size()
     if found and not fits(found, vocab_size):
         raise ValueError(
@@ -112,13 +103,6 @@ def import_(
     return 0
 
 
-def _its_tokenizer(folder: Path) -> Tokenizer | None:
-    try:
-        return read_tokenizer(folder)
-    except ValueError as error:
-        raise ValueError(f"{error}; --tokenizer takes another instead") from error
-
-
 def export(
     format: Positional[Format],
     run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR")],
@@ -142,7 +126,9 @@ def export(
     _check_target(target, overwrite, is_folder=format == "huggingface")
     if format == "huggingface":
         run = load_run(run_dir, checkpoint, on_host())
-        write_huggingface(target, run.config.model, run.params, run.tokenizer)
+        huggingface.write_huggingface(
+            target, run.config.model, run.params, run.tokenizer
+        )
     else:
         _export_nanogpt(run_dir, checkpoint, target, dataset, overwrite)
     print(target)
@@ -175,13 +161,13 @@ def _export_nanogpt(
     if not dataset and config.data.sha256 == tinyshakespeare.SHA256:
         dataset = "shakespeare_char"
     dataset = dataset or run_dir.resolve().name
-    write_nanogpt(target, config, state, val_loss, dataset)
+    nanogpt.write_nanogpt(target, config, state, val_loss, dataset)
     if isinstance(tokenizer, CharTokenizer):
-        save_nanogpt_meta(meta, tokenizer)
+        pretrained.save_nanogpt_meta(meta, tokenizer)
         log_line(f"for nanoGPT's sample.py, put {meta} into its data/{dataset}/")
-    elif tokenizer and tokenizer.vocab_size != GPT2_VOCAB_SIZE:
+    elif tokenizer and tokenizer.vocab_size != pretrained.GPT2_VOCAB_SIZE:
         log_line("nanoGPT's sample.py can't read its tokenizer, only GPT-2's")
-    if config.model.gelu == "tanh":
+    if getattr(config.model, "gelu", "exact") == "tanh":
         log_line(
             "nanoGPT has the exact GELU, not this model's tanh: logits will differ"
         )

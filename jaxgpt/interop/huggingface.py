@@ -5,36 +5,23 @@ Source: transformers, models/gpt2 (configuration_gpt2.py, modeling_gpt2.py).
 
 import dataclasses
 import json
-from contextlib import ExitStack
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import GPTConfig, ModelConfig
 from jaxgpt.files import replace_file
-from jaxgpt.interop.state_dict import (
-    check_gpt,
-    from_state_dict,
-    parameter_names,
-    to_state_dict,
-)
+from jaxgpt.interop import state_dict
 from jaxgpt.text.fetch import download
 from jaxgpt.text.pretrained import tokenizer_in
-from jaxgpt.text.tokenizer import (
-    END_OF_TEXT,
-    BPETokenizer,
-    CharTokenizer,
-    Tokenizer,
-)
+from jaxgpt.text.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 # What a GPT-2 may set otherwise in its config, and our model cannot.
@@ -101,26 +88,23 @@ def read_huggingface(folder: Path) -> tuple[GPTConfig, Any]:
     Raises OSError or ValueError that says what is missing or does not fit.
     """
     config, paths = _read_config(folder / _CONFIG), _weight_files(folder)
-    with ExitStack() as stack:
-        try:
-            files = [
-                stack.enter_context(safe_open(path, framework="numpy"))
-                for path in paths
-            ]
-            home = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-            params = from_state_dict(
-                {name: tuple(home[name].get_slice(name).get_shape()) for name in home},
-                lambda name: _floats(home[name], name),
-                config,
-                out_in=False,
-            )
-        except SafetensorError as error:
-            raise ValueError(
-                f"{folder} has damaged weights, fetch or write them again: {error}"
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
-    return config, jax.tree.map(jnp.asarray, params)
+    try:
+        files = [safe_open(path, framework="numpy") for path in paths]
+        tensors = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
+
+        def read(name: str) -> np.ndarray:
+            if (dtype := tensors[name].get_dtype()) not in _FLOATS:
+                raise ValueError(f"{name} is of {dtype}, not {' or '.join(_FLOATS)}")
+            return tensors[name][:]
+
+        shapes = {name: tensor.get_shape() for name, tensor in tensors.items()}
+        return config, state_dict.from_state_dict(shapes, read, config, out_in=False)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder} has damaged weights, fetch or write them again: {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -135,7 +119,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def write_huggingface(
-    folder: Path, config: GPTConfig, params: Any, tokenizer: Tokenizer | None
+    folder: Path, config: ModelConfig, params: Any, tokenizer: Tokenizer | None
 ) -> None:
     """Writes what transformers' AutoModelForCausalLM and AutoTokenizer load.
 
@@ -148,14 +132,27 @@ def write_huggingface(
 
     Raises ValueError if GPT-2 is no such model.
     """
-    check_gpt(config, "GPT-2")
-    tensors = to_state_dict(params, config, out_in=False)
-    for name in parameter_names(dataclasses.replace(config, bias=True)):
-        if name not in tensors:
-            width = tensors[name.replace(".bias", ".weight")].shape[-1]
-            tensors[name] = np.zeros(width, np.float32)
-    end = tokenizer.end_of_text if isinstance(tokenizer, BPETokenizer) else None
-    content = {
+    config = state_dict.check_gpt(config, "GPT-2")
+    tensors = state_dict.to_state_dict(params, config, out_in=False)
+    with_biases = dataclasses.replace(config, bias=True)
+    for name, shape in state_dict.torch_shapes(with_biases).items():
+        tensors.setdefault(name, np.zeros(shape, np.float32))
+    content = gpt2_settings(config, tokenizer.end_of_text if tokenizer else None)
+    replace_file(
+        folder / _WEIGHTS,
+        lambda aside: save_file(tensors, aside, metadata={"format": "pt"}),
+    )
+    for pattern in _OF_ANOTHER_MODEL:
+        for path in folder.glob(pattern):
+            path.unlink()
+    if tokenizer:
+        _write_tokenizer(folder, tokenizer, config.block_size)
+    _write_text(folder / _CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def gpt2_settings(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
+    """The config of transformers' GPT-2 that is a model of ours."""
+    return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         "activation_function": {"tanh": "gelu_new", "exact": "gelu"}[config.gelu],
@@ -168,44 +165,21 @@ def write_huggingface(
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
         **_FIXED,
         "initializer_range": 0.02,
-        "bos_token_id": end,
-        "eos_token_id": end,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
         "dtype": "float32",
     }
-    replace_file(
-        folder / _WEIGHTS,
-        lambda aside: save_file(tensors, aside, metadata={"format": "pt"}),
-    )
-    for pattern in _OF_ANOTHER_MODEL:
-        for path in folder.glob(pattern):
-            path.unlink()
-    if tokenizer:
-        _write_tokenizer(folder, tokenizer, config.block_size)
-    _write_json(folder / _CONFIG, content)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2) + "\n"
+def _write_text(path: Path, text: str) -> None:
     replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises ValueError that names a file of none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
-    if not isinstance(found, dict):
-        kind = type(found).__name__
-        raise ValueError(f"{path}: expected a JSON object, found a {kind}")
-    return found
 
 
 def _read_config(path: Path) -> GPTConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is no model: it has no {path.name}")
-    found = _read_json(path)
     try:
+        found = json.loads(path.read_text(encoding="utf-8"))
         kind = found["model_type"]
         if kind != "gpt2":
             raise ValueError(f"a {kind} model is not supported; GPT-2 (gpt2) is")
@@ -214,10 +188,6 @@ def _read_config(path: Path) -> GPTConfig:
             raise ValueError(
                 f"activation_function={activation} is not supported; "
                 f"{', '.join(ACTIVATIONS)} are"
-            )
-        if found.get("n_inner") not in (None, 4 * found["n_embd"]):
-            raise ValueError(
-                f"n_inner={found['n_inner']} is not 4 x n_embd, as it must"
             )
         for name, ours in _FIXED.items():
             if (theirs := found.get(name, ours)) != ours:
@@ -241,14 +211,13 @@ def _read_config(path: Path) -> GPTConfig:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    names = [_WEIGHTS]
-    if not (folder / _WEIGHTS).is_file() and (folder / _INDEX).is_file():
-        homes = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(homes, dict) or not all(map(_is_name, homes.values())):
-            raise ValueError(
-                f"{folder / _INDEX} does not say which file beside it has which tensor"
-            )
-        names = sorted(set(homes.values()))
+    names, index = [_WEIGHTS], folder / _INDEX
+    if not (folder / _WEIGHTS).is_file() and index.is_file():
+        try:
+            homes = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({Path(name).name for name in homes.values()})  # all in here
+        except Exception as error:  # of many kinds, for JSON of another form
+            raise ValueError(f"{index} is damaged: {error}") from error
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -256,19 +225,6 @@ def _weight_files(folder: Path) -> list[Path]:
                 "safetensors by transformers' save_pretrained"
             )
     return [folder / name for name in names]
-
-
-def _floats(file: Any, name: str) -> np.ndarray:
-    """A tensor of an open file; raises ValueError if it is of another type."""
-    dtype = file.get_slice(name).get_dtype()
-    if dtype not in _FLOATS:
-        raise ValueError(f"{name} is of {dtype}, not {' or '.join(_FLOATS)}")
-    return file.get_tensor(name)
-
-
-def _is_name(name: Any) -> bool:
-    """Whether it is the name of a file, and leads nowhere else."""
-    return isinstance(name, str) and name == Path(name).name
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
@@ -284,11 +240,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
             settings |= dict.fromkeys(special, END_OF_TEXT)
     else:
         content = _characters_as_words(tokenizer).to_str()
-    _write_json(folder / "tokenizer_config.json", settings)
-    replace_file(
-        folder / "tokenizer.json",
-        lambda aside: aside.write_text(content, encoding="utf-8"),
-    )
+    _write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2))
+    _write_text(folder / "tokenizer.json", content)
 
 
 def _characters_as_words(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
@@ -304,13 +257,12 @@ def _characters_as_words(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
 def _exported_characters(path: Path) -> str:
     """The characters of a CharTokenizer that was exported; of another file, none."""
     try:
-        content = _read_json(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
         model, split = content["model"], content["pre_tokenizer"]["type"] == "Split"
-        words: dict[str, int] = model["vocab"] if model["type"] == "WordLevel" else {}
-        in_order = sorted(words.values()) == list(range(len(words)))
-        alone = all(len(word) == 1 for word in words)
-        if not (split and in_order and alone) or content["normalizer"]:
+        if model["type"] != "WordLevel" or not split or content["normalizer"]:
             return ""
-    except (ValueError, LookupError, TypeError, AttributeError):
+        characters = "".join(sorted(model["vocab"], key=model["vocab"].get))
+        ids = {character: i for i, character in enumerate(characters)}
+        return characters if model["vocab"] == ids else ""
+    except Exception:
         return ""  # load_tokenizer tells what is wrong with it
-    return "".join(sorted(words, key=words.__getitem__))

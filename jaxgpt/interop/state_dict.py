@@ -8,29 +8,50 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import GPTConfig, ModelConfig
 from jaxgpt.models import parameter_shapes
 
-_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # buffers, no parameters
+_MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # buffers, no parameters
 _WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"  # one and the same tensor
 
 
-def check_gpt(config: GPTConfig, program: str) -> None:
-    """Raises ValueError if the model is none that `program` has."""
-    if config.architecture != "gpt":
-        raise ValueError(f"{program} has no {config.architecture} model, only a gpt")
+def check_gpt(config: ModelConfig, program: str) -> GPTConfig:
+    """The config, as a GPT's; raises ValueError if `program` has no such model."""
+    if not isinstance(config, GPTConfig):
+        kind = getattr(config, "architecture", "other")
+        raise ValueError(f"{program} has no {kind} model, only a gpt")
+    return config
 
 
-def parameter_names(config: GPTConfig) -> list[str]:
-    """Names of the parameters, in the order of PyTorch's `named_parameters`."""
-    kinds = ("weight", "bias") if config.bias else ("weight",)
-    blocks = [f"h.{i}.{module}" for i in range(config.n_layer) for module in _BLOCK]
-    names = [f"{module}.{kind}" for module in (*blocks, "ln_f") for kind in kinds]
-    return [f"transformer.{name}" for name in ("wte.weight", "wpe.weight", *names)]
+def torch_shapes(
+    config: GPTConfig, *, out_in: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters, in the order of PyTorch's `named_parameters`."""
+    C = config.n_embd
+    block = {
+        "ln_1": (C,),
+        "attn.c_attn": (C, 3 * C),
+        "attn.c_proj": (C, C),
+        "ln_2": (C,),
+        "mlp.c_fc": (C, 4 * C),
+        "mlp.c_proj": (4 * C, C),
+    }
+    layers = range(config.n_layer)
+    modules = {f"h.{i}.{name}": block[name] for i in layers for name in block}
+    shapes: dict[str, tuple[int, ...]] = {
+        _WTE: (config.known_vocab_size(), C),
+        "transformer.wpe.weight": (config.block_size, C),
+    }
+    for module, shape in (modules | {"ln_f": (C,)}).items():
+        shapes[f"transformer.{module}.weight"] = shape[::-1] if out_in else shape
+        if config.bias:
+            shapes[f"transformer.{module}.bias"] = shape[-1:]
+    return shapes
 
 
 def to_state_dict(
@@ -46,10 +67,12 @@ def to_state_dict(
     views of the tree's where they can be.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
-    return {
-        name: _torch_shaped(*_leaf(leaves, name), config, out_in)
-        for name in parameter_names(config)
-    }
+    tensors = {}
+    for name, shape in torch_shapes(config).items():
+        path, layer = _place(name)
+        array = leaves[path][layer].reshape(shape)
+        tensors[name] = array.T if out_in and path[-1] == "kernel" else array
+    return tensors
 
 
 def from_state_dict(
@@ -59,7 +82,7 @@ def from_state_dict(
     *,
     out_in: bool,
 ) -> Any:
-    """The inverse: the GPT's parameters, f32 NumPy arrays.
+    """The inverse: the GPT's parameters, f32.
 
     Args:
       shapes: of the tensors that there are, by PyTorch's name. Prefixes that
@@ -69,88 +92,61 @@ def from_state_dict(
 
     Raises ValueError that names what is missing, too much, or of another shape.
     """
-    found: dict[str, str] = {}
-    for name in shapes:
-        if not MASKS.search(name) and (plain := plain_name(name)) in found:
-            raise ValueError(f"{found[plain]} and {name} are two tensors for {plain}")
-        if not MASKS.search(name):
-            found[plain] = name
-    _check_sizes({name: shapes[found[name]] for name in found}, config)
-    expected = flatten_dict(parameter_shapes(config))
-
-    def views(leaves: dict[tuple[str, ...], np.ndarray]) -> dict[str, np.ndarray]:
-        return {
-            name: _torch_shaped(*_leaf(leaves, name), config, out_in)
-            for name in parameter_names(config)
-        }
-
-    # Stand-ins without memory, which a wrong config could ask for too much of.
-    blank = np.zeros((), np.bool_)
-    wanted = views({p: np.broadcast_to(blank, s.shape) for p, s in expected.items()})
-    head = found.pop(_HEAD, None)
-    wrong = [f"{name} is missing" for name in wanted if name not in found]
-    wrong += [f"{found[name]} has no place" for name in found if name not in wanted]
+    if config.n_layer > len(shapes):  # and might be more than memory has names for
+        raise ValueError(
+            f"n_layer={config.n_layer}, but there are only {len(shapes)} tensors"
+        )
+    found = {plain_name(name): name for name in shapes if not _MASKS.search(name)}
+    head, expected = found.pop(_HEAD, None), torch_shapes(config, out_in=out_in)
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [f"{found[name]} has no place" for name in found if name not in expected]
     wrong += [
-        f"{name} is {list(shapes[found[name]])}, not {list(view.shape)}"
-        for name, view in wanted.items()
-        if name in found and tuple(shapes[found[name]]) != view.shape
+        f"{name} is {list(shapes[found[name]])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(shapes[found[name]]) != shape
     ]
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError("; ".join(wrong[:5]) + more)
-    leaves = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in expected.items()}
-    with np.errstate(all="ignore"):  # a float64 may be infinite as float32
-        for name, view in views(leaves).items():
-            view[...] = read(found[name])
-    embedding = views(leaves)[_WTE]
+    leaves = {
+        path: np.empty(leaf.shape, leaf.dtype)
+        for path, leaf in flatten_dict(parameter_shapes(config)).items()
+    }
+    for name in expected:
+        path, layer = _place(name)
+        array = read(found[name])
+        array = array.T if out_in and path[-1] == "kernel" else array
+        with np.errstate(over="ignore"):  # a float64 may be infinite as float32
+            leaves[path][layer] = array.reshape(leaves[path][layer].shape)
+    embedding = leaves["wte", "embedding"]
     if head and not np.array_equal(read(head), embedding, equal_nan=True):
         raise ValueError(
             f"{head} is not the token embedding: a GPT with a head of its own is not "
             "supported, only one that shares the embedding's weights"
         )
-    return unflatten_dict(leaves)
-
-
-def _check_sizes(shapes: Mapping[str, Sequence[int]], config: GPTConfig) -> None:
-    """Raises ValueError where the model is larger than the tensors could make it."""
-    if _WTE not in shapes:
-        raise ValueError(f"{_WTE} is missing")
-    if list(shapes[_WTE]) != [config.vocab_size, config.n_embd]:
-        raise ValueError(
-            f"{_WTE} is {list(shapes[_WTE])}, not {[config.vocab_size, config.n_embd]}"
-        )
-    if config.n_layer > len(shapes):
-        raise ValueError(
-            f"n_layer={config.n_layer}, but there are only {len(shapes)} tensors"
-        )
+    return jax.tree.map(jnp.asarray, unflatten_dict(leaves))
 
 
 def plain_name(name: str) -> str:
     """The name without what torch.compile adds, and with what the hub leaves out."""
     name = name.removeprefix("_orig_mod.")
-    return (
-        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-    )
+    known = name.startswith(("transformer.", "lm_head."))
+    return name if known else f"transformer.{name}"
 
 
-def _leaf(
-    leaves: dict[tuple[str, ...], np.ndarray], name: str
-) -> tuple[str, np.ndarray]:
-    """Our name and the array of one of PyTorch's parameters; of a layer, a view."""
-    _, *words, kind = name.split(".")
-    layer = int(words.pop(1)) if words[0] == "h" else None
+def split_layer(name: str) -> tuple[list[str], Any]:
+    """The words of a module's name, and its layer, which indexes the stacked blocks."""
+    words = name.split(".")
+    return words, int(words.pop(1)) if words[0] == "h" else ...
+
+
+def _place(name: str) -> tuple[tuple[str, ...], Any]:
+    """Our path of one of PyTorch's parameters, and its layer, as `split_layer` has it.
+
+    Our names of the weights are Flax's.
+    """
+    (*modules, kind), layer = split_layer(name.removeprefix("transformer."))
     if kind == "weight":
-        kind = {"wte": "embedding", "wpe": "embedding"}.get(words[-1], "kernel")
-        kind = "scale" if words[-1].startswith("ln_") else kind
-    stack = leaves[(*words, kind)]
-    return kind, stack if layer is None else stack[layer]
-
-
-def _torch_shaped(
-    kind: str, array: np.ndarray, config: GPTConfig, out_in: bool
-) -> np.ndarray:
-    """A view of the array without the axes of heads, and of q, k and v."""
-    if kind != "kernel":
-        return array if kind == "embedding" else array.reshape(-1)
-    matrix = array if array.ndim == 2 else array.reshape(config.n_embd, -1)
-    return matrix.T if out_in else matrix
+        kind = {"wte": "embedding", "wpe": "embedding"}.get(modules[-1], "kernel")
+        kind = "scale" if modules[-1].startswith("ln_") else kind
+    return (*modules, kind), layer

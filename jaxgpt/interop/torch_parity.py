@@ -10,11 +10,11 @@ import dataclasses
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -27,15 +27,7 @@ from jaxgpt.config import (
     TrainConfig,
 )
 from jaxgpt.generation.decode import generate_tokens
-from jaxgpt.interop import required
-from jaxgpt.interop.huggingface import ACTIVATIONS
-from jaxgpt.interop.state_dict import (
-    MASKS,
-    check_gpt,
-    from_state_dict,
-    plain_name,
-    to_state_dict,
-)
+from jaxgpt.interop import huggingface, required, state_dict
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.mesh import one_device
@@ -90,33 +82,30 @@ class Check:
 def random_gpt2(config: GPTConfig, seed: int) -> tuple[Any, Any]:
     """Parameters as transformers draws them for a GPT-2, and that GPT-2."""
     required("torch").manual_seed(seed)
-    reference = _build(config)
+    reference = _gpt2(config, {})
     tensors = {name: t.detach().numpy() for name, t in reference.named_parameters()}
     shapes = {name: array.shape for name, array in tensors.items()}
-    params = from_state_dict(shapes, tensors.__getitem__, config, out_in=False)
-    return jax.tree.map(jnp.asarray, params), reference
+    read = tensors.__getitem__
+    return state_dict.from_state_dict(shapes, read, config, out_in=False), reference
 
 
 def gpt2_of_params(config: GPTConfig, params: Any) -> Any:
-    """A GPT-2 of transformers' with our parameters; ValueError if ours is no GPT."""
-    check_gpt(config, "GPT-2")
+    """A GPT-2 of transformers' with our parameters."""
     torch = required("torch")
-    tensors = to_state_dict(params, config, out_in=False)
-    return _fill(config, {name: torch.tensor(a) for name, a in tensors.items()})
+    tensors = state_dict.to_state_dict(params, config, out_in=False)
+    return _gpt2(config, {name: torch.tensor(a) for name, a in tensors.items()})
 
 
 def gpt2_of_nanogpt(config: GPTConfig, path: Path) -> Any:
     """A GPT-2 of transformers' with the weights of a ckpt.pt, which it transposes."""
     torch = required("torch")
     tensors = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    tensors = {plain_name(name): t for name, t in tensors.items()}
     linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    return _fill(
+    return _gpt2(
         config,
         {
-            name: tensor.T if name.endswith(linear) else tensor
+            state_dict.plain_name(name): tensor.T if name.endswith(linear) else tensor
             for name, tensor in tensors.items()
-            if not MASKS.search(name)
         },
     )
 
@@ -160,12 +149,8 @@ def compare(
     if not 1 <= T <= config.block_size:
         raise ValueError(f"length={T} must be from 1 to block_size={config.block_size}")
     count = 3 * config.block_size if new_tokens is None else new_tokens
-    least = {
-        "batch_size": (batch_size, 1),
-        "steps": (steps, 0),
-        "new_tokens": (count, 0),
-    }
-    for name, (value, minimum) in least.items():
+    least = ("batch_size", batch_size, 1), ("steps", steps, 0), ("new_tokens", count, 0)
+    for name, value, minimum in least:
         if value < minimum:
             raise ValueError(f"{name}={value} must be at least {minimum}")
     config = dataclasses.replace(
@@ -176,56 +161,35 @@ def compare(
         parameter.requires_grad_(config.bias or not name.endswith(".bias"))
     rng = np.random.default_rng(seed)
     text = rng.integers(config.known_vocab_size(), size=16 * (T + 1))
-    batches: list[Batch] = [
-        batch(text, seed, step, batch_size=batch_size, block_size=T)
-        for step in range(max(steps, 1))
-    ]
+    draw = partial(batch, text, seed, batch_size=batch_size, block_size=T)
+    batches: list[Batch] = [draw(step) for step in range(max(steps, 1))]
     prompt = batches[0][0][0, :_PROMPT_LENGTH].tolist()
     with jax.default_matmul_precision("highest"):
         norm = yield from _one_pass(config, params, reference, batches[0])
         yield from _bfloat16(config, params, reference, batches[0][0])
         # Now, before training changes PyTorch's weights.
-        texts = _greedy(config, params, reference, prompt, count) if count else None
+        texts = [_greedy(config, params, reference, prompt, count)] if count else []
         if steps and math.isfinite(norm):
             # So that warmup, decay and clipping are all at work.
             optimizer = OptimizerConfig(warmup_steps=steps // 5, grad_clip=norm / 2)
             yield from _training(config, optimizer, params, reference, batches)
-        if texts:
-            yield texts
+        yield from texts
 
 
-def _build(config: GPTConfig) -> Any:
+def _gpt2(config: GPTConfig, tensors: dict[str, Any]) -> Any:
+    """A GPT-2 of transformers' with these weights; biases that they lack are zero."""
     transformers = required("transformers")
-    activations = {gelu: name for name, gelu in reversed(ACTIVATIONS.items())}
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.block_size,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            activation_function=activations[config.gelu],
-            bos_token_id=None,
-            eos_token_id=None,
-            attn_implementation="eager",
-        )
+    settings = huggingface.gpt2_settings(config, end_of_text=None)
+    reference = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**settings, attn_implementation="eager")
     )
+    reference.load_state_dict(tensors, strict=False)
+    return reference
 
 
 def _build_here(config: GPTConfig) -> Any:
     """Our model, for the device that JAX computes on."""
     return build_model(config, platform_of(jax.devices()[0]))
-
-
-def _fill(config: GPTConfig, tensors: dict[str, Any]) -> Any:
-    """A GPT-2 with these weights; biases that they lack stay zero."""
-    reference = _build(config)
-    missing, unexpected = reference.load_state_dict(tensors, strict=False)
-    allowed = ("lm_head.weight",) if config.bias else ("lm_head.weight", ".bias")
-    wrong = [*unexpected, *(name for name in missing if not name.endswith(allowed))]
-    if wrong:
-        raise ValueError(f"PyTorch's GPT-2 has other weights: {', '.join(wrong)}")
-    return reference
 
 
 def _check(
@@ -269,11 +233,14 @@ def _one_pass(
     (_, (logits_BTV, losses_BT, captured)), grads = jax.jit(
         jax.value_and_grad(loss_fn, has_aux=True)
     )(params)
-    ours = _by_torch_name(captured)
-    their_losses, their_logits, theirs = _torch_pass(reference, inputs_BT, targets_BT)
+    captured = flatten_dict(captured)
+    their_losses, their_logits, theirs = _torch_pass(reference, pair)
 
     for name, activation in theirs.items():
-        yield _check("activations", name, ours[name], activation, NORM, 0.0)
+        modules, layer = state_dict.split_layer(name)
+        # The first leaf, as a block returns its cache too.
+        stacked = jax.tree.leaves(captured[*modules, "__call__"])[0]
+        yield _check("activations", name, stacked[layer], activation, NORM, 0.0)
     size = max(1.0, float(np.sqrt(np.mean(their_logits**2))))
     yield _check("logits", "float32", logits_BTV, their_logits, LOGITS * size)
     # The float32 sum of a few hundred losses alone would be off by more.
@@ -283,59 +250,43 @@ def _one_pass(
     yield _check("loss", "first batch", loss, their_loss, LOSS * size)
     their_grads = {name: p.grad for name, p in _trained(reference)}
     norm = math.sqrt(sum(float((grad**2).sum()) for grad in their_grads.values()))
-    our_grads = to_state_dict(grads, config, out_in=False)
+    our_grads = state_dict.to_state_dict(grads, config, out_in=False)
     yield from _each("gradients", our_grads, their_grads, NORM, SMALLEST_NORM * norm)
     return norm
 
 
-def _by_torch_name(captured: Any) -> dict[str, jax.Array]:
-    """What our layers gave, by the names of PyTorch's modules."""
-    outputs: dict[str, jax.Array] = {}
-    for (*modules, method), found in flatten_dict(captured).items():
-        if method != "__call__":  # the attention weights, which are sown
-            continue
-        output = jax.tree.leaves(found)[0]  # without a cache
-        if modules[0] != "h":
-            outputs[modules[0]] = output
-            continue
-        for layer, of_layer in enumerate(output):
-            outputs[".".join(["h", str(layer), *modules[1:]])] = of_layer
-    return outputs
-
-
 def _torch_pass(
-    reference: Any, inputs_BT: Any, targets_BT: Any
+    reference: Any, pair: Batch
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Losses, logits and activations by module, in PyTorch; leaves the gradients."""
-    torch, seen = required("torch"), {}
+    seen = {}
 
-    def watch(name: str) -> Any:
-        def note(module: Any, inputs: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            seen[name] = output.detach().numpy()
-
-        return note
+    def note(name: str, module: Any, inputs: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        seen[name] = output.detach().numpy()
 
     handles = [
-        module.register_forward_hook(watch(name))
+        module.register_forward_hook(partial(note, name))
         for name, module in reference.transformer.named_modules()
-        if name.split(".")[-1] in _LAYERS or name.split(".")[-1].isdecimal()
+        if (last := name.split(".")[-1]) in _LAYERS or last.isdecimal()
     ]
     reference.zero_grad()
-    logits_BTV = reference(torch.tensor(inputs_BT), use_cache=False).logits
-    losses = _torch_losses(logits_BTV, targets_BT)
+    losses, logits_BTV = _torch_losses(reference, pair)
     losses.mean().backward()
     for handle in handles:
         handle.remove()
     return losses.detach().numpy(), logits_BTV.detach().numpy(), seen
 
 
-def _torch_losses(logits_BTV: Any, targets_BT: Any) -> Any:
+def _torch_losses(reference: Any, pair: Batch) -> tuple[Any, Any]:
+    """Loss of each token, [B * T], and logits, [B, T, V]."""
     torch = required("torch")
-    targets = torch.tensor(targets_BT, dtype=torch.int64).flatten()
-    return torch.nn.functional.cross_entropy(
-        logits_BTV.flatten(0, 1), targets, reduction="none"
+    inputs_BT, targets_BT = map(torch.tensor, pair)
+    logits_BTV = reference(inputs_BT, use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1), targets_BT.flatten().long(), reduction="none"
     )
+    return losses, logits_BTV
 
 
 def _trained(reference: Any) -> list[tuple[str, Any]]:
@@ -358,17 +309,11 @@ def _each(
     for name, array in ours.items():
         other = theirs[name].detach().numpy()
         if name.endswith("c_attn.bias"):
-            (array, keys), (other, other_keys) = _split_keys(array), _split_keys(other)
-            yield _check(
-                section, f"{name}, keys", keys, other_keys, None, smallest_norm
-            )
+            array, other = array.reshape(3, -1), other.reshape(3, -1)
+            keys = f"{name}, keys"
+            yield _check(section, keys, array[1], other[1], None, smallest_norm)
+            array, other = array[[0, 2]], other[[0, 2]]
         yield _check(section, name, array, other, tolerance, smallest_norm)
-
-
-def _split_keys(bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The packed bias of q, k and v without k's, and k's."""
-    q, k, v = bias.reshape(3, -1)
-    return np.concatenate([q, v]), k
 
 
 def _bfloat16(
@@ -425,27 +370,20 @@ def _training(
 ) -> Iterator[Check]:
     """Checks the loss of every AdamW step, and the parameters after the last."""
     inputs_NBT, targets_NBT = map(np.stack, zip(*batches, strict=True))
-    whole = Config(
-        model=config, optimizer=optimizer, train=TrainConfig(max_steps=len(batches))
-    )
-    model = _build_here(config)
-    adamw = make_optimizer(optimizer, whole.train.max_steps)
+    train = TrainConfig(max_steps=len(batches))
+    whole = Config(model=config, optimizer=optimizer, train=train)
+    model, adamw = _build_here(config), make_optimizer(optimizer, len(batches))
     train_step = make_train_step(next_token(model), adamw, whole)
     state, metrics = jax.jit(lambda *args: jax.lax.scan(train_step, *args))(
         create_state(model, whole, one_device(), params), (inputs_NBT, targets_NBT)
     )
     their_losses = _torch_training(reference, optimizer, batches)
-    for step, (ours, theirs) in enumerate(
-        zip(metrics["loss"], their_losses, strict=True), start=1
-    ):
-        yield _check("loss", f"AdamW step {step}", ours, theirs, STEP_LOSS)
-    yield from _each(
-        "final parameters",
-        to_state_dict(state.params, config, out_in=False),
-        dict(_trained(reference)),
-        FINAL_PARAMETERS,
-        0.0,
-    )
+    losses = zip(metrics["loss"], their_losses, strict=True)
+    for step, (loss, their_loss) in enumerate(losses, start=1):
+        yield _check("loss", f"AdamW step {step}", loss, their_loss, STEP_LOSS)
+    ours = state_dict.to_state_dict(state.params, config, out_in=False)
+    theirs = dict(_trained(reference))
+    yield from _each("final parameters", ours, theirs, FINAL_PARAMETERS, 0.0)
 
 
 def _torch_training(
@@ -463,12 +401,11 @@ def _torch_training(
     ]
     adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
     losses = []
-    for step, (inputs_BT, targets_BT) in enumerate(batches):
+    for step, pair in enumerate(batches):
         for group in adamw.param_groups:
             group["lr"] = _nanogpt_rate(step, config, len(batches))
         reference.zero_grad()
-        logits_BTV = reference(torch.tensor(inputs_BT), use_cache=False).logits
-        loss = _torch_losses(logits_BTV, targets_BT).mean()
+        loss = _torch_losses(reference, pair)[0].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         adamw.step()

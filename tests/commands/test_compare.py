@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxgpt.commands import compare
 from jaxgpt.interop import huggingface, torch_parity
+from jaxgpt.interop.huggingface import read_huggingface
 from jaxgpt.models import layers
 from jaxgpt.training import optimizer
 
@@ -86,11 +87,11 @@ def test_every_source_of_weights_is_compared(call, tmp_path, tiny_run, gpt2, sou
 
 def nan_weight(patch):
     def read(folder):
-        config, params = huggingface.read_huggingface(folder)
+        config, params = read_huggingface(folder)
         params["h"]["mlp"]["c_fc"]["bias"] *= np.nan
         return config, params
 
-    patch.setattr(compare, "read_huggingface", read)
+    patch.setattr(huggingface, "read_huggingface", read)
 
 
 def other_gelu(patch):
@@ -107,11 +108,11 @@ def other_epsilon(patch):
 
 def other_weight(patch):
     def read(folder):
-        config, params = huggingface.read_huggingface(folder)
+        config, params = read_huggingface(folder)
         params["h"]["mlp"]["c_fc"]["bias"] *= 1 + 1e-4
         return config, params
 
-    patch.setattr(compare, "read_huggingface", read)
+    patch.setattr(huggingface, "read_huggingface", read)
 
 
 def decayed_norms(patch):

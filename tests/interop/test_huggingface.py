@@ -19,7 +19,7 @@ from conftest import TEXT, finish, start_script
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jaxgpt import BPETokenizer, CharTokenizer, ModelConfig, load_run
+from jaxgpt import BPETokenizer, CharTokenizer, GPTConfig, load_run
 from jaxgpt.interop import huggingface
 from jaxgpt.interop.huggingface import (
     find_model,
@@ -68,7 +68,7 @@ def test_imported_weights_give_transformers_logits(tmp_path, activation):
     model = torch_gpt2.make(tmp_path, activation_function=activation)
     config, params = read_huggingface(tmp_path)
     assert read_tokenizer(tmp_path) is None
-    assert config == ModelConfig(
+    assert config == GPTConfig(
         block_size=16,
         vocab_size=300,
         n_layer=2,
@@ -129,7 +129,7 @@ def test_there_and_back_every_tensor_is_the_same(folder, tmp_path):
 @pytest.mark.parametrize("gelu", ["exact", "tanh"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_transformers_gives_an_exported_models_logits(tmp_path, bpe, gelu, bias):
-    config = ModelConfig(
+    config = GPTConfig(
         block_size=16,
         vocab_size=300,
         n_layer=2,
@@ -157,7 +157,7 @@ def test_transformers_tokenizes_as_the_run_did_and_so_do_we_again(tmp_path, bpe,
         "bpe": lambda: bpe,
         "gpt2": gpt2_tokenizer,
     }[name]()
-    config = ModelConfig(
+    config = GPTConfig(
         block_size=16, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=2
     )
     write_huggingface(tmp_path, config, random_params(config), tokenizer)
@@ -176,7 +176,7 @@ def test_transformers_tokenizes_as_the_run_did_and_so_do_we_again(tmp_path, bpe,
 
 def test_the_pipeline_of_transformers_writes_our_greedy_text(tmp_path):
     tokenizer = CharTokenizer.from_text(TEXT)
-    config = ModelConfig(
+    config = GPTConfig(
         block_size=32, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16
     )
     write_huggingface(tmp_path, config, random_params(config), tokenizer)
@@ -200,7 +200,6 @@ def test_the_pipeline_of_transformers_writes_our_greedy_text(tmp_path):
         ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx=True is not"),
         ({"scale_attn_weights": False}, "scale_attn_weights=False is not supported"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported"),
-        ({"n_inner": 17}, "n_inner=17 is not 4 x n_embd"),
         ({"n_head": 3}, "not divisible by n_head=3"),
         ({"n_embd": "16"}, r"config\.json: "),
         ({"n_layer": 3}, r"transformer\.h\.2\.ln_1\.weight is missing"),
@@ -223,9 +222,9 @@ def test_a_width_that_is_spelt_out_is_no_other_architecture(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", b"{", r"config\.json is damaged, or no JSON: "),
+        ("config.json", b"{", r"config\.json: "),
         ("config.json", b"{}", "it has no 'model_type'"),
-        ("config.json", b"[]", r"config\.json: expected a JSON object"),
+        ("config.json", b"[]", r"config\.json: "),
         ("model.safetensors", b"no tensors", "gpt2 has damaged weights"),
         ("tokenizer.json", b"{}", r"tokenizer\.json is not a tokenizer"),
         ("tokenizer.json", b"{", r"tokenizer\.json is not a tokenizer"),
@@ -238,9 +237,15 @@ def test_a_damaged_file_is_named(folder, name, content, message):
         (read_huggingface(folder), read_tokenizer(folder))
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../a"}}']
-)
+def test_an_index_leads_to_no_other_folder(folder):
+    (folder / "model.safetensors").rename(folder.parent / "a")
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"transformer.wte.weight": "../a"}}')
+    with pytest.raises(FileNotFoundError, match="has no a;"):
+        read_huggingface(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 3}'])
 def test_a_damaged_index_is_named(folder, content):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(content)
@@ -307,7 +312,7 @@ def test_a_tokenizer_of_words_is_not_taken_for_characters(folder):
 
 
 def test_a_rung_of_the_ladder_is_no_gpt2(tmp_path):
-    config = ModelConfig(architecture="bigram", vocab_size=3)
+    config = GPTConfig(architecture="bigram", vocab_size=3)
     with pytest.raises(ValueError, match="GPT-2 has no bigram model, only a gpt"):
         write_huggingface(tmp_path, config, {}, None)
 
