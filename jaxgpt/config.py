@@ -6,7 +6,6 @@ text on the command line.
 """
 
 import dataclasses
-import difflib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -37,14 +36,9 @@ def _is_instance(value: Any, annotation: Any) -> bool:
     if origin is types.UnionType:
         return any(_is_instance(value, choice) for choice in choices)
     if origin is tuple:
-        return isinstance(value, tuple) and all(
-            _is_instance(item, choices[0]) for item in value
-        )
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, annotation)
+        return isinstance(value, tuple) and all(isinstance(s, str) for s in value)
+    kinds = (int, float) if annotation is float else annotation
+    return isinstance(value, kinds) and (annotation is bool) == isinstance(value, bool)
 
 
 def _check(holds: bool, message: str) -> None:
@@ -339,43 +333,30 @@ class Config:
         Raises ValueError or TypeError that names the field when one is unknown or holds
         a value it cannot hold.
         """
-        kinds = typing.get_type_hints(cls)
-        _check_names("section", values, kinds)
-        built = {}
-        for name, section in values.items():
-            kind = kinds[name]
-            if name == "model":
-                kind, section = _kind_of_model(section)
-            _check_names(f"field of {name}", section, typing.get_type_hints(kind))
-            lists = {n: tuple(v) for n, v in section.items() if isinstance(v, list)}
-            built[name] = kind(**section | lists)
+        kinds: dict[str, Any] = typing.get_type_hints(cls) | {"model": _read_model}
+        built: dict[str, Any] = {}
+        for name, section in {**values}.items():
+            if name not in kinds:
+                raise ValueError(f"unknown section {name!r}")
+            lists = {n: tuple(v) for n, v in {**section}.items() if isinstance(v, list)}
+            built[name] = kinds[name](**section | lists)
         return cls(**built)
 
 
-def _kind_of_model(section: Any) -> tuple[Any, Any]:
-    """The class of a model's section, and of the section the fields it has.
+def _read_model(**section: Any) -> AnyModelConfig:
+    """The model's section, of the kind that its architecture says.
 
-    Once every kind had the GPT's, and those that it did not read at their defaults.
+    Once every kind had the GPT's fields, and those that it did not read at their
+    defaults, which are left out.
     """
     gpts = vars(GPTConfig())
-    if not isinstance(section, dict) or section.get("architecture", "gpt") == "gpt":
-        return GPTConfig, section
-    for kind in (LectureConfig, BigramConfig):
+    for kind in typing.get_args(AnyModelConfig):
         hints = typing.get_type_hints(kind)
-        if section["architecture"] in typing.get_args(hints["architecture"]):
-            return kind, {
+        if section.get("architecture", "gpt") in typing.get_args(hints["architecture"]):
+            fields = {
                 name: value
                 for name, value in section.items()
                 if name in hints or name not in gpts or value != gpts[name]
             }
+            return kind(**fields)
     raise ValueError(f"architecture={section['architecture']!r} is not known")
-
-
-def _check_names(kind: str, values: Any, known: dict[str, Any]) -> None:
-    if not isinstance(values, dict):
-        raise TypeError(f"expected a JSON object, found {values!r:.80}")
-    for name in values:
-        near = difflib.get_close_matches(name, known, n=1) or sorted(known)
-        _check(
-            name in known, f"unknown {kind} {name!r}; did you mean {', '.join(near)}?"
-        )

@@ -39,30 +39,38 @@ class Monitor(AbstractContextManager):
           started: when this session began, by `time.monotonic`.
         """
         self._curve = run_dir / CURVE
-        self._path = run_dir / METRICS
-        self._writes = is_first_process()
+        self._path = run_dir / METRICS if is_first_process() else Path(os.devnull)
         last = None
-        if self._writes:
+        if is_first_process():
             last = rewind(self._path, -1 if resumed_step is None else resumed_step)
         self._started = started - (last["elapsed_seconds"] if last else 0.0)
-        path = self._path if self._writes else Path(os.devnull)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
         self._config = config.train
         self._pending: tuple[int, Mapping[str, jax.Array], float] | None = None
         self._last_end = 0.0
         self._skipped = 0  # steps, until now
-        self._bar: Progress | None = None
-        if self._writes:
-            self._bar = _progress_bar(config.train.max_steps, resumed_step or 0)
+        console = Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            BarColumn(),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (console.is_terminal and is_first_process()),
+        )
+        self._task = self._bar.add_task(
+            "",
+            total=config.train.max_steps,
+            completed=resumed_step or 0,
+            figures="starting",
+        )
 
     def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._bar.stop()
         self._file.close()
 
     def train(
@@ -104,7 +112,7 @@ class Monitor(AbstractContextManager):
         self._sync()
         shown = (f"{name.replace('_', ' ')} {n:.4f}" for name, n in figures.items())
         self._say(f"step {step}: {', '.join(shown)}")
-        if step and self._writes:  # before it there is no curve
+        if step and is_first_process():  # before it there is no curve
             plot_losses(self._path, self._curve)
 
     def done(self, step: int, val_loss: float) -> None:
@@ -142,16 +150,14 @@ class Monitor(AbstractContextManager):
                 so_far = f"{skipped} of at most {self._config.max_skipped_steps}"
                 self._say(f"step {step} is skipped, {so_far}: {found}")
             figures = f"loss {values['loss']:.4f}  {rate:,.0f} tok/s"
-            if self._bar:
-                task = self._bar.task_ids[0]
-                self._bar.update(task, completed=step, figures=figures)
+            self._bar.update(self._task, completed=step, figures=figures)
             if step % self._config.log_interval == 0:
                 self._write("train", step, **values, tokens_per_second=rate)
-                if not self._bar:
+                if self._bar.disable:
                     log_line(f"step {step}/{self._config.max_steps}  {figures}")
 
     def _sync(self) -> None:
-        if self._writes:
+        if is_first_process():
             os.fsync(self._file.fileno())
 
     def _write(self, event: str, step: int, **values: float) -> None:
@@ -162,25 +168,10 @@ class Monitor(AbstractContextManager):
         self._file.flush()
 
     def _say(self, line: str) -> None:
-        if self._bar:
-            self._bar.console.print(line, markup=False)
-        else:
+        if self._bar.disable:
             log_line(line)
-
-
-def _progress_bar(max_steps: int, step: int) -> Progress | None:
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        return None
-    bar = Progress(
-        BarColumn(),
-        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    bar.add_task("", total=max_steps, completed=step, figures="starting")
-    return bar
+        else:
+            self._bar.console.print(line, markup=False)
 
 
 def not_finite(values: Mapping[str, float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from conftest import TEXT, finish, start_script
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jaxgpt import BPETokenizer, CharTokenizer, GPTConfig, load_run
+from jaxgpt import BigramConfig, BPETokenizer, CharTokenizer, GPTConfig, load_run
 from jaxgpt.interop import huggingface
 from jaxgpt.interop.huggingface import (
     find_model,
@@ -312,7 +312,7 @@ def test_a_tokenizer_of_words_is_not_taken_for_characters(folder):
 
 
 def test_a_rung_of_the_ladder_is_no_gpt2(tmp_path):
-    config = GPTConfig(architecture="bigram", vocab_size=3)
+    config = BigramConfig(vocab_size=3)
     with pytest.raises(ValueError, match="GPT-2 has no bigram model, only a gpt"):
         write_huggingface(tmp_path, config, {}, None)
 

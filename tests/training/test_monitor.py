@@ -126,7 +126,7 @@ def test_resuming_drops_a_torn_line_later_rows_and_the_end(tmp_path):
 def test_a_run_goes_on_whose_metrics_are_another_file(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_bytes(content)
     with session(tmp_path, resumed_step=4) as monitor:
-        monitor.eval(8, train_loss=2.0, val_loss=2.5)
+        monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5})
         monitor.done(8, 2.25)
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["event"] for row in rows] == ["eval", "done"]
