@@ -1,7 +1,5 @@
 """The transfers between devices of a compiled program, read from its HLO.
 
-The body of a loop counts as often as it runs.
-
 Source: openxla.org/xla/operation_semantics, for the operations.
 """
 
@@ -62,7 +60,7 @@ _Program = dict[str, _Computation]  # the one that is run is called ENTRY
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every transfer between devices in a compiled program, as each device runs it.
+    """Every transfer between devices in a compiled program, and how often it runs.
 
     Args:
       text: as `jax.stages.Compiled.as_text` gives it.

@@ -193,7 +193,8 @@ def _roofline(
     """The least time that a step can take, by the chip's published figures.
 
     It counts matrix products, and transfers between devices, but no memory traffic: a
-    step that HBM limits takes longer. A model without products has no such bound.
+    step that HBM limits takes longer. The utilisation can exceed 100%, since it counts
+    masked scores, of which attention in blocks leaves out some.
 
     Source: Williams et al. 2009, "Roofline: an insightful visual performance model",
     with the interconnect (ICI) in the place of memory.
