@@ -45,10 +45,10 @@ from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
     check_saves,
-    newest_whole,
     open_checkpoints,
     restore_state,
     save_state,
+    saved_steps,
 )
 from jaxgpt.training.diagnosis import explained
 from jaxgpt.training.evaluation import (
@@ -61,6 +61,7 @@ from jaxgpt.training.monitor import Monitor, check_finite
 from jaxgpt.training.objectives import Batch, next_token, validation_figure
 from jaxgpt.training.profile import profiled
 from jaxgpt.training.step import (
+    abstract_state,
     call_size,
     check_skipped,
     create_state,
@@ -122,15 +123,17 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         evaluate = partial(estimate, compile_estimate(objective, mesh), sources)
 
         folder = run_dir / CHECKPOINTS
-        resumed_step = newest_whole(folder) if resume else None
-        if resumed_step is None:
+        resumed_step = None
+        if resume and saved_steps(folder):
+            abstract = abstract_state(model, config, mesh)
+            state = restore_state(folder, "latest", abstract, resume=True)
+            check_skipped(state, config)
+            resumed_step = int(state.step)
+            log_line(f"resuming {run_dir} from step {resumed_step}, by its own config")
+        else:
             state = create_state(model, config, mesh, load_start(config, mesh))
             if resume:
                 log_line(f"{run_dir} has no checkpoint; it begins at step 0")
-        else:
-            state = restore_state(folder, resumed_step, model, config, mesh)
-            check_skipped(state, config)
-            log_line(f"resuming {run_dir} from step {resumed_step}, by its own config")
         if not resume:
             clear_run(run_dir)  # only now that the new one can begin
         step, last_step = resumed_step or 0, config.train.max_steps
@@ -164,7 +167,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                 """Saves between evaluations, where the parameters still give a loss."""
                 monitor.flush()
                 check_finite(step, evaluate(state.params, batches=1))
-                save_state(checkpoints, state, val_loss=None)
+                save_state(checkpoints, state, None)
 
             with exits.deferred_interrupts() as asked:
                 agree = agreement()

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -32,28 +32,24 @@ from jaxgpt.parallel.mesh import on_host, one_device, placed
 from jaxgpt.parallel.processes import any_failed, highest, wait_for_all
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
-    ALL_PARTS,
     CHECKPOINTS,
-    check_shapes,
-    find_step,
-    has_progress,
-    restore_params,
+    best_figure,
+    find_steps,
     restore_state,
-    val_loss,
 )
 from jaxgpt.training.monitor import CURVE, METRICS
-from jaxgpt.training.step import TrainState
+from jaxgpt.training.record import check_shapes, shapes
+from jaxgpt.training.step import TrainState, abstract_state
 
+FORMAT = 2  # of the directory, in config.json; what has none is of 1, and is read too
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 LOCK = "lock"
 ATTENTION = "attention.png"
 BLOWUP = "blowup"
 PROFILE = "profile"
-_OWN = (
-    *(CONFIG, TOKENIZER, CHECKPOINTS, METRICS, CURVE, LOCK, ATTENTION),
-    *(BLOWUP, PROFILE),
-)
+# All of a run but the lock; the config makes it one, and goes last when it is deleted.
+_OWN = (CHECKPOINTS, BLOWUP, PROFILE, TOKENIZER, METRICS, CURVE, ATTENTION, CONFIG)
 
 
 @dataclass(frozen=True)
@@ -92,29 +88,28 @@ def load_run(
             f"{run_dir / TOKENIZER} has {tokenizer.vocab_size} tokens, the model "
             f"{config.model.vocab_size}; is it another run's?"
         )
-    if mesh is None:
-        mesh = one_device()
+    mesh = mesh or one_device()
     model = build_model(config.model, platform_of(mesh))
-    shapes = placed(parameter_shapes(config.model), mesh)
-    checkpoints = _checkpoints(run_dir)
-    step = find_step(checkpoints, checkpoint)
-    params = restore_params(checkpoints, step, shapes)
-    return Run(config, tokenizer, model, params, step)
+    params = placed(parameter_shapes(config.model), mesh)
+    asked = TrainState(jnp.array(0), params, None)
+    state = restore_state(run_dir / CHECKPOINTS, checkpoint, asked)
+    return Run(config, tokenizer, model, state.params, int(state.step))
 
 
 def load_start(config: Config, mesh: Mesh) -> Any:
     """The parameters that `train.init_from` names, cropped to block_size, or None.
 
-    They are placed on the mesh.
-
-    Raises ValueError that names the first of another shape than the config's.
+    They are placed on the mesh. Raises ValueError that names the first of another shape
+    than the config's.
     """
     if not config.train.init_from:
         return None
     checkpoint = Path(config.train.init_from)
     run = load_run(checkpoint.parent.parent, checkpoint.name, mesh)
     params = crop_block_size(run.params, config.model.block_size)
-    check_shapes(params, parameter_shapes(config.model), str(checkpoint))
+    check_shapes(
+        shapes(params), shapes(parameter_shapes(config.model)), str(checkpoint)
+    )
     return params
 
 
@@ -123,21 +118,10 @@ def crop_block_size(params: Any, block_size: int) -> Any:
 
     Source: nanoGPT model.py, crop_block_size.
     """
-    cropped = dict(params)
-    for name in ("wpe", "position_embedding"):
-        if name in params:
-            table = params[name]["embedding"]
-            cropped[name] = {"embedding": table[:block_size]}
-    return cropped
-
-
-def _checkpoints(run_dir: Path) -> Path:
-    if not (run_dir / CHECKPOINTS).is_dir():
-        raise FileNotFoundError(
-            f"{run_dir} has no {CHECKPOINTS} folder yet; finish the run with "
-            f"`python train.py --out-dir {run_dir} --resume`"
-        )
-    return run_dir / CHECKPOINTS
+    tables = {"wpe", "position_embedding"} & params.keys()
+    return dict(params) | {
+        name: {"embedding": params[name]["embedding"][:block_size]} for name in tables
+    }
 
 
 def saved_tokenizer(run_dir: Path) -> Tokenizer | None:
@@ -149,13 +133,11 @@ def saved_tokenizer(run_dir: Path) -> Tokenizer | None:
 def own_tokenizer(run_dir: Path, config: Config) -> Tokenizer | None:
     """The tokenizer of a run that goes on; None if its text is still to tell it.
 
-    Raises ValueError if that text would tell it wrong: for a run that was imported, and
-    has not seen a corpus yet.
+    Raises ValueError if that would tell it wrong, for a run imported without corpus.
     """
-    tokenizer, data = saved_tokenizer(run_dir), config.data
-    imported = not data.sha256
-    if not tokenizer and imported:
-        check_readable(run_dir, data)
+    tokenizer = saved_tokenizer(run_dir)
+    if not tokenizer and not config.data.sha256:
+        check_readable(run_dir, config.data)
     return tokenizer
 
 
@@ -188,27 +170,21 @@ def load_state(
     The state's opt_state is None where only parameters were imported. Raises as
     `load_run` does.
     """
-    config = load_config(run_dir)
-    mesh = on_host()
-    checkpoints = _checkpoints(run_dir)
-    step = find_step(checkpoints, checkpoint, ALL_PARTS)
-    if has_progress(checkpoints, step):
-        model = build_model(config.model, platform_of(mesh))
-        state = restore_state(checkpoints, step, model, config, mesh)
-    else:
-        run = load_run(run_dir, step, mesh)
-        state = TrainState(jnp.asarray(step), run.params, None)
-    return config, state, val_loss(checkpoints, find_step(checkpoints, "best"))
+    config, mesh, folder = load_config(run_dir), on_host(), run_dir / CHECKPOINTS
+    model = build_model(config.model, platform_of(mesh))
+    state = restore_state(folder, checkpoint, abstract_state(model, config, mesh))
+    return config, state, best_figure(folder)
 
 
 def find_checkpoint(run_dir: Path, which: str | int) -> Path:
     """The absolute folder of a run's checkpoint: "best", "latest" or a step.
 
-    Raises OSError or ValueError that says what there is instead.
+    It may turn out damaged when it is loaded. Raises OSError or ValueError that says
+    what there is instead.
     """
     load_config(run_dir)
-    step = find_step(_checkpoints(run_dir), which)
-    return run_dir.resolve() / CHECKPOINTS / str(step)
+    folder = run_dir.resolve() / CHECKPOINTS
+    return folder / str(find_steps(folder, which)[0])
 
 
 def has_run(run_dir: Path) -> bool:
@@ -224,21 +200,16 @@ def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]
     a run that is neither to be resumed nor to be overwritten, files that are not a
     run's, or a training that is going on.
     """
-    if is_first_process():
+    token = 0
+    with ExitStack() as held:
         try:
-            lock = _claim(run_dir, resume=resume, overwrite=overwrite)
-        except Exception:
-            highest(0)
-            raise
-        with lock:
-            token = secrets.randbelow(2**31 - 1) + 1
-            lock.write(str(token))
-            lock.flush()
-            os.fsync(lock.fileno())
-            _check_shared(run_dir, int(highest(token)))
-            yield
-    else:
-        token = int(highest(0))
+            if is_first_process():
+                lock = held.enter_context(_claim(run_dir, resume or overwrite))
+                token = secrets.randbelow(2**31 - 1) + 1
+                print(token, end="", file=lock, flush=True)
+                os.fsync(lock.fileno())
+        finally:
+            token = int(highest(token))
         if not token:
             raise FileExistsError(f"process 0 could not claim {run_dir}, and says why")
         _check_shared(run_dir, token)
@@ -247,36 +218,36 @@ def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]
 
 def _check_shared(run_dir: Path, token: int) -> None:
     """Raises FileNotFoundError unless all processes see the same run directory."""
-    lock, seen = run_dir / LOCK, False
-    for wait in (0, 1, 4, 10):  # a network's file system may take its time
+    lock = run_dir / LOCK
+
+    def seen(wait: int) -> bool:
         time.sleep(wait)
-        seen = lock.exists() and lock.read_text(encoding="utf-8") == str(token)
-        if seen:
-            break
-    if any_failed(not seen):
+        return lock.exists() and lock.read_text(encoding="utf-8") == str(token)
+
+    # A network's file system may take its time.
+    if any_failed(not any(map(seen, (0, 1, 4, 10)))):
         raise FileNotFoundError(
             f"{run_dir} is not the same directory for all processes; give an --out-dir "
             "on a file system that they share"
         )
 
 
-def _claim(run_dir: Path, *, resume: bool, overwrite: bool) -> IO[str]:
+def _claim(run_dir: Path, may_hold_one: bool) -> IO[str]:
     """The lock of the run directory, held until it is closed."""
-    found = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else set()
-    if run_dir.exists() and not run_dir.is_dir():
+    if run_dir.is_file():
         raise FileExistsError(f"{run_dir} is a file; choose another directory")
+    found = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
     ours = {LOCK, CHECKPOINTS} & found  # others have a config.json too
+    expected = {LOCK, *_OWN} if ours else set()
     if ours and {CONFIG, CHECKPOINTS} & found:
-        if not (resume or overwrite):
+        if not may_hold_one:
             raise FileExistsError(
                 f"{run_dir} already holds a run; go on with `train.py --resume`, "
                 "replace it with --overwrite, or choose another directory"
             )
-    elif foreign := sorted(
-        name for name in found - set(_OWN if ours else ()) if not name.endswith(ASIDE)
-    ):
+    elif foreign := {n for n in found - expected if not n.endswith(ASIDE)}:
         raise FileExistsError(
-            f"{run_dir} is not a run, it has {foreign[0]}; choose another directory"
+            f"{run_dir} is not a run, it has {min(foreign)}; choose another directory"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = (run_dir / LOCK).open("w")
@@ -298,30 +269,21 @@ def _claim(run_dir: Path, *, resume: bool, overwrite: bool) -> IO[str]:
 def clear_run(run_dir: Path) -> None:
     """Deletes the run's own files, the config last; others stay as they are."""
     if is_first_process():
-        _clear_run(run_dir)
+        for path in (run_dir / name for name in _OWN):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     wait_for_all("clear")
-
-
-def _clear_run(run_dir: Path) -> None:
-    checkpoints = run_dir / CHECKPOINTS
-    if checkpoints.is_symlink():
-        checkpoints.unlink()
-    elif checkpoints.exists():
-        shutil.rmtree(checkpoints)
-    for folder in (BLOWUP, PROFILE):
-        shutil.rmtree(run_dir / folder, ignore_errors=True)
-    for name in (TOKENIZER, METRICS, CURVE, ATTENTION, CONFIG):
-        (run_dir / name).unlink(missing_ok=True)
 
 
 def save_config(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
     """Writes config.json and tokenizer.json, the config last: it makes the run one."""
-    if not is_first_process():
-        return
-    if tokenizer:
-        replace_file(run_dir / TOKENIZER, tokenizer.save)
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
-    replace_file(run_dir / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    text = json.dumps({"format": FORMAT} | config.to_dict(), indent=2) + "\n"
+    if is_first_process():
+        if tokenizer:
+            replace_file(run_dir / TOKENIZER, tokenizer.save)
+        replace_file(run_dir / CONFIG, lambda path: path.write_text(text, "utf-8"))
 
 
 def load_config(run_dir: Path) -> Config:
@@ -333,9 +295,13 @@ def load_config(run_dir: Path) -> Config:
             "`python train.py --out-dir DIR` and `python -m jaxgpt import`"
         )
     try:
-        return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        newer = isinstance(values, dict) and values.pop("format", 1) > FORMAT
+        if not newer:
+            return Config.from_dict(values)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a config of jaxgpt: {error}; mend it, or bring it back "
             "from a copy"
         ) from error
+    raise ValueError(f"{run_dir} was made by a newer jaxgpt; update this one")

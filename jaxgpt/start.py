@@ -9,6 +9,7 @@ import logging
 import mmap
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,13 +103,11 @@ def fused_products() -> dict[str, str] | None:
 def _tell_unraisable(unraisable: Any) -> None:
     """Prints what Python can't raise, as it would, but for two kinds.
 
-    `plain_errors` raises an interrupt again; and where one of a save's files finds no
-    room, Orbax does not wait for the others.
+    `plain_errors` raises an interrupt again; and where one of a checkpoint's files
+    can't be written or read, Orbax does not wait for the others.
     """
-    error = unraisable.exc_value
-    expected = isinstance(error, KeyboardInterrupt) or (
-        "Event loop is closed" in str(error)
-    )
+    error, of_orbax = unraisable.exc_value, r"Event loop is closed|error while reading"
+    expected = isinstance(error, KeyboardInterrupt) or re.search(of_orbax, str(error))
     if not expected:
         sys.__unraisablehook__(unraisable)
 

@@ -1,6 +1,7 @@
 """What all tests share: a cache, 8 CPU devices, a small corpus and a tiny model."""
 
 import dataclasses
+import logging
 import os
 import re
 import subprocess
@@ -40,6 +41,8 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAXGPT_CACHE"] + "/xl
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 # Most run once: LLVM would take longer than it saves. Scripts run as a user's do.
 jax.config.update("jax_disable_most_optimizations", True)
+# As in `start`: if several files can't be read or written, it logs all but one.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 TEXT = "".join(
     f"{word} tells a tale of {n} winters.\n"

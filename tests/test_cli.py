@@ -188,7 +188,7 @@ def test_a_start_needs_a_run(tmp_path, run_dir):
         FileNotFoundError, match=r"is not a run: it has no config\.json"
     ):
         parse_arguments(["smoke", "--init-from", str(tmp_path / "nowhere")])
-    with pytest.raises(FileNotFoundError, match="has no checkpoints folder"):
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
         parse_arguments(["smoke", "--init-from", str(run_dir)])
     with pytest.raises(ValueError, match="is one of --init-from's run; give that"):
         parse_arguments(["smoke", "--checkpoint", "latest"])

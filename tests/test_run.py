@@ -1,3 +1,5 @@
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -142,6 +144,22 @@ def test_a_state_comes_with_the_runs_best_loss_whichever_step_it_is_of(run_dir):
         assert (config, int(state.step), val_loss) == (TINY, step, 1.0)
 
 
+def test_a_run_of_a_newer_version_is_refused_and_one_of_the_first_is_read(run_dir):
+    path = run_dir / "config.json"
+    config = json.loads(path.read_text())
+    assert next(iter(config)) == "format"
+    path.write_text(json.dumps(config | {"format": config["format"] + 1}))
+    with pytest.raises(ValueError, match=r"made by a newer jaxgpt; update"):
+        load_run(run_dir)
+    for odd in ("two", None):
+        path.write_text(json.dumps(config | {"format": odd}))
+        with pytest.raises(ValueError, match=r"config\.json is not a config of jaxgpt"):
+            load_run(run_dir)
+    del config["format"]
+    path.write_text(json.dumps(config))
+    assert load_run(run_dir).config == TINY
+
+
 def test_what_a_run_lacks_is_named(run_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"not a run: it has no config\.json"):
         load_run(tmp_path / "nowhere")
@@ -155,5 +173,5 @@ def test_what_a_run_lacks_is_named(run_dir, tmp_path):
         load_run(run_dir)
     (run_dir / "checkpoints").rename(tmp_path / "elsewhere")
     save_config(run_dir, TINY, TOKENIZER)
-    with pytest.raises(FileNotFoundError, match="has no checkpoints folder"):
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
         load_run(run_dir)

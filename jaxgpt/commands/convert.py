@@ -23,12 +23,7 @@ from jaxgpt.run import (
 )
 from jaxgpt.text import pretrained, tinyshakespeare
 from jaxgpt.text.tokenizer import CharTokenizer, Tokenizer, fits
-from jaxgpt.training.checkpoint import (
-    CHECKPOINTS,
-    open_checkpoints,
-    save_params,
-    save_state,
-)
+from jaxgpt.training.checkpoint import CHECKPOINTS, open_checkpoints, save_state
 from jaxgpt.training.step import TrainState
 
 Format = Literal["nanogpt", "huggingface"]
@@ -87,10 +82,7 @@ def import_(
         aside = run_dir / f"{CHECKPOINTS}{ASIDE}"
         shutil.rmtree(aside, ignore_errors=True)
         with open_checkpoints(aside) as checkpoints:
-            if state.opt_state is None:
-                save_params(checkpoints, int(state.step), state.params)
-            else:
-                save_state(checkpoints, state, val_loss)
+            save_state(checkpoints, state, val_loss)
         clear_run(run_dir)  # only now that the new one is there
         aside.rename(run_dir / CHECKPOINTS)
         save_config(run_dir, config, found)

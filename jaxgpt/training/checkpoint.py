@@ -1,74 +1,54 @@
 """Checkpoints through Orbax: the best and the latest two, saved in the background.
 
 A checkpoint has two parts: `params`, which generation reads alone, and `progress`, what
-a resume needs besides. `digests.json` in it has the size and the SHA-256 of every file
-of both; without it, or where a file differs, nothing of the checkpoint is used.
+a resume needs besides. Its record has a checksum of every array: one that is restored
+with another is never used.
 """
 
-import hashlib
-import json
-import os
+import math
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-from jaxgpt.config import Config
 from jaxgpt.files import is_first_process, log_line
-from jaxgpt.parallel.processes import (
-    any_failed,
-    process_share,
-    several_processes,
-    wait_for_all,
-)
+from jaxgpt.parallel.processes import any_failed, several_processes, wait_for_all
 from jaxgpt.start import give_back_memory
-from jaxgpt.training.step import TrainState, abstract_state
+from jaxgpt.training.record import (
+    check_shapes,
+    checksums,
+    make_record,
+    read_record,
+    shapes,
+)
+from jaxgpt.training.step import TrainState
 
 CHECKPOINTS = "checkpoints"
-_DIGESTS = "digests.json"
-_METRICS = "metrics"
-_DAMAGED = ".damaged"  # suffix of what `newest_whole` sets aside
-ALL_PARTS = ("params", "progress", _METRICS)
-_TO_READ = ("params", _METRICS)
-_WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")  # by Orbax, of no use
+
+
+class _DamageError(ValueError):
+    """A checkpoint is not as it was saved."""
 
 
 @contextmanager
 def open_checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints in `folder`, to add to; leaves once all are saved.
 
-    Makes the folder if need be, and clears it of saves that were cut off. Raises
-    OSError if a save fails.
+    Makes the folder, and clears it of saves cut off. Raises OSError if a save fails.
     """
-    policy = checkpoint_managers.AnyPreservationPolicy(
-        [
-            checkpoint_managers.LatestN(2),  # should the last turn out damaged
-            checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: -metrics["val_loss"],
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
-    )
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy,
-        best_fn=lambda metrics: metrics["val_loss"],
-        best_mode="min",
+        preservation_policy=_BestAndLatestTwo(folder),
         cleanup_tmp_directories=True,
-        async_options=ocp.AsyncOptions(
-            post_finalization_callback=partial(_write_digests, folder)
-        ),
+        lightweight_initialize=True,  # metadata of damaged checkpoints is not read
     )
-    checkpoints = _manager(folder, options)
+    checkpoints = ocp.CheckpointManager(folder.absolute(), options=options)
     try:
         yield checkpoints
     finally:
@@ -76,194 +56,58 @@ def open_checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
             checkpoints.close()
 
 
-def _read_only(folder: Path) -> ocp.CheckpointManager:
-    return _manager(folder, ocp.CheckpointManagerOptions(create=False))
+@dataclass(frozen=True)
+class _BestAndLatestTwo(checkpoint_managers.PreservationPolicy):
+    """What Orbax keeps; the last but one too, as the last might turn out damaged."""
 
+    folder: Path
 
-def _manager(
-    folder: Path, options: ocp.CheckpointManagerOptions
-) -> ocp.CheckpointManager:
-    handlers = {
-        part: ocp.StandardCheckpointHandler() for part in ("params", "progress")
-    }
-    with _naming_damage(folder):
-        return ocp.CheckpointManager(
-            folder.absolute(), options=options, item_handlers=handlers
-        )
-
-
-def _write_digests(folder: Path) -> None:
-    """Completes the checkpoint that is being saved, before it gets its name."""
-    for saved in folder.glob("*.orbax-checkpoint-tmp*"):
-        paths = sorted(
-            path
-            for path in saved.rglob("*")
-            if path.is_file() and path.name not in _WRITTEN_LAST
-        )
-        names = [path.relative_to(saved).as_posix() for path in paths]
-        sizes = [path.stat().st_size for path in paths]
-        digests = zip(sizes, _sha256s(paths), strict=True)
-        content = json.dumps(dict(zip(names, digests, strict=True)), indent=0)
-        (saved / _DIGESTS).write_text(content, encoding="utf-8")
-
-
-def _sha256s(paths: list[Path]) -> Iterator[str]:
-    def sha256(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        yield from threads.map(sha256, paths)
-
-
-def _check(saved: Path, parts: tuple[str, ...]) -> None:
-    """Raises ValueError if a file of the checkpoint is not what was saved.
-
-    All files must be there; of those in `parts` every byte is read. Several processes
-    share the reading, and all raise if one does.
-    """
-    fault = _fault(saved, parts, process_share)
-    if any_failed(bool(fault)):
-        raise ValueError(f"{saved} is damaged: {fault or 'another process has found'}")
-
-
-def _fault(
-    saved: Path,
-    parts: tuple[str, ...],
-    own: Callable[[list[str]], list[str]] = lambda names: names,
-) -> str:
-    """What is wrong with the checkpoint, or "".
-
-    Of the files in `parts` every byte is read, of those that `own` picks.
-    """
-    path = saved / _DIGESTS
-    if not path.is_file():
-        return f"it has no {_DIGESTS}, as each has that was saved whole"
-    try:
-        expected = json.loads(path.read_text(encoding="utf-8"))
-        if "params/_METADATA" not in expected:
-            return f"{_DIGESTS} is not as it was written"
-        for name, (size, _) in expected.items():
-            if not (saved / name).is_file():
-                return f"{name} is missing"
-            if (found := (saved / name).stat().st_size) != size:
-                return f"{name} has {found:,} bytes, not {size:,}"
-        names = own([name for name in expected if name.split("/")[0] in parts])
-        digests = _sha256s([saved / name for name in names])
-        for name, digest in zip(names, digests, strict=True):
-            if digest != expected[name][1]:
-                return f"{name} is not what was saved, its SHA-256 differs"
-    except (ValueError, TypeError, AttributeError):
-        return f"{_DIGESTS} is not as it was written"
-    return ""
-
-
-def _steps(folder: Path) -> list[int]:
-    names = (path.name for path in folder.iterdir() if path.is_dir())
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def newest_whole(folder: Path) -> int | None:
-    """The step to resume from, None without a checkpoint; damaged ones are set aside.
-
-    Every byte of the newest is read, and if it is damaged of the one before, and so on.
-    Of those older than the newest whole one, which are read again if they are used, the
-    files and the losses are looked at. Raises ValueError that lists all if none is
-    whole.
-    """
-    steps, faults, whole = _steps(folder) if folder.is_dir() else [], {}, None
-    for step in reversed(steps):
-        try:
-            _check(folder / str(step), ALL_PARTS if whole is None else (_METRICS,))
-            whole = step if whole is None else whole
-        except ValueError as error:
-            faults[step] = str(error)
-    if steps and whole is None:
-        raise ValueError(
-            f"none of the checkpoints is whole: {'; '.join(faults.values())}. Bring "
-            f"one back from a copy, or move {folder} away to begin at step 0"
-        )
-    for step, fault in faults.items():
-        log_line(f"{fault}; it is set aside as {step}{_DAMAGED}")
-        if is_first_process():
-            aside = folder / f"{step}{_DAMAGED}"
-            shutil.rmtree(aside, ignore_errors=True)  # the same step's, of before
-            (folder / str(step)).rename(aside)
-    wait_for_all("set aside")
-    return whole
-
-
-@contextmanager
-def _naming_damage(path: Path) -> Iterator[None]:
-    """Turns what Orbax raises on damaged files into an error that names the path."""
-    try:
-        yield
-    except Exception as error:
-        if _tells_of_others(error):
-            raise
-        raise ValueError(
-            f"{path} is damaged ({_reason(error)}); move it away to go on from another"
-        ) from error
-
-
-@contextmanager
-def _telling_of_room() -> Iterator[None]:
-    """Turns what a failed save raises into an error that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        if _tells_of_others(error):
-            raise
-        raise OSError(
-            f"a checkpoint could not be saved ({_reason(error)}); those from before "
-            "are kept. Make room, if that is it, and go on with --resume"
-        ) from error
-
-
-def _tells_of_others(error: Exception) -> bool:
-    """Whether the error is of the run's other processes, and not of files."""
-    lost = (RuntimeError, TimeoutError, AssertionError)
-    return several_processes() and isinstance(error, lost)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        *before, last = checkpoints
+        figures = _figures(self.folder, [info.step for info in before], math.inf)
+        figures[last.step] = last.metrics["figure"]  # whose record is not written yet
+        kept = {_best_first(figures)[0], *list(figures)[-2:]}
+        return [step in kept for step in figures]
 
 
 def save_state(
-    checkpoints: ocp.CheckpointManager, state: TrainState, val_loss: float | None
+    checkpoints: ocp.CheckpointManager, state: TrainState, figure: float | None
 ) -> None:
     """Starts to save `state`; returns once the arrays are copied.
 
     Args:
       checkpoints: as `open_checkpoints` gives them.
-      state: of training.
-      val_loss: of these very parameters; None if they were not evaluated, and the
-        checkpoint then never counts as the best.
+      state: of training; of parameters only where its opt_state is None.
+      figure: the objective's validation figure of these very parameters, lower is
+        better; None if they were not evaluated, and the checkpoint then never counts as
+        the best.
 
     Raises OSError if the save before has failed.
     """
-    metrics = None if val_loss is None else {"val_loss": val_loss}
-    parts = {"params": state.params, "progress": _progress(state)}
-    _save(checkpoints, int(state.step), parts, metrics)
+    step, parts = int(state.step), _parts(state)
+    args = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
+    record = make_record(parts, math.inf if figure is None else figure)
+    with _telling_of_room():
+        if not checkpoints.save(
+            step,
+            args=ocp.args.Composite(**args),
+            metrics=record,  # which only the policy reads
+            custom_metadata=record,
+        ):
+            raise ValueError(f"there is a checkpoint of a step after {step}")
 
 
 def save_params(checkpoints: ocp.CheckpointManager, step: int, params: Any) -> None:
     """Starts to save parameters that have no optimizer state, of another program's."""
-    _save(checkpoints, step, {"params": params})
+    save_state(checkpoints, TrainState(jnp.asarray(step), params, None), None)
 
 
-def _save(
-    checkpoints: ocp.CheckpointManager,
-    step: int,
-    parts: dict[str, Any],
-    metrics: dict[str, float] | None = None,
-) -> None:
-    args = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
-    with _telling_of_room():
-        saves = checkpoints.save(step, args=ocp.args.Composite(**args), metrics=metrics)
-        if not saves:
-            raise ValueError(f"there is a checkpoint of a step after {step}")
+def _parts(state: TrainState) -> dict[str, Any]:
+    if state.opt_state is None:
+        return {"params": state.params}
+    names = ("step", "opt_state", "skipped")
+    progress = {name: getattr(state, name) for name in names}
+    return {"params": state.params, "progress": progress}
 
 
 def check_saves(checkpoints: ocp.CheckpointManager, saved: int | None) -> int | None:
@@ -275,155 +119,152 @@ def check_saves(checkpoints: ocp.CheckpointManager, saved: int | None) -> int | 
         if checkpoints.is_saving_in_progress():
             return saved
         checkpoints.wait_until_finished()  # raises what the save has left
-    newest = checkpoints.latest_step()
-    if newest != saved:
+    if (newest := checkpoints.latest_step()) != saved:
         give_back_memory()
     return newest
 
 
-def has_progress(folder: Path, step: int) -> bool:
-    """Whether the checkpoint was saved with what a resume needs besides parameters."""
-    return (folder / str(step) / "progress").is_dir()
+@contextmanager
+def _telling_of_room() -> Iterator[None]:
+    """Turns what a failed save raises into an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        lost = (RuntimeError, TimeoutError, AssertionError)
+        if several_processes() and isinstance(error, lost):
+            raise  # it is of the run's other processes, and not of files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"a checkpoint could not be saved ({reason}); those from before are kept. "
+            "Make room, if that is it, and go on with --resume"
+        ) from error
 
 
 def restore_state(
-    folder: Path, step: int, model: nn.Module, config: Config, mesh: Mesh
+    folder: Path, which: str | int, abstract: TrainState, *, resume: bool = False
 ) -> TrainState:
-    """Reads the state saved at `step`, placed on the mesh.
-
-    Raises ValueError if it has parameters only, or names the first of another shape
-    than the config's.
-    """
-    if not has_progress(folder, step):
-        raise ValueError(
-            f"{folder / str(step)} has parameters but no optimizer state; start a new "
-            "run from them with --init-from"
-        )
-    abstract = abstract_state(model, config, mesh)
-    parts = {"params": abstract.params, "progress": _progress(abstract)}
-    saved = _restore(folder, step, parts)
-    state = TrainState(params=saved["params"], **saved["progress"])
-    if state.step != step:
-        raise ValueError(
-            f"{folder / str(step)} is of step {state.step}; give it its name back"
-        )
-    return state
-
-
-def restore_params(folder: Path, step: int, abstract: Any) -> Any:
-    """Reads the parameters saved at `step`, without the optimizer's state.
-
-    Args:
-      folder: of the checkpoints.
-      step: one that `find_step` has found whole.
-      abstract: the parameters' shapes, dtypes and shardings.
-
-    Raises ValueError that names the first parameter of another shape.
-    """
-    return _restore(folder, step, {"params": abstract})["params"]
-
-
-def _restore(folder: Path, step: int, parts: dict[str, Any]) -> Any:
-    saved = folder / str(step)
-    with _read_only(folder) as checkpoints:
-        with _naming_damage(saved):
-            metadata = checkpoints.item_metadata(step)["params"]
-        check_shapes(metadata, parts["params"], str(saved))
-        asked = {
-            name: ocp.args.StandardRestore(abstract) for name, abstract in parts.items()
-        }
-        with _naming_damage(saved):
-            return checkpoints.restore(step, args=ocp.args.Composite(**asked))
-
-
-def find_step(folder: Path, which: str | int, parts: tuple[str, ...] = _TO_READ) -> int:
-    """The step of checkpoint "best", "latest" or a number.
+    """Reads a checkpoint, placed as `abstract` is.
 
     A damaged one is told of, and instead of the best or the latest the next best, or
-    the one before, is taken. Where no checkpoint was evaluated, the best is the latest.
+    the one before, is taken. Where none was evaluated, the best is the latest.
 
     Args:
       folder: of the checkpoints.
-      which: as on the command line.
-      parts: those of which every byte is checked.
+      which: "best", "latest" or a step.
+      abstract: shapes, dtypes and shardings. If its opt_state is None, parameters only
+        are read; the result's is None if only they were saved.
+      resume: requires an opt_state, and renames damaged checkpoints, so that their
+        steps can be saved again.
 
-    Raises ValueError that lists the steps there are, or what is wrong with those tried.
+    Raises ValueError that lists the steps there are, or what is wrong with them, or
+    that names the first parameter of another shape.
     """
-    steps, faults = _steps(folder), []
-    if not steps:
+    faults = {}
+    for step in find_steps(folder, which):
+        try:
+            parts = _restore(folder / str(step), _parts(abstract))
+            break
+        except _DamageError as error:
+            faults[step] = str(error)
+    else:
+        other = f"move {folder} away to begin at step 0" if resume else "take another"
+        listed = "; ".join(faults.values())
+        raise ValueError(f"{listed}; bring it back from a copy, or {other}")
+    saved = folder / str(step)
+    if resume and "progress" not in parts:
+        raise ValueError(
+            f"{saved} has parameters but no optimizer state; start a new run from them "
+            "with --init-from"
+        )
+    progress = parts.get("progress", {"step": jnp.asarray(step), "opt_state": None})
+    if (inside := progress["step"]) != step:
+        raise ValueError(f"{saved} is of step {inside}; give it its name back")
+    for damaged, fault in faults.items():
+        aside = folder / f"{damaged}.damaged"
+        instead = f"set aside as {aside.name}" if resume else "left out"
+        log_line(f"{fault}; it is {instead}, and step {step} taken instead")
+        if resume and is_first_process():
+            shutil.rmtree(aside, ignore_errors=True)  # the same step's, of before
+            (folder / str(damaged)).rename(aside)
+    wait_for_all("restored")
+    return TrainState(params=parts["params"], **progress)
+
+
+def _restore(saved: Path, parts: dict[str, Any]) -> dict[str, Any]:
+    """Those of the parts that were saved; raises _DamageError in every process."""
+    with _alike(saved):
+        record = read_record(saved)
+    check_shapes(record["shapes"], shapes(parts["params"]), str(saved))
+    handler, restored = ocp.StandardCheckpointHandler(), {}  # which waits for no other
+    with _alike(saved):
+        for name in [name for name in parts if name in record["parts"]]:
+            asked, part = ocp.args.StandardRestore(parts[name]), saved.absolute() / name
+            restored[name] = handler.restore(part, args=asked)
+    if "checksums" not in record:
+        log_line(f"{saved} is of an older version, and was not checked for damage")
+        return restored
+    for name, number in checksums(restored).items():
+        if number != record["checksums"].get(name):
+            raise _DamageError(f"{saved} is damaged ({name} is not what was saved)")
+    return restored
+
+
+@contextmanager
+def _alike(saved: Path) -> Iterator[None]:
+    """Turns what fails in one process into a _DamageError in every one."""
+    failed = None
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):  # which is not the files' fault
+        raise
+    except Exception as error:
+        failed = error
+    if any_failed(failed is not None):
+        reason = str(failed or "another process can't read it")
+        reason = reason.split(":")[0]  # where TensorStore goes on with its drivers
+        raise _DamageError(f"{saved} is damaged ({reason})") from failed
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of all checkpoints, whole or not."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(p.name) for p in paths if p.name.isdecimal() and p.is_dir())
+
+
+def find_steps(folder: Path, which: str | int) -> list[int]:
+    """The step of checkpoint "best", "latest" or a number, then those to try after it.
+
+    The best begin with those whose figure can't be read, so that this is told. Raises
+    ValueError that lists the steps there are.
+    """
+    if not (steps := saved_steps(folder)):
         raise FileNotFoundError(
             f"{folder} has no checkpoint yet; train for longer, or start again with "
             "--resume"
         )
     if which == "latest":
-        tried = steps[::-1]
-    elif which == "best":
-        tried = sorted(steps, key=lambda step: (_rank(folder, step), -step))
-    elif str(which).isdecimal() and int(which) in steps:
-        tried = [int(which)]
-    else:
-        raise ValueError(
-            f"checkpoint {which!r} is not one of: best, latest, "
-            + ", ".join(map(str, steps))
-        )
-    for step in tried:
-        try:
-            _check(folder / str(step), parts)
-        except ValueError as error:
-            faults.append(str(error))
-            continue
-        for fault in faults:
-            log_line(f"{fault}; step {step} is taken instead")
-        return step
-    raise ValueError(f"{'; '.join(faults)}; bring it back from a copy")
+        return steps[::-1]
+    if which == "best":
+        return _best_first(_figures(folder, steps, -math.inf))
+    if str(which).isdecimal() and int(which) in steps:
+        return [int(which)]
+    listed = ", ".join(map(str, steps))
+    raise ValueError(f"checkpoint {which!r} is not one of: best, latest, {listed}")
 
 
-def _rank(folder: Path, step: int) -> float:
-    """Orders checkpoints from the best on, after those that hide their loss."""
-    if _fault(folder / str(step), (_METRICS,)):
-        return float("-inf")
-    loss = val_loss(folder, step)
-    return float("inf") if loss is None else loss
+def best_figure(folder: Path) -> float | None:
+    """The lowest validation figure of the checkpoints, None if none was evaluated."""
+    best = min(_figures(folder, saved_steps(folder), math.inf).values())
+    return best if best < math.inf else None
 
 
-def val_loss(folder: Path, step: int) -> float | None:
-    """The validation loss that a checkpoint was saved with, if any, and if whole."""
-    path = folder / str(step) / _METRICS / _METRICS
-    if not path.is_file() or _fault(folder / str(step), (_METRICS,)):
-        return None
-    return json.loads(path.read_text(encoding="utf-8"))["val_loss"]
+def _figures(folder: Path, steps: list[int], unreadable: float) -> dict[int, float]:
+    figures = dict.fromkeys(steps, unreadable)
+    for step in steps:
+        with suppress(ValueError):
+            figures[step] = read_record(folder / str(step))["figure"]
+    return figures
 
 
-def _progress(state: TrainState) -> dict[str, Any]:
-    return {
-        "step": state.step,
-        "opt_state": state.opt_state,
-        "skipped": state.skipped,
-    }
-
-
-def check_shapes(params: Any, abstract_params: Any, checkpoint: str) -> None:
-    """Raises ValueError that names the first parameter of another shape.
-
-    Args:
-      params: arrays, or what tells their shapes.
-      abstract_params: what the config makes of them.
-      checkpoint: name of where they come from.
-    """
-    found, expected = _shapes(params), _shapes(abstract_params)
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            raise ValueError(
-                f"checkpoint {checkpoint} is of another config: "
-                f"{name} is {found.get(name, 'missing')} there, "
-                f"{expected.get(name, 'missing')} by config.json; bring that run's own "
-                "config.json back"
-            )
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+def _best_first(figures: dict[int, float]) -> list[int]:
+    return sorted(figures, key=lambda step: (figures[step], -step))

@@ -268,7 +268,7 @@ def test_an_import_that_fails_half_way_keeps_the_run(
         raise OSError("No space left on device")
 
     shutil.copytree(tiny_run, tmp_path / "run")
-    monkeypatch.setattr(convert, "save_params", full)
+    monkeypatch.setattr(convert, "save_state", full)
     with pytest.raises(OSError, match="No space"):
         call("jaxgpt", "import", "huggingface", gpt2, tmp_path / "run", "--overwrite")
     assert load_run(tmp_path / "run").step == 8

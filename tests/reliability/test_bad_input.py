@@ -383,12 +383,12 @@ CASES = {
         (
             "one that was not saved to the end",
             GENERATE,
-            remove("runs/tiny/checkpoints/8/digests.json"),
+            remove("runs/tiny/checkpoints/8/_CHECKPOINT_METADATA"),
         ),
         (
             "a file of one is gone",
             GENERATE,
-            remove("runs/tiny/checkpoints/8/params/_METADATA"),
+            remove("runs/tiny/checkpoints/8/params/manifest.ocdbt"),
         ),
         ("of another config", GENERATE, setting(TINY_CONFIG, "model", n_layer=3)),
         (

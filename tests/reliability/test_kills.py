@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, finish, start_script
 
 from jaxgpt.run import load_state
-from jaxgpt.training.checkpoint import find_step
+from jaxgpt.training.checkpoint import saved_steps
 from jaxgpt.training.monitor import read_rows
 
 SMOKE = (
@@ -71,7 +71,7 @@ def outcome(run_dir):
         {name: row[name] for name in row if not name.endswith(("_second", "_seconds"))}
         for row in read_rows(run_dir / "metrics.jsonl")
     ]
-    return digest.hexdigest(), rows, find_step(run_dir / "checkpoints", "best")
+    return digest.hexdigest(), rows, find_steps(run_dir / "checkpoints", "best")[0]
 
 
 @pytest.fixture(scope="module")
@@ -132,4 +132,4 @@ def test_a_terminal_that_closes_leaves_a_checkpoint_of_the_last_step(tmp_path):
     os.close(master)
     assert process.wait(timeout=240) == 128 + signal.SIGHUP
     last = rows_of(run_dir, "train")[-1]["step"]
-    assert find_step(run_dir / "checkpoints", "latest") == last < never
+    assert saved_steps(run_dir / "checkpoints")[-1] == last < never

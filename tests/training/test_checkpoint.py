@@ -1,7 +1,9 @@
+import json
 import os
 import re
 import shutil
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,15 +13,16 @@ from conftest import TINY, changed
 from jaxgpt.models import build_model
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.training.checkpoint import (
+    best_figure,
     check_saves,
-    find_step,
-    newest_whole,
+    find_steps,
     open_checkpoints,
     restore_state,
+    save_params,
     save_state,
-    val_loss,
+    saved_steps,
 )
-from jaxgpt.training.step import compile_train_steps, create_state
+from jaxgpt.training.step import abstract_state, compile_train_steps, create_state
 
 MODEL = build_model(TINY.model, "cpu")
 MESH = make_mesh(TINY)
@@ -27,8 +30,11 @@ MESH = make_mesh(TINY)
 CHECKPOINT = "jaxgpt.training.checkpoint"
 
 
+STATE = create_state(MODEL, TINY, MESH)
+
+
 def state_at(step, shift=0.0):
-    state = create_state(MODEL, TINY, MESH)
+    state = jax.tree.map(jax.numpy.copy, STATE)  # a train step takes over its state
     params = jax.tree.map(lambda a: a + shift, state.params)
     return state.replace(step=state.step + step, params=params)
 
@@ -38,18 +44,23 @@ def folder(tmp_path):
     return tmp_path / "checkpoints"
 
 
-def save(folder, losses):
+def save(folder, figures):
     with open_checkpoints(folder) as checkpoints:
-        for step, loss in losses.items():
-            save_state(checkpoints, state_at(step), loss)
+        for step, figure in figures.items():
+            save_state(checkpoints, state_at(step), figure)
 
 
-def restore(folder, step, config=TINY):
-    return restore_state(folder, step, build_model(config.model, "cpu"), config, MESH)
+def restore(folder, which="latest", config=TINY, **options):
+    abstract = abstract_state(build_model(config.model, "cpu"), config, MESH)
+    return restore_state(folder, which, abstract, **options)
 
 
-def saved_steps(folder):
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+def is_of(state, step):
+    expected = state_at(step)
+    same = jax.tree.map(np.array_equal, state, expected)
+    return jax.tree.structure(state) == jax.tree.structure(expected) and all(
+        jax.tree.leaves(same)
+    )
 
 
 def test_the_state_comes_back_bit_for_bit(folder):
@@ -78,30 +89,35 @@ def test_a_save_in_the_background_is_of_the_state_it_was_given(folder):
 def test_the_best_and_the_latest_two_are_kept(folder):
     save(folder, {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 1.5})
     assert saved_steps(folder) == [2, 4, 5]
-    assert find_step(folder, "best") == 2
-    assert find_step(folder, "latest") == 5
-    assert find_step(folder, "2") == find_step(folder, 2) == 2
+    assert find_steps(folder, "best") == [2, 5, 4]
+    assert find_steps(folder, "latest") == [5, 4, 2]
+    assert find_steps(folder, "2") == find_steps(folder, 2) == [2]
+    assert best_figure(folder) == 1.0
+    save(folder, {6: 0.5})  # another time, the earlier ones' figures still count
+    assert saved_steps(folder) == [5, 6]
 
 
 def test_a_checkpoint_that_was_not_evaluated_is_not_the_best(folder):
     save(folder, {1: 3.0, 2: None})
-    assert find_step(folder, "best") == 1
-    assert find_step(folder, "latest") == 2
+    assert find_steps(folder, "best") == [1, 2]
+    assert find_steps(folder, "latest") == [2, 1]
 
 
 def test_without_an_evaluated_checkpoint_the_best_is_the_latest(folder):
-    save(folder, {2: None})
-    assert find_step(folder, "best") == 2
+    save(folder, {1: None, 2: None})
+    assert find_steps(folder, "best") == [2, 1]
+    assert best_figure(folder) is None
 
 
 def test_a_step_that_is_not_there_is_an_error_that_lists_those_that_are(folder):
-    folder.mkdir()
-    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
-        find_step(folder, "best")
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+            restore(folder, "best")
+        folder.mkdir(exist_ok=True)
     save(folder, {4: 1.0})
     for which in ("3", "newest", "²"):
         with pytest.raises(ValueError, match="not one of: best, latest, 4"):
-            find_step(folder, which)
+            restore(folder, which)
 
 
 def alter(path):
@@ -111,11 +127,10 @@ def alter(path):
 
 
 DAMAGES = {
-    "is missing|has no": lambda path: path.unlink(),
-    "bytes, not|as it was": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "not what was saved|as it was|is missing": alter,
+    "missing": lambda path: path.unlink(),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "altered": alter,
 }
-WRITTEN_LAST = {"_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
 @pytest.fixture(scope="module")
@@ -126,39 +141,65 @@ def two_saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("message", DAMAGES)
-def test_any_file_that_is_missing_cut_or_altered_is_found_and_the_one_before_taken(
-    two_saved, tmp_path, capsys, message
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_with_any_file_missing_cut_or_altered_nothing_else_than_was_saved_is_used(
+    two_saved, tmp_path, capsys, damage
 ):
     paths = [path for path in (two_saved / "6").rglob("*") if path.is_file()]
+    set_aside = []
     assert len(paths) > 20
     for path in paths:
         shutil.rmtree(tmp_path)
         shutil.copytree(two_saved, tmp_path)
-        damaged = tmp_path / path.relative_to(two_saved)
-        DAMAGES[message](damaged)
-        if path.name in WRITTEN_LAST:  # Orbax's own notes, which nothing reads
-            assert restore(tmp_path, 6).step == 6
-            continue
-        assert newest_whole(tmp_path) == 4
-        told = capsys.readouterr().err
-        assert re.search(message, told), (damaged, told)
-        assert saved_steps(tmp_path) == [4]
-        assert (tmp_path / "6.damaged").is_dir()
+        DAMAGES[damage](tmp_path / path.relative_to(two_saved))
+        state, told = restore(tmp_path, resume=True), capsys.readouterr().err
+        if state.step == 6:  # nothing that is read was in the file
+            assert is_of(state, 6)
+            assert told == ""
+        else:
+            assert is_of(state, 4)
+            assert re.search(r"6 is damaged .*set aside as 6\.damaged", told)
+            assert saved_steps(tmp_path) == [4]
+            set_aside.append(path.relative_to(two_saved / "6"))
+    for part in ("params", "progress"):
+        found = {path.name for path in set_aside if path.parts[0] == part}
+        assert "manifest.ocdbt" in found
+        assert len(found - {"_METADATA"}) > 1  # files of the arrays
+    assert Path("_CHECKPOINT_METADATA") in set_aside
 
 
-@pytest.mark.parametrize("part", ["params/_METADATA", "metrics/metrics"])
 def test_reading_takes_the_one_before_but_not_in_place_of_a_step_asked_for(
-    two_saved, tmp_path, capsys, part
+    two_saved, tmp_path, capsys
 ):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
-    alter(tmp_path / "6" / part)
+    shutil.rmtree(tmp_path / "6" / "params" / "d")
     for which in ("best", "latest"):
-        assert find_step(tmp_path, which) == 4
-        assert re.search(r"6 is damaged.*step 4 is taken", capsys.readouterr().err)
-    with pytest.raises(ValueError, match=r"6 is damaged: .* bring it back"):
-        find_step(tmp_path, 6)
+        assert is_of(restore(tmp_path, which), 4)
+        assert re.search(r"6 is damaged.*step 4 taken", capsys.readouterr().err)
+    with pytest.raises(ValueError, match=r"6 is damaged .* bring it back"):
+        restore(tmp_path, 6)
     assert saved_steps(tmp_path) == [4, 6]
+
+
+def test_an_array_that_is_lost_and_read_as_zeros_is_found(folder, capsys):
+    save(folder, {4: None})
+    params = jax.tree.map(jax.numpy.ones_like, state_at(0).params)
+    with open_checkpoints(folder) as checkpoints:
+        save_state(checkpoints, state_at(6).replace(params=params), None)
+        save_state(checkpoints, state_at(8, shift=-1.0), None)
+    params = folder / "6" / "params"
+    shutil.rmtree(params)
+    lost = jax.tree.map(jax.numpy.zeros_like, state_at(0).params)
+    with open_checkpoints(folder.with_name("zeros")) as checkpoints:
+        save_params(checkpoints, 6, lost)
+    shutil.copytree(folder.with_name("zeros") / "6" / "params", params)
+    with pytest.raises(ValueError, match=r"6 is damaged \(params\.\S+ is not what was"):
+        restore(folder, 6)
+
+
+def params_of(folder, which):
+    abstract = abstract_state(MODEL, TINY, MESH).replace(opt_state=None)
+    return restore_state(folder, which, abstract)
 
 
 def test_parameters_can_be_read_though_the_optimizers_state_has_changed(
@@ -166,24 +207,91 @@ def test_parameters_can_be_read_though_the_optimizers_state_has_changed(
 ):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     alter(tmp_path / "6" / "progress" / "_METADATA")
-    assert find_step(tmp_path, "latest") == 6
-    assert find_step(tmp_path, "latest", ("params", "progress")) == 4
+    state = params_of(tmp_path, "latest")
+    assert (state.step, state.opt_state) == (6, None)
+    assert restore(tmp_path).step == 4
 
 
-def test_the_order_of_the_best_is_the_same_for_a_process_that_reads_nothing(
-    two_saved, tmp_path, monkeypatch
+def test_parameters_alone_can_be_read_but_not_resumed(folder):
+    params = state_at(0).params
+    with open_checkpoints(folder) as checkpoints:
+        save_params(checkpoints, 3, params)
+    for state in (restore(folder), params_of(folder, 3)):
+        assert (state.step, state.opt_state) == (3, None)
+        jax.tree.map(np.testing.assert_array_equal, state.params, params)
+    with pytest.raises(ValueError, match=r"3 has parameters but no optimizer state"):
+        restore(folder, resume=True)
+    assert saved_steps(folder) == [3]
+
+
+def test_a_damaged_figure_makes_no_worse_checkpoint_the_best_silently(
+    folder, two_saved, capsys
 ):
-    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr("jaxgpt.training.checkpoint.process_share", lambda names: [])
-    assert val_loss(tmp_path, 6) == 0.5
-    (tmp_path / "6" / "metrics" / "metrics").write_text('{"val_loss": 7.5}')
-    assert val_loss(tmp_path, 6) is None
+    shutil.copytree(two_saved, folder)
+    path = folder / "6" / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace('"figure": 0.5', '"figure": 7.5'))
+    assert find_steps(folder, "best") == [6, 4]  # to be told of
+    assert is_of(restore(folder, "best"), 4)
+    assert re.search(r"6 is damaged.*step 4 taken", capsys.readouterr().err)
+    assert best_figure(folder) == 1.0
+    save(folder, {8: None, 10: None})  # though it can't be read, saving goes on
+    assert saved_steps(folder) == [4, 8, 10]
+
+
+def test_what_one_process_cannot_read_none_uses(two_saved, monkeypatch, capsys):
+    found = iter([True])
+    monkeypatch.setattr(f"{CHECKPOINT}.any_failed", lambda own: next(found, own))
+    assert is_of(restore(two_saved), 4)
+    assert "6 is damaged (another process can't read it)" in capsys.readouterr().err
+
+
+def made_old(saved, val_loss=None):
+    """Makes a checkpoint what it was before there were records."""
+    path = saved / "_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps(metadata | {"custom_metadata": {}}))
+    if val_loss:
+        (saved / "metrics").mkdir()
+        (saved / "metrics" / "metrics").write_text(json.dumps({"val_loss": val_loss}))
+    files = [str(path.relative_to(saved)) for path in saved.rglob("*")]
+    (saved / "digests.json").write_text(json.dumps({name: [0, ""] for name in files}))
+
+
+def test_checkpoints_of_older_versions_are_read_and_rank_by_their_losses(
+    folder, capsys
+):
+    save(folder, {4: None, 6: None})
+    made_old(folder / "4", 1.0)
+    made_old(folder / "6", 2.0)
+    for which, step in (("best", 4), ("latest", 6), ("4", 4)):
+        assert is_of(restore(folder, which), step)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(rf"/{step} is of an older version.* not checked", line)
+    assert is_of(restore(folder, resume=True), 6)
+    assert params_of(folder, "best").step == 4
+    assert best_figure(folder) == 1.0
+    save(folder, {8: 1.5, 10: None})
+    assert saved_steps(folder) == [4, 8, 10]
+    (folder / "4" / "metrics" / "metrics").unlink()
+    assert is_of(restore(folder, "best"), 8)
+    assert re.search(r"4 is damaged.*step 8 taken", capsys.readouterr().err)
+
+
+def test_a_folder_may_be_given_relative_to_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(Path("checkpoints"), {4: 1.0, 6: 2.0})
+    assert is_of(restore(Path("checkpoints"), resume=True), 6)
+    made_old(Path("checkpoints/6"))
+    assert is_of(restore(Path("checkpoints"), resume=True), 6)
+    assert params_of(Path("checkpoints"), "best").step == 4
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(two_saved, tmp_path):
     shutil.copytree(two_saved / "6", tmp_path / "8")
     with pytest.raises(ValueError, match="8 is of step 6; give it its name back"):
-        restore(tmp_path, 8)
+        restore(tmp_path)
+    with pytest.raises(ValueError, match="8 is of step 6; give it its name back"):
+        restore(tmp_path, 8, resume=True)
 
 
 def test_a_save_that_orbax_declines_is_an_error(folder):
@@ -197,16 +305,16 @@ def test_a_save_that_orbax_declines_is_an_error(folder):
 
 def test_if_no_checkpoint_is_whole_all_are_listed_and_stay(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "4" / "digests.json").write_text("{}")
+    alter(tmp_path / "4" / "_CHECKPOINT_METADATA")
     shutil.rmtree(tmp_path / "6" / "progress")
     shutil.copytree(tmp_path / "6", tmp_path / "9", dirs_exist_ok=True)
-    (tmp_path / "9" / "digests.json").unlink()
+    (tmp_path / "9" / "_CHECKPOINT_METADATA").unlink()
     (tmp_path / "12").mkdir()
-    everything = r"12 is damaged.*9 is damaged.*6 is damaged.*4 is damaged"
-    with pytest.raises(ValueError, match=rf"none .* is whole: .*{everything}"):
-        newest_whole(tmp_path)
-    with pytest.raises(ValueError, match=r"12 is damaged.*9 is.*6 is.*4 is damaged"):
-        find_step(tmp_path, "latest")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"copy, or .*") as error:
+            restore(tmp_path, resume=resume)
+        told = re.findall(r"/(\d+) is damaged", str(error.value))
+        assert told == ["12", "9", "6", "4"]
     assert saved_steps(tmp_path) == [4, 6, 9, 12]
 
 
@@ -214,18 +322,18 @@ def test_training_goes_on_beside_what_was_set_aside(two_saved, tmp_path):
     shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
     for _ in range(2):  # the step that is saved anew may be damaged anew
         alter(tmp_path / "6" / "params" / "manifest.ocdbt")
-        assert newest_whole(tmp_path) == 4
+        assert restore(tmp_path, resume=True).step == 4
+        assert (tmp_path / "6.damaged").is_dir()
         save(tmp_path, {6: 0.5})
-        assert restore(tmp_path, 6).step == 6
-    assert newest_whole(tmp_path / "nowhere") is None
+        assert is_of(restore(tmp_path), 6)
 
 
 def test_a_save_that_fails_is_told_of_at_the_next_step(folder, monkeypatch):
-    def fail(path):
+    def fail(*args, **options):
         raise OSError(28, "No space left on device")
 
     save(folder, {2: 1.0})
-    monkeypatch.setattr(f"{CHECKPOINT}._sha256s", fail)
+    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointHandler.finalize", fail)
     message = r"could not be saved \(.*No space left.* are kept"
     with open_checkpoints(folder) as checkpoints:
         save_state(checkpoints, state_at(4), None)
@@ -236,7 +344,7 @@ def test_a_save_that_fails_is_told_of_at_the_next_step(folder, monkeypatch):
     with pytest.raises(OSError, match=message), open_checkpoints(folder) as checkpoints:
         save_state(checkpoints, state_at(4), None)
     monkeypatch.undo()
-    assert newest_whole(folder) == 2
+    assert is_of(restore(folder, resume=True), 2)
 
 
 def test_memory_is_given_back_once_after_each_save(folder, monkeypatch):
@@ -263,20 +371,25 @@ def test_a_checkpoint_of_another_config_names_the_first_parameter(folder):
         restore(folder, 4, biased)
 
 
-@pytest.mark.parametrize(
-    ("several", "error"), [(False, "is damaged"), (True, "^the other process is gone")]
-)
-def test_a_lost_process_is_no_damage_of_the_checkpoints(
-    tmp_path, monkeypatch, several, error
-):
+def test_a_lost_process_is_told_of_as_such_and_a_full_disk_as_one(folder, monkeypatch):
     def lose(*args, **options):
         raise RuntimeError("the other process is gone")
 
-    where = "jaxgpt.training.checkpoint"
-    monkeypatch.setattr(f"{where}.several_processes", lambda: several)
-    monkeypatch.setattr(f"{where}.ocp.CheckpointManager", lose)
-    with (
-        pytest.raises((ValueError, RuntimeError), match=error),
-        open_checkpoints(tmp_path),
-    ):
-        pass
+    with open_checkpoints(folder) as checkpoints:
+        monkeypatch.setattr(checkpoints, "save", lose)
+        with pytest.raises(OSError, match=r"could not be saved \(the other"):
+            save_state(checkpoints, state_at(2), None)
+        monkeypatch.setattr(f"{CHECKPOINT}.several_processes", lambda: True)
+        with pytest.raises(RuntimeError, match=r"^the other process is gone"):
+            save_state(checkpoints, state_at(2), None)
+
+
+def test_want_of_memory_is_no_damage(two_saved, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    shutil.copytree(two_saved, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(f"{CHECKPOINT}.ocp.StandardCheckpointHandler.restore", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"^RESOURCE_EXHAUSTED"):
+        restore(tmp_path, resume=True)
+    assert saved_steps(tmp_path) == [4, 6]
