@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, finish, start_script
 
 from jaxgpt.run import load_state
-from jaxgpt.training.checkpoint import saved_steps
+from jaxgpt.training.checkpoint import find_steps, saved_steps
 from jaxgpt.training.monitor import read_rows
 
 SMOKE = (

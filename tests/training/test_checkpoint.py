@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, changed
+from conftest import TINY, changed, traced_steps
 
 from jaxgpt.models import build_model
-from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.parallel.mesh import make_mesh, over_rows
 from jaxgpt.training.checkpoint import (
     best_figure,
     check_saves,
@@ -22,7 +22,7 @@ from jaxgpt.training.checkpoint import (
     save_state,
     saved_steps,
 )
-from jaxgpt.training.step import abstract_state, compile_train_steps, create_state
+from jaxgpt.training.step import abstract_state, create_state
 
 MODEL = build_model(TINY.model, "cpu")
 MESH = make_mesh(TINY)
@@ -74,11 +74,12 @@ def test_the_state_comes_back_bit_for_bit(folder):
 
 def test_a_save_in_the_background_is_of_the_state_it_was_given(folder):
     tokens = np.zeros((1, 8, TINY.model.block_size), np.int32)
-    train_steps = compile_train_steps(MODEL, TINY, MESH, 1)  # takes over its state
+    train_steps = traced_steps(MODEL, TINY, MESH).lower().compile()
+    tokens = jax.device_put(tokens, over_rows(MESH, axis=1))
     state, given = state_at(0), {}
     for step in range(1, 6):
         with open_checkpoints(folder) as checkpoints:
-            state, _ = train_steps(state, (tokens, tokens))
+            state, _ = train_steps(state, (tokens, tokens))  # takes over its state
             given[step] = jax.tree.map(np.array, jax.device_get(state))
             save_state(checkpoints, state, -float(step))
             state, _ = train_steps(state, (tokens, tokens + 1))
