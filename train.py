@@ -19,15 +19,10 @@ from jaxgpt.config import Config
 from jaxgpt.files import log_line
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
+from jaxgpt.parallel import processes
 from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.feeding import read_batches
 from jaxgpt.parallel.mesh import make_mesh, model_mesh
-from jaxgpt.parallel.processes import (
-    agreement,
-    check_alike,
-    join_processes,
-    several_processes,
-)
 from jaxgpt.planning.plan import describe
 from jaxgpt.run import (
     PROFILE,
@@ -42,21 +37,8 @@ from jaxgpt.run import (
 )
 from jaxgpt.text.batches import evaluation_source, training_source
 from jaxgpt.text.corpus import load_corpus
-from jaxgpt.training.checkpoint import (
-    CHECKPOINTS,
-    check_saves,
-    open_checkpoints,
-    restore_state,
-    save_state,
-    saved_steps,
-)
+from jaxgpt.training import checkpoint, evaluation
 from jaxgpt.training.diagnosis import explained
-from jaxgpt.training.evaluation import (
-    compile_estimate,
-    compile_losses,
-    estimate,
-    evaluate_exactly,
-)
 from jaxgpt.training.monitor import Monitor, check_finite
 from jaxgpt.training.objectives import Batch, next_token, validation_figure
 from jaxgpt.training.profile import profiled
@@ -76,8 +58,9 @@ def main() -> None:
     start.start()
     asked = read_options(sys.argv[1:])[-1]
     if not (asked.dry_run or asked.plan):  # which a process does alone
-        join_processes(asked.coordinator_address, asked.num_processes, asked.process_id)
-    if several_processes():
+        ids = asked.num_processes, asked.process_id
+        processes.join_processes(asked.coordinator_address, *ids)
+    if processes.several_processes():
         log_line(f"{jax.process_count()} processes, {jax.device_count()} devices")
     config, run_dir, options = parse_arguments(sys.argv[1:])
     if options.dry_run or options.plan:
@@ -95,7 +78,7 @@ def main() -> None:
     if signal:
         log_line(f"stopped; go on with: {go_on}")
         sys.exit(128 + signal)
-    if several_processes():
+    if processes.several_processes():
         where = shlex.quote(str(run_dir))
         log_line(f"sample it with: python generate.py --run-dir {where}")
         return
@@ -110,23 +93,24 @@ def main() -> None:
 def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> int:
     """Runs the experiment; returns the signal that stopped it early, or 0."""
     with claim_run(run_dir, resume=resume, overwrite=overwrite):
-        check_alike((config, resume, overwrite))
+        processes.check_alike((config, resume, overwrite))
         goes_on = resume and has_run(run_dir)  # else it was killed before it was one
         tokenizer = own_tokenizer(run_dir, config) if goes_on else None
         corpus, config = load_corpus(config, log_line, tokenizer)
-        check_alike(config)
+        processes.check_alike(config)
         mesh = make_mesh(config, log_line)
         model = build_model(config.model, platform_of(mesh))
         objective, source = next_token(model), training_source(corpus.train, config)
         splits = {"train": corpus.train, "val": corpus.val}
         sources = {name: evaluation_source(splits[name], config) for name in splits}
-        evaluate = partial(estimate, compile_estimate(objective, mesh), sources)
+        eval_step = evaluation.compile_estimate(objective, mesh)
+        evaluate = partial(evaluation.estimate, eval_step, sources)
 
-        folder = run_dir / CHECKPOINTS
+        folder = run_dir / checkpoint.CHECKPOINTS
         resumed_step = None
-        if resume and saved_steps(folder):
+        if resume and checkpoint.saved_steps(folder):
             abstract = abstract_state(model, config, mesh)
-            state = restore_state(folder, "latest", abstract, resume=True)
+            state = checkpoint.restore_state(folder, "latest", abstract, resume=True)
             check_skipped(state, config)
             resumed_step = int(state.step)
             log_line(f"resuming {run_dir} from step {resumed_step}, by its own config")
@@ -147,7 +131,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         save_config(run_dir, config, corpus.tokenizer)
 
         with (
-            open_checkpoints(folder) as checkpoints,
+            checkpoint.open_checkpoints(folder) as checkpoints,
             Monitor(run_dir, config, resumed_step, STARTED) as monitor,
             explained(lambda: state, next_token, source, config, mesh),
             profiled(run_dir / PROFILE, config.train.profile) as trace,
@@ -167,10 +151,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                 """Saves between evaluations, where the parameters still give a loss."""
                 monitor.flush()
                 check_finite(step, evaluate(state.params, batches=1))
-                save_state(checkpoints, state, None)
+                checkpoint.save_state(checkpoints, state, None)
 
             with exits.deferred_interrupts() as asked:
-                agree = agreement()
+                agree = processes.agreement()
                 if resumed_step is None:
                     monitor.eval(0, evaluate(state.params, eval_iters))
                 while not (signal := agree(asked())) and step < last_step:
@@ -182,7 +166,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                     state, metrics = run_steps(state, batches)
                     monitor.train(step, metrics, started)
                     trace(metrics)
-                    saved = check_saves(checkpoints, saved)
+                    saved = checkpoint.check_saves(checkpoints, saved)
                     step += count
 
                     if step % config.train.eval_interval == 0 or step == last_step:
@@ -190,7 +174,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                         figures = evaluate(state.params, eval_iters)
                         monitor.eval(step, figures)
                         figure = figures[validation_figure(objective)]
-                        save_state(checkpoints, state, figure)
+                        checkpoint.save_state(checkpoints, state, figure)
                     elif step % config.train.checkpoint_interval == 0:
                         save()
 
@@ -199,8 +183,9 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                         save()
                     return signal
 
-            losses = compile_losses(model, mesh)
-            exact = evaluate_exactly(losses, state.params, corpus.val, config)
+            eval_step = evaluation.compile_losses(model, mesh)
+            val = corpus.val
+            exact = evaluation.evaluate_exactly(eval_step, state.params, val, config)
             monitor.done(step, exact.nats_per_token)
             return 0
 
