@@ -18,8 +18,6 @@ from jaxgpt.parallel.mesh import model_mesh
 from jaxgpt.run import Run, load_config, load_run, text_tokenizer
 from jaxgpt.text.tokenizer import encode_prompt
 
-SEPARATOR = "-" * 40
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -65,7 +63,7 @@ def main() -> None:
         shown = ""
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     for text in texts[1:]:
-        print(f"\n{SEPARATOR}\n{prompt}{text}", end="")
+        print(f"\n{'-' * 40}\n{prompt}{text}", end="")
     print()
 
 
@@ -74,10 +72,6 @@ def read_prompt(prompt: str, run: Run) -> str:
     if prompt.startswith("FILE:"):
         path = Path(prompt.removeprefix("FILE:"))
         try:
-            if "\0" not in str(path) and not path.is_file():
-                raise FileNotFoundError(
-                    f"{path} is not a file; --prompt FILE:NAME takes one of UTF-8 text"
-                )
             prompt = path.read_bytes().decode("utf-8")
         except ValueError as error:  # also of a name that no file can have
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error

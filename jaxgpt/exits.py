@@ -20,7 +20,6 @@ _ONCE = 0.5  # seconds; GNU timeout and other wrappers send each signal twice
 _EXPECTED = (ArithmeticError, ImportError, MemoryError, OSError, ValueError)
 _NO_ROOM = "no room is left; make some, and go on: what was saved before is kept. "
 _NO_LEAVE = "the permissions forbid it; change them, or name another place. "
-_LOST = "another process of the run has ended; start all again with --resume. "
 _IN_THE_WAY = "a file is where a folder should be, or the reverse; move it away. "
 _HINTS = {
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), _IN_THE_WAY),
@@ -126,7 +125,7 @@ def _leave_with(error: Exception) -> NoReturn:
     if exhausted or isinstance(error, MemoryError):
         hint = "there is too little memory; make the batch or the model smaller. "
     elif lost:
-        hint = _LOST
+        hint = "another process of the run has ended; start all again with --resume. "
     _leave(1, f"error: {hint}{error}\n")
 
 

@@ -11,22 +11,23 @@ import os
 import platform
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import jaxlib
 
-_YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
-_XLA_FLAGS = {
+_YNN = "xla_cpu_experimental_ynn_fusion_type"
+_XLA_FLAGS = (
     # Products and sums by YNNPACK, on x86-64: on 2 cores a step of
     # `shakespeare-char-cpu` took 21.5 ms with the products, 29.0 without.
-    _YNN_FLAG: ("LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", "LIBRARY_FUSION_TYPE_REDUCE"),
+    f"--{_YNN}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
     # Products by cuBLAS alone: XLA would compile and time many of Triton's for each. On
     # an H100 `shakespeare-char` then takes 39 s to compile, not 60, and a step is as
     # fast.
-    "xla_gpu_enable_triton_gemm": ("false",),
-}
+    "--xla_gpu_enable_triton_gemm=false",
+)
 _M_ARENA_MAX = -8  # glibc's malloc.h
 
 
@@ -55,26 +56,27 @@ def start() -> None:
         # XLA runs elementwise code on one thread per CPU device: on 2 cores a step of
         # `shakespeare-char-cpu` takes two devices 17.2 ms, one 18.2. At most 8, since
         # each holds a copy of the parameters.
-        jax.config.update("jax_num_cpu_devices", min(8, _cpu_cores()))
-    for name, values in _XLA_FLAGS.items():
+        cores = os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+            cores = len(os.sched_getaffinity(0))  # that this process may use
+        jax.config.update("jax_num_cpu_devices", min(8, cores))
+    for flag in _XLA_FLAGS:
+        name, *values = re.findall(r"\w+", flag)
         if name not in flags and _xla_knows(name, *values):
-            flags = f"{flags} {_as_flag(name)}".strip()
+            flags = f"{flags} {flag}".strip()
     os.environ["XLA_FLAGS"] = flags
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    if "MALLOC_ARENA_MAX" not in os.environ and (glibc := _glibc()):
+    if "MALLOC_ARENA_MAX" not in os.environ:
         # Else each of many threads has a heap to grow. With one for all, a step of
         # `shakespeare-char-cpu` took 19.6 ms, with two 18.1.
-        glibc.mallopt(_M_ARENA_MAX, 2)
+        with suppress(OSError):  # not glibc
+            ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, 2)
     if os.environ.get("TPU_SKIP_MDS_QUERY"):  # so JAX says that there is no TPU here
         # Where libtpu is installed for --plan, it would complain of it at every start.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-
-
-def _as_flag(name: str) -> str:
-    return f"--{name}={','.join(_XLA_FLAGS[name])}"
 
 
 def _xla_knows(*names: str) -> bool:
@@ -95,8 +97,8 @@ def fused_products() -> dict[str, str] | None:
     product stands alone (2.8 s, and else 3.9); and what reads without a gradient is
     faster so: an evaluation takes 0.33 s, not 0.41, a token of 8 rows 7.0 ms, not 8.3.
     """
-    if _as_flag(_YNN_FLAG) in os.environ.get("XLA_FLAGS", ""):
-        return {_YNN_FLAG: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+    if _XLA_FLAGS[0] in os.environ.get("XLA_FLAGS", ""):
+        return {_YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
     return None
 
 
@@ -119,20 +121,5 @@ def give_back_memory() -> None:
     an interval of 250 grew by 12% from step 2,000 to 20,000.
     """
     gc.collect()  # pictures and saves leave cycles behind
-    if glibc := _glibc():
-        glibc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    """The C library of most Linux systems; None where it is another."""
-    try:
-        return ctypes.CDLL("libc.so.6")
-    except OSError:
-        return None
-
-
-def _cpu_cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    with suppress(OSError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

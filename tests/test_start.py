@@ -39,7 +39,7 @@ def flags_after_start(flags):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="set where measured")
 def test_xlas_flags_are_the_users_where_they_name_them():
-    theirs, ours = "--xla_cpu_ftz=true", list(map(start._as_flag, start._XLA_FLAGS))
+    theirs, ours = "--xla_cpu_ftz=true", start._XLA_FLAGS
     assert flags_after_start(theirs) == [theirs, *ours]
     one = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
     assert flags_after_start(one) == [one, *ours[1:]]
@@ -48,15 +48,15 @@ def test_xlas_flags_are_the_users_where_they_name_them():
 def test_float32_training_fuses_products_unless_the_user_says_how_to_multiply(
     monkeypatch,
 ):
-    monkeypatch.setenv("XLA_FLAGS", start._as_flag(start._YNN_FLAG))
-    assert "LIBRARY_FUSION_TYPE_DOT" in start.fused_products()[start._YNN_FLAG]
-    monkeypatch.setenv("XLA_FLAGS", f"--{start._YNN_FLAG}=LIBRARY_FUSION_TYPE_REDUCE")
+    monkeypatch.setenv("XLA_FLAGS", start._XLA_FLAGS[0])
+    assert "LIBRARY_FUSION_TYPE_DOT" in start.fused_products()[start._YNN]
+    monkeypatch.setenv("XLA_FLAGS", f"--{start._YNN}=LIBRARY_FUSION_TYPE_REDUCE")
     assert start.fused_products() is None
 
 
 def test_a_flag_that_xla_does_not_know_is_not_set(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setattr(start, "_XLA_FLAGS", {"xla_cpu_no_such_flag": ("true",)})
+    monkeypatch.setattr(start, "_XLA_FLAGS", ["--xla_cpu_no_such_flag=true"])
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
     start.start()
     assert os.environ["XLA_FLAGS"] == ""

@@ -27,8 +27,6 @@ def attention(
         checkpoint: best (lowest val loss), latest, or a step
         out: picture to write (PNG); attention.png in the run directory if left out
     """
-    if out and (out.suffix != ".png" or not out.parent.is_dir()):
-        raise ValueError(f"--out {out} must be a .png file in a folder that exists")
     run = load_run(run_dir, checkpoint)
     tokenizer = text_tokenizer(run)
     ids, window = encode_prompt(tokenizer, prompt), run.config.model.block_size
@@ -47,11 +45,8 @@ def attention(
 def attention_maps(model: nn.Module, params: Any, tokens_T: np.ndarray) -> np.ndarray:
     """How much of each position S goes to each position T, f32 [L, H, T, S].
 
-    Args:
-      model, params: of a run.
-      tokens_T: token ids, i32, from 1 to block_size of them.
-
-    Raises ValueError if the model has no attention.
+    The token ids are from 1 to block_size. Raises ValueError if the model has no
+    attention.
     """
     _, variables = model.apply(
         {"params": params}, jnp.asarray(tokens_T)[None], mutable="intermediates"
@@ -72,7 +67,6 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
     Args:
       weights_LHTS: each row T sums to one.
       tokens: texts of the T positions.
-      path: of the picture.
     """
     import matplotlib  # half a second, and only needed here
     from matplotlib.figure import Figure
@@ -88,7 +82,8 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
         image = axes.imshow(weights_TS, cmap=colours, vmin=0, vmax=1)
         axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
         axes.set(xticks=[], yticks=[])
-    labels = [_visible(token) for token in tokens]
+    # A space is shown as an open box, a newline as it is escaped.
+    labels = [repr(token.replace(" ", "\N{OPEN BOX}"))[1:-1] for token in tokens]
     points = min(0.75 * 72 * side / T, 8)
     if points >= 4:  # else none could be read
         style = {"fontsize": points, "family": "monospace", "parse_math": False}
@@ -101,10 +96,5 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
     figure.supxlabel("looks at", fontsize=9)
     figure.supylabel("position", fontsize=9)
     figure.colorbar(image, ax=panels, label="weight", aspect=40, pad=0.01)
-    figure.savefig(path, dpi=120, metadata={"Description": "".join(tokens)})
-
-
-def _visible(token: str) -> str:
-    """The token as a label: a space as an open box, a newline as it is escaped."""
-    text = token.replace(" ", "\N{OPEN BOX}")
-    return text if text.isprintable() else repr(text)[1:-1]
+    description = {"Description": "".join(tokens)}
+    figure.savefig(path, dpi=120, format="png", metadata=description)

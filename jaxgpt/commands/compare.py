@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import groupby
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def compare(
     elif nanogpt is not None:
         source, (run_config, state, _) = str(nanogpt), read_nanogpt(nanogpt, log_line)
         config, params = check_gpt(run_config.model, "nanoGPT"), state.params
-        reference = torch_parity.gpt2_of_nanogpt(config, nanogpt)
+        reference = torch_parity.gpt2_of_params(config, params)
     elif run_dir is not None:
         run = load_run(run_dir, checkpoint)
         source = f"{run_dir}, step {run.step}"
@@ -107,20 +108,14 @@ def _table(checks: list[torch_parity.Check]) -> Table:
     shown.add_column(no_wrap=True)
     for heading in ("largest", "relative", "judged"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    section = ""
-    for check in checks:
-        if check.section != section:
-            section = check.section
-            shown.add_section()
-            shown.add_row(f"[bold]{section}")
-        verdict = "not judged"
-        if check.tolerance is not None:
-            sign = "≤" if check.passed else ">"
-            verdict = f"{check.error:.1e} {sign} {check.tolerance:.2g}"
-        shown.add_row(
-            f"  {check.name.removeprefix('transformer.')}",
-            f"{check.absolute:.1e}",
-            f"{check.relative:.1e}",
-            verdict if check.passed else f"[bold red]{verdict}",
-        )
+    for section, group in groupby(checks, lambda check: check.section):
+        shown.add_section()
+        shown.add_row(f"[bold]{section}")
+        for check in group:
+            name, verdict = check.name.removeprefix("transformer."), "not judged"
+            if check.tolerance is not None:
+                sign = "≤" if check.passed else "[bold red]>"
+                verdict = f"{check.error:.1e} {sign} {check.tolerance:.2g}"
+            errors = f"{check.absolute:.1e}", f"{check.relative:.1e}"
+            shown.add_row(f"  {name}", *errors, verdict)
     return shown

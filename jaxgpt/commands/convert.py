@@ -47,8 +47,6 @@ def import_(
         tokenizer: gpt2, or a path to a saved one; for weights that come without
         overwrite: replace the run in run-dir
     """
-    if meta and format == "huggingface":
-        raise ValueError("--meta is of nanoGPT's data; leave it out")
     if meta and tokenizer:
         raise ValueError("--meta and --tokenizer exclude each other; choose one")
     if format == "nanogpt":
@@ -115,7 +113,11 @@ def export(
     """
     if dataset and format == "huggingface":
         raise ValueError("--dataset is nanoGPT's; leave it out")
-    _check_target(target, overwrite, is_folder=format == "huggingface")
+    if (target / CHECKPOINTS).exists():
+        raise FileExistsError(f"{target} is a run; give another directory")
+    filled = any(target.iterdir()) if target.is_dir() else target.exists()
+    if filled and not overwrite:
+        raise FileExistsError(f"{target} is there already; --overwrite replaces it")
     if format == "huggingface":
         run = load_run(run_dir, checkpoint, on_host())
         huggingface.write_huggingface(
@@ -125,21 +127,6 @@ def export(
         _export_nanogpt(run_dir, checkpoint, target, dataset, overwrite)
     print(target)
     return 0
-
-
-def _check_target(target: Path, overwrite: bool, *, is_folder: bool) -> None:
-    """Raises OSError if the target is of another kind, a run, or not to be replaced."""
-    if file := next((folder for folder in target.parents if folder.is_file()), None):
-        raise NotADirectoryError(f"{file} is a file, and {target} can't be in it")
-    if is_folder and target.is_file():
-        raise NotADirectoryError(f"{target} is a file; give a directory")
-    if not is_folder and target.is_dir():
-        raise IsADirectoryError(f"{target} is a directory; give a file, as in ckpt.pt")
-    if (target / CHECKPOINTS).exists():
-        raise FileExistsError(f"{target} is a run; give another directory")
-    filled = any(target.iterdir()) if target.is_dir() else target.exists()
-    if filled and not overwrite:
-        raise FileExistsError(f"{target} is there already; --overwrite replaces it")
 
 
 def _export_nanogpt(

@@ -5,11 +5,11 @@ S seeds   N steps in one call
 
 import dataclasses
 import json
-import operator
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from jaxgpt.config import Config, MeshConfig, SamplingConfig, check_seed
 from jaxgpt.files import log_line
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
-from jaxgpt.parallel.defaults import has_accelerator, platform_of
+from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.feeding import stack_batches
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.presets import PRESETS
@@ -37,15 +37,7 @@ from jaxgpt.text.corpus import Corpus, load_corpus
 from jaxgpt.training.evaluation import compile_losses, evaluate_exactly
 from jaxgpt.training.objectives import Batch, next_token
 from jaxgpt.training.optimizer import make_optimizer
-from jaxgpt.training.step import (
-    TrainState,
-    call_size,
-    create_state,
-    make_train_step,
-)
-
-RESULTS = "lecture.json"
-PICTURE = "lecture.png"
+from jaxgpt.training.step import TrainState, call_size, create_state, make_train_step
 
 
 @dataclass(frozen=True)
@@ -92,7 +84,7 @@ def lecture(
 
     Args:
         out_dir: for lecture.json and lecture.png; runs/lecture, or runs/lecture-trial
-        scaled: climb the last rung too; its 10.8M parameters need an accelerator
+        scaled: climb the last rung too; a CPU takes half a day a seed
         steps_scale: part of the lecture's steps to train for; below 1 it is a trial
         seeds: each rung is trained once with each of them, all at the same time
     """
@@ -102,51 +94,44 @@ def lecture(
         raise ValueError(f"--seeds {seeds} must be one or more, all different")
     for seed in seeds:
         check_seed(seed)
-    if scaled and not has_accelerator():
-        log_line("the scaled rung wants an accelerator; a CPU takes half a day a seed")
-    trial = "-trial" if steps_scale < 1 else ""  # which must not replace the real thing
-    out_dir = out_dir or Path(f"runs/lecture{trial}")
-    for folder in (out_dir, *out_dir.parents):
-        if folder.is_file():
-            raise NotADirectoryError(f"{folder} is a file; choose another --out-dir")
+    name = "lecture-trial" if steps_scale < 1 else "lecture"
+    out_dir = out_dir or Path("runs", name)
     out_dir.mkdir(parents=True, exist_ok=True)
+    results_path, picture_path = out_dir / "lecture.json", out_dir / "lecture.png"
     results: list[dict[str, Any]] = []
     for rung in (*RUNGS, SCALED) if scaled else RUNGS:
         results.append(climb(rung, seeds, steps_scale))
         content = {"seeds": seeds, "steps_scale": steps_scale, "rungs": results}
-        text = json.dumps(content, indent=1) + "\n"
-        (out_dir / RESULTS).write_text(text, encoding="utf-8")
-        plot(results, seeds, out_dir / PICTURE)
-    console = Console(width=100, highlight=False)
-    console.print(table(results))
-    if trial:
-        print(f"a trial, with {steps_scale:g} of the lecture's steps")
+        results_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        plot(results, seeds, picture_path)
+    Console(width=100, highlight=False).print(table(results))
     for result in results:
         print(f"\n--- {result['rung']}: val loss {result['val_loss']:.3f}")
         print(result["sample"].strip())
-    print(f"\nwritten: {out_dir / RESULTS}, {out_dir / PICTURE}")
+    print(f"\nwritten: {results_path}, {picture_path}")
     return int(not all(result["passed"] for result in results))
 
 
 def climb(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any]:
     """Trains the rung's model with all seeds; returns its entry in lecture.json."""
-    config = _shortened(PRESETS[rung.preset](), steps_scale)
+    config = PRESETS[rung.preset]()
+    max_steps = max(1, round(config.train.max_steps * steps_scale))
+    train = dataclasses.replace(config.train, max_steps=max_steps)
+    config = dataclasses.replace(config, train=train, mesh=MeshConfig(data=1))
     corpus, config = load_corpus(config, log_line)
     started = time.monotonic()
     mesh = make_mesh(config, lambda line: None)
     model = build_model(config.model, platform_of(mesh))
     losses_of, curve = compile_losses(model, mesh), []
     for step, params_S in train_seeds(model, config, mesh, corpus, seeds):
-        each_params = [
-            jax.tree.map(operator.itemgetter(s), params_S) for s in range(len(seeds))
-        ]
+        each_params = [jax.tree.map(itemgetter(s), params_S) for s in range(len(seeds))]
         losses = [
             evaluate_exactly(losses_of, params, corpus.val, config).nats_per_token
             for params in each_params
         ]
         curve.append({"step": step, "val_losses": losses})
         shown = ", ".join(f"{loss:.3f}" for loss in losses)
-        log_line(f"{rung.preset}  step {step}/{config.train.max_steps}  val {shown}")
+        log_line(f"{rung.preset}  step {step}/{max_steps}  val {shown}")
     seconds, mean = time.monotonic() - started, float(np.mean(losses))
     run = Run(config, corpus.tokenizer, model, each_params[0], step)
     sampling = SamplingConfig(temperature=1.0)
@@ -165,19 +150,6 @@ def climb(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any
         "curve": curve,
         "sample": sample,
     }
-
-
-def _shortened(config: Config, steps_scale: float) -> Config:
-    """The config with a part of its steps, on one device."""
-    interval = max(1, round(config.train.eval_interval * steps_scale))
-    train = dataclasses.replace(
-        config.train,
-        max_steps=max(1, round(config.train.max_steps * steps_scale)),
-        eval_interval=interval,
-        checkpoint_interval=interval,  # none is saved, but no call runs past one
-        steps_per_call=min(config.train.steps_per_call, interval),
-    )
-    return dataclasses.replace(config, train=train, mesh=MeshConfig(data=1))
 
 
 def train_seeds(
@@ -248,15 +220,13 @@ def plot(results: list[dict[str, Any]], seeds: Sequence[int], path: Path) -> Non
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for result in results:
+    for index, result in enumerate(results):
+        colour = f"C{index}"
         steps = [point["step"] for point in result["curve"]]
         losses = np.array([point["val_losses"] for point in result["curve"]])
         label = f"{result['rung'].removeprefix('lecture-')}  {result['val_loss']:.2f}"
-        (line,) = axes.plot(steps, losses.mean(axis=1), marker=".", label=label)
-        colour = line.get_color()
-        axes.fill_between(
-            steps, losses.min(axis=1), losses.max(axis=1), color=colour, alpha=0.2
-        )
+        axes.plot(steps, losses.mean(1), marker=".", color=colour, label=label)
+        axes.fill_between(steps, losses.min(1), losses.max(1), color=colour, alpha=0.2)
         axes.plot(steps[-1], result["lecture"], "x", color=colour, markersize=9)
     axes.plot([], [], "x", color="black", markersize=9, label="the lecture's")
     axes.set(

@@ -67,10 +67,9 @@ def start(
     """The state of rows that have drawn nothing yet.
 
     Args:
-      model, params: of a run, the layers `unstacked`.
+      params: with the layers `unstacked`.
       prompts_BT: token ids, i32, padded on the right; one row may stand for all.
       length_B: tokens of each prompt, from 1 to T.
-      key_B: a key for each row.
       cached: whether to keep the keys and values of what has been read.
     """
     (B, T), rows = prompts_BT.shape, len(key_B)
@@ -190,20 +189,16 @@ def generate_tokens(
       prompts: B lists of token ids, of any lengths from 1; the model sees the last
         block_size of each.
       max_new_tokens: to draw in all for each prompt.
-      sampling: how tokens are drawn.
       seed: row b's tokens are a function of its prompt, (seed, b) and the model.
       end_tokens: a row ends with the first of these that it draws, which it repeats
         while others go on; generation ends when all rows have.
 
     Yields tokens i32 [B, n] and their log-probabilities f32 [B, n], as `decode_step`
     has them; the n sum to max_new_tokens, or less if all rows end. Raises ValueError on
-    a prompt that is empty or has ids outside the vocabulary, and on a top_k above its
-    size.
+    a prompt that is empty or has ids outside the vocabulary.
     """
     sampling = sampling or SamplingConfig()
     V, T = model.config.vocab_size, model.config.block_size
-    if sampling.top_k is not None and sampling.top_k > V:
-        raise ValueError(f"top_k={sampling.top_k} is above vocab_size={V}")
     check_seed(seed)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")

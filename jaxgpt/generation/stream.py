@@ -32,13 +32,8 @@ def stream_text(
     """Continues `prompt`, and yields new text of each sample a few tokens at a time.
 
     Args:
-      run: from `load_run`.
       prompt: empty stands for the tokenizer's `start`; the model sees its last tokens.
         In it <|endoftext|> is a token, as nanoGPT reads it, where the tokenizer has it.
-      max_new_tokens: to draw for each sample.
-      num_samples: continuations to draw at once.
-      sampling: how tokens are drawn.
-      seed: the same seed gives the same text.
       stop: a sample ends before this text, once it is drawn; empty never ends one. It
         ends before the tokenizer's end of a document, too.
 

@@ -37,16 +37,6 @@ _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 # Which file has which tensor, where there are several.
 _INDEX = f"{_WEIGHTS}.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-# What would be mixed with an exported model if it lay there before.
-_OF_ANOTHER_MODEL = (
-    _INDEX,
-    "model-*-of-*.safetensors",
-    "generation_config.json",
-    *_TOKENIZER_FILES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 def find_model(source: str) -> Path:
@@ -123,14 +113,8 @@ def write_huggingface(
 ) -> None:
     """Writes what transformers' AutoModelForCausalLM and AutoTokenizer load.
 
-    A GPT without biases gets biases of zero, which GPT-2 cannot do without.
-
-    Args:
-      folder: to write into; it is made if need be.
-      config, params: of a GPT, f32.
-      tokenizer: None writes none.
-
-    Raises ValueError if GPT-2 is no such model.
+    A GPT without biases gets biases of zero, which GPT-2 cannot do without. The folder
+    is made if need be. Raises ValueError if GPT-2 is no such model.
     """
     config = state_dict.check_gpt(config, "GPT-2")
     tensors = state_dict.to_state_dict(params, config, out_in=False)
@@ -142,9 +126,6 @@ def write_huggingface(
         folder / _WEIGHTS,
         lambda aside: save_file(tensors, aside, metadata={"format": "pt"}),
     )
-    for pattern in _OF_ANOTHER_MODEL:
-        for path in folder.glob(pattern):
-            path.unlink()
     if tokenizer:
         _write_tokenizer(folder, tokenizer, config.block_size)
     _write_text(folder / _CONFIG, json.dumps(content, indent=2) + "\n")
@@ -180,18 +161,13 @@ def _read_config(path: Path) -> GPTConfig:
         raise FileNotFoundError(f"{path.parent} is no model: it has no {path.name}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        kind = found["model_type"]
-        if kind != "gpt2":
-            raise ValueError(f"a {kind} model is not supported; GPT-2 (gpt2) is")
-        activation = found.get("activation_function", "gelu_new")
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function={activation} is not supported; "
-                f"{', '.join(ACTIVATIONS)} are"
-            )
-        for name, ours in _FIXED.items():
+        for name, ours in {"model_type": "gpt2", **_FIXED}.items():
             if (theirs := found.get(name, ours)) != ours:
                 raise ValueError(f"{name}={theirs} is not supported; {ours} is")
+        activation = found.get("activation_function", "gelu_new")
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation_function={activation} is none of {known}")
         return GPTConfig(
             block_size=found["n_positions"],
             vocab_size=found["vocab_size"],
@@ -206,7 +182,7 @@ def _read_config(path: Path) -> GPTConfig:
         raise ValueError(
             f"{path} is not a config of GPT-2: it has no {error}"
         ) from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (AttributeError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -233,11 +209,11 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
+    if tokenizer.end_of_text is not None:
+        special = ("bos_token", "eos_token", "unk_token")
+        settings |= dict.fromkeys(special, END_OF_TEXT)
     if isinstance(tokenizer, BPETokenizer):
         content = tokenizer.to_json()
-        if tokenizer.end_of_text is not None:
-            special = ("bos_token", "eos_token", "unk_token")
-            settings |= dict.fromkeys(special, END_OF_TEXT)
     else:
         content = _characters_as_words(tokenizer).to_str()
     _write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2))

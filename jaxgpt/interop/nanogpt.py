@@ -4,8 +4,6 @@ Source: nanoGPT train.py, and model.py (`configure_optimizers`).
 """
 
 import dataclasses
-import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +55,16 @@ def read_nanogpt(
     is None if the checkpoint has none; and the best validation loss, if it tells.
     Raises ImportError without torch, OSError or ValueError if it is no such checkpoint.
     """
-    checkpoint = _load(path)
+    torch = required("torch")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; give a ckpt.pt of nanoGPT")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of many kinds, for a file that is damaged
+        raise ValueError(
+            f"{path} is not a checkpoint of PyTorch, is cut short, or holds more than "
+            "tensors and plain values; no code in it was run"
+        ) from error
     try:
         config = _config(checkpoint["model_args"], checkpoint.get("config", {}), log)
         model = state_dict.check_gpt(config.model, "nanoGPT")
@@ -107,32 +114,6 @@ def write_nanogpt(
         "config": _settings(config) | {"dataset": dataset},
     }
     replace_file(path, lambda aside: torch.save(content, aside))
-
-
-def _load(path: Path) -> dict[str, Any]:
-    torch = required("torch")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; give a ckpt.pt of nanoGPT")
-    mapped = zipfile.is_zipfile(path)
-    try:
-        checkpoint = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=mapped
-        )
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and plain values, or is no checkpoint; no "
-            "code in it was run"
-        ) from error
-    except Exception as error:  # of many kinds, for a file that is damaged
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(
-            f"{path} is not a checkpoint of PyTorch, or is cut short ({reason})"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(
-            f"{path} is not a checkpoint of nanoGPT, but a {type(checkpoint).__name__}"
-        )
-    return checkpoint
 
 
 def _config(

@@ -98,16 +98,11 @@ def from_state_dict(
         )
     found = {plain_name(name): name for name in shapes if not _MASKS.search(name)}
     head, expected = found.pop(_HEAD, None), torch_shapes(config, out_in=out_in)
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{found[name]} has no place" for name in found if name not in expected]
-    wrong += [
-        f"{name} is {list(shapes[found[name]])}, not {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and tuple(shapes[found[name]]) != shape
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError("; ".join(wrong[:5]) + more)
+    given = {name: tuple(shapes[original]) for name, original in found.items()}
+    for name in expected | given:
+        theirs, ours = given.get(name, "none"), expected.get(name, "none")
+        if theirs != ours:
+            raise ValueError(f"{name}: the file has {theirs}, the model {ours}")
     leaves = {
         path: np.empty(leaf.shape, leaf.dtype)
         for path, leaf in flatten_dict(parameter_shapes(config)).items()

@@ -58,8 +58,6 @@ class Check:
     """How far one quantity parts.
 
     Attributes:
-      section: the kind of quantity.
-      name: of the quantity.
       absolute: largest absolute difference.
       relative: norm of the difference, over the norm of PyTorch's.
       error: the figure that is judged: one of the two, or a scaled one.
@@ -82,7 +80,7 @@ class Check:
 def random_gpt2(config: GPTConfig, seed: int) -> tuple[Any, Any]:
     """Parameters as transformers draws them for a GPT-2, and that GPT-2."""
     required("torch").manual_seed(seed)
-    reference = _gpt2(config, {})
+    reference = _gpt2(config)
     tensors = {name: t.detach().numpy() for name, t in reference.named_parameters()}
     shapes = {name: array.shape for name, array in tensors.items()}
     read = tensors.__getitem__
@@ -90,24 +88,12 @@ def random_gpt2(config: GPTConfig, seed: int) -> tuple[Any, Any]:
 
 
 def gpt2_of_params(config: GPTConfig, params: Any) -> Any:
-    """A GPT-2 of transformers' with our parameters."""
-    torch = required("torch")
+    """A GPT-2 of transformers' with our parameters; biases that they lack are zero."""
+    torch, reference = required("torch"), _gpt2(config)
     tensors = state_dict.to_state_dict(params, config, out_in=False)
-    return _gpt2(config, {name: torch.tensor(a) for name, a in tensors.items()})
-
-
-def gpt2_of_nanogpt(config: GPTConfig, path: Path) -> Any:
-    """A GPT-2 of transformers' with the weights of a ckpt.pt, which it transposes."""
-    torch = required("torch")
-    tensors = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    return _gpt2(
-        config,
-        {
-            state_dict.plain_name(name): tensor.T if name.endswith(linear) else tensor
-            for name, tensor in tensors.items()
-        },
-    )
+    tensors = {name: torch.tensor(array) for name, array in tensors.items()}
+    reference.load_state_dict(tensors, strict=False)
+    return reference
 
 
 def gpt2_of_directory(folder: Path) -> Any:
@@ -139,20 +125,17 @@ def compare(
       length: tokens of every row; block_size if left out.
       steps: AdamW updates; 0 makes none.
       new_tokens: greedy ones; 3 x block_size if left out, and 0 makes none.
-      seed: of the tokens.
 
-    Yields a Check of each activation, of logits and loss, of each gradient, of logits
-    in bfloat16, of each step's loss, of the final parameters and of the greedy text.
+    Yields a Check of each activation, of logits, in bfloat16 too, and loss, of each
+    gradient, of the greedy text, of each step's loss and of the final parameters.
     Raises ValueError where an argument is out of range.
     """
     T = config.block_size if length is None else length
     if not 1 <= T <= config.block_size:
         raise ValueError(f"length={T} must be from 1 to block_size={config.block_size}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     count = 3 * config.block_size if new_tokens is None else new_tokens
-    least = ("batch_size", batch_size, 1), ("steps", steps, 0), ("new_tokens", count, 0)
-    for name, value, minimum in least:
-        if value < minimum:
-            raise ValueError(f"{name}={value} must be at least {minimum}")
     config = dataclasses.replace(
         config, dropout=0.0, compute_dtype="float32", remat=False
     )
@@ -163,28 +146,23 @@ def compare(
     text = rng.integers(config.known_vocab_size(), size=16 * (T + 1))
     draw = partial(batch, text, seed, batch_size=batch_size, block_size=T)
     batches: list[Batch] = [draw(step) for step in range(max(steps, 1))]
-    prompt = batches[0][0][0, :_PROMPT_LENGTH].tolist()
     with jax.default_matmul_precision("highest"):
         norm = yield from _one_pass(config, params, reference, batches[0])
-        yield from _bfloat16(config, params, reference, batches[0][0])
-        # Now, before training changes PyTorch's weights.
-        texts = [_greedy(config, params, reference, prompt, count)] if count else []
-        if steps and math.isfinite(norm):
+        if count > 0:
+            prompt = batches[0][0][0, :_PROMPT_LENGTH].tolist()
+            yield _greedy(config, params, reference, prompt, count)
+        if steps > 0 and math.isfinite(norm):
             # So that warmup, decay and clipping are all at work.
             optimizer = OptimizerConfig(warmup_steps=steps // 5, grad_clip=norm / 2)
             yield from _training(config, optimizer, params, reference, batches)
-        yield from texts
 
 
-def _gpt2(config: GPTConfig, tensors: dict[str, Any]) -> Any:
-    """A GPT-2 of transformers' with these weights; biases that they lack are zero."""
+def _gpt2(config: GPTConfig) -> Any:
+    """A GPT-2 of transformers' for this config, whose biases are zero."""
     transformers = required("transformers")
     settings = huggingface.gpt2_settings(config, end_of_text=None)
-    reference = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**settings, attn_implementation="eager")
-    )
-    reference.load_state_dict(tensors, strict=False)
-    return reference
+    settings["attn_implementation"] = "eager"
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
 
 
 def _build_here(config: GPTConfig) -> Any:
@@ -243,12 +221,23 @@ def _one_pass(
         yield _check("activations", name, stacked[layer], activation, NORM, 0.0)
     size = max(1.0, float(np.sqrt(np.mean(their_logits**2))))
     yield _check("logits", "float32", logits_BTV, their_logits, LOGITS * size)
+    half = _build_here(dataclasses.replace(config, compute_dtype="bfloat16"))
+    rounded_BTV = jax.jit(half.apply)({"params": params}, inputs_BT)
+    tolerance = BFLOAT16_PER_ROOT_LAYER * math.sqrt(config.n_layer)
+    yield _check("logits", "bfloat16", rounded_BTV, their_logits, tolerance, 0.0)
+    torch = required("torch")
+    with torch.no_grad():
+        their_half = copy.deepcopy(reference).to(torch.bfloat16)
+        theirs_BTV = _torch_losses(their_half, pair)[1].float().numpy()
+    name = "bfloat16, PyTorch's own"
+    yield _check("logits", name, theirs_BTV, their_logits, None, 0.0)
     # The float32 sum of a few hundred losses alone would be off by more.
     loss, their_loss = (
         np.asarray(losses, np.float64).mean() for losses in (losses_BT, their_losses)
     )
     yield _check("loss", "first batch", loss, their_loss, LOSS * size)
-    their_grads = {name: p.grad for name, p in _trained(reference)}
+    parameters = reference.named_parameters()
+    their_grads = {name: p.grad for name, p in parameters if p.requires_grad}
     norm = math.sqrt(sum(float((grad**2).sum()) for grad in their_grads.values()))
     our_grads = state_dict.to_state_dict(grads, config, out_in=False)
     yield from _each("gradients", our_grads, their_grads, NORM, SMALLEST_NORM * norm)
@@ -289,11 +278,6 @@ def _torch_losses(reference: Any, pair: Batch) -> tuple[Any, Any]:
     return losses, logits_BTV
 
 
-def _trained(reference: Any) -> list[tuple[str, Any]]:
-    """Names and tensors of PyTorch's parameters; without biases if ours has none."""
-    return [pair for pair in reference.named_parameters() if pair[1].requires_grad]
-
-
 def _each(
     section: str,
     ours: dict[str, np.ndarray],
@@ -314,26 +298,6 @@ def _each(
             yield _check(section, keys, array[1], other[1], None, smallest_norm)
             array, other = array[[0, 2]], other[[0, 2]]
         yield _check(section, name, array, other, tolerance, smallest_norm)
-
-
-def _bfloat16(
-    config: GPTConfig, params: Any, reference: Any, inputs_BT: Any
-) -> Iterator[Check]:
-    """Checks logits computed in bfloat16 against PyTorch's in float32.
-
-    What PyTorch's own bfloat16 makes of them is reported beside it.
-    """
-    torch = required("torch")
-    half = _build_here(dataclasses.replace(config, compute_dtype="bfloat16"))
-    ours = jax.jit(half.apply)({"params": params}, inputs_BT)
-    with torch.no_grad():
-        tokens = torch.tensor(inputs_BT)
-        exact = reference(tokens, use_cache=False).logits.numpy()
-        rounded = copy.deepcopy(reference).to(torch.bfloat16)
-        theirs = rounded(tokens, use_cache=False).logits.float().numpy()
-    tolerance = BFLOAT16_PER_ROOT_LAYER * math.sqrt(config.n_layer)
-    yield _check("logits", "bfloat16", ours, exact, tolerance, 0.0)
-    yield _check("logits", "bfloat16, PyTorch's own", theirs, exact, None, 0.0)
 
 
 def _greedy(
@@ -382,7 +346,7 @@ def _training(
     for step, (loss, their_loss) in enumerate(losses, start=1):
         yield _check("loss", f"AdamW step {step}", loss, their_loss, STEP_LOSS)
     ours = state_dict.to_state_dict(state.params, config, out_in=False)
-    theirs = dict(_trained(reference))
+    theirs = dict(reference.named_parameters())
     yield from _each("final parameters", ours, theirs, FINAL_PARAMETERS, 0.0)
 
 
@@ -391,32 +355,26 @@ def _torch_training(
 ) -> list[float]:
     """Trains as nanoGPT does; returns each step's loss. Source: nanoGPT train.py."""
     torch = required("torch")
-    parameters = [parameter for _, parameter in _trained(reference)]
-    groups = [
-        {
-            "params": [p for p in parameters if (p.dim() >= 2) == decayed],
-            "weight_decay": config.weight_decay if decayed else 0.0,
-        }
-        for decayed in (True, False)
-    ]
-    adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
-    losses = []
+    matrices = [p for p in reference.parameters() if p.dim() >= 2]
+    others = [p for p in reference.parameters() if p.dim() < 2]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+    losses, warmup = [], config.warmup_steps
     for step, pair in enumerate(batches):
+        rate = config.learning_rate * (step + 1) / (warmup + 1)
+        if step >= warmup:
+            progress = (step - warmup) / (len(batches) - warmup)
+            cosine = 0.5 * (1 + math.cos(math.pi * progress))
+            rate = config.min_lr + cosine * (config.learning_rate - config.min_lr)
         for group in adamw.param_groups:
-            group["lr"] = _nanogpt_rate(step, config, len(batches))
+            group["lr"] = rate
         reference.zero_grad()
         loss = _torch_losses(reference, pair)[0].mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), config.grad_clip)
         adamw.step()
         losses.append(float(loss.detach()))
     return losses
-
-
-def _nanogpt_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
-    """The learning rate of update `step`, from 0. Source: nanoGPT train.py, get_lr."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / (max_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + cosine * (config.learning_rate - config.min_lr)

@@ -52,15 +52,13 @@ def prefers_one_device(device: jax.Device, model: ModelConfig) -> bool:
 
 def with_microbatches(config: Config, mesh: Mesh) -> Config:
     """The config with gradient_accumulation_steps settled where it is -1."""
-    data, T, pieces = config.data, config.model.block_size, 1
-    rows = data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])  # of a device
+    data, pieces = config.data, config.data.pieces
     if data.gradient_accumulation_steps == -1 and platform_of(mesh) == "cpu":
-        fitting = (n for n in range(1, rows) if rows % n == 0)
-        fitting = (n for n in fitting if rows // n * T <= CACHED_TOKENS)
-        pieces = next(fitting, rows)
-    data = dataclasses.replace(
-        data, gradient_accumulation_steps=max(pieces, data.pieces)
-    )
+        rows = data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])  # of each
+        most = max(1, CACHED_TOKENS // config.model.block_size)
+        divisors = (n for n in range(1, rows + 1) if rows % n == 0)
+        pieces = next(n for n in divisors if rows // n <= most)
+    data = dataclasses.replace(data, gradient_accumulation_steps=pieces)
     return dataclasses.replace(config, data=data)
 
 

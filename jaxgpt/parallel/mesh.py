@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt.config import Config, MeshConfig, ModelConfig
@@ -73,13 +73,13 @@ def make_mesh(
     """
     if devices is None:
         devices = jax.devices()
-        if len(devices) > 1 and _copies_are_large(config, devices[0]):
+        undecided = config.mesh == MeshConfig() and jax.process_count() == 1
+        if undecided and devices[1:] and prefers_one_device(devices[0], config.model):
             log(f"using 1 of {len(devices)} CPU devices: each would hold a copy")
             devices = devices[:1]
-    shape = _mesh_shape(config, len(devices))
-    count = math.prod(shape.values())
-    rows = config.data.rows_at_once
-    sizes, used = tuple(shape.values()), devices[:count]
+    shape, rows = _mesh_shape(config, len(devices)), config.data.rows_at_once
+    count = math.prod(shape)
+    used = devices[:count]
     if idle := {d.process_index for d in devices} - {d.process_index for d in used}:
         raise ValueError(
             f"{count} of {len(devices)} devices share {rows} rows at once, which "
@@ -88,24 +88,13 @@ def make_mesh(
         )
     if count < len(devices):
         log(f"using {count} of {len(devices)} devices, for {rows} rows at once")
-        return _mesh(np.array(used).reshape(sizes))
-    return _mesh(
-        mesh_utils.create_device_mesh(sizes, used, allow_split_physical_axes=True)
+        return Mesh(np.reshape(used, shape), AXES)
+    return Mesh(
+        mesh_utils.create_device_mesh(shape, used, allow_split_physical_axes=True), AXES
     )
 
 
-def _copies_are_large(config: Config, device: jax.Device) -> bool:
-    """Whether each device would hold a large model in the same memory."""
-    mesh, alone = config.mesh, jax.process_count() == 1
-    undecided = (mesh.data, mesh.fsdp, mesh.tensor) == (-1, 1, 1)
-    return alone and undecided and prefers_one_device(device, config.model)
-
-
-def _mesh(devices: np.ndarray) -> Mesh:
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
+def _mesh_shape(config: Config, devices: int) -> tuple[int, ...]:
     """Sizes of the mesh's axes; one of -1 takes as many devices as can share its part.
 
     So fsdp takes those that divide the rows and n_embd, then data those that divide the
@@ -135,21 +124,20 @@ def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
             f"block_size={block_size} does not divide over mesh.tensor="
             f"{shape['tensor']} devices; make it a multiple of it"
         )
-    return shape
+    return tuple(shape.values())
 
 
-def one_device() -> Mesh:
+def one_device(backend: str | None = None) -> Mesh:
     """A mesh of this process's first device alone."""
-    return _mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1))
+    return Mesh(np.reshape(jax.local_devices(backend=backend)[:1], (1, 1, 1)), AXES)
 
 
 def on_host() -> Mesh:
     """A mesh of one device in the host's memory, which is the larger one."""
     try:
-        device = jax.local_devices(backend="cpu")[0]
+        return one_device("cpu")
     except RuntimeError:  # JAX_PLATFORMS leaves it out
         return one_device()
-    return _mesh(np.array([device]).reshape(1, 1, 1))
 
 
 def model_mesh(config: Config, mesh: MeshConfig) -> Mesh:
@@ -166,7 +154,7 @@ def model_mesh(config: Config, mesh: MeshConfig) -> Mesh:
         config.data, batch_size=rows, gradient_accumulation_steps=1
     )
     config = dataclasses.replace(config, data=data, mesh=mesh)
-    return make_mesh(config, log=lambda line: None)
+    return make_mesh(config, lambda line: None)
 
 
 def row_mesh(model: ModelConfig, params: Any, rows: int, least: int) -> Mesh | None:
@@ -181,16 +169,13 @@ def row_mesh(model: ModelConfig, params: Any, rows: int, least: int) -> Mesh | N
     devices = jax.local_devices(backend=device.platform)
     most = min(len(devices), rows // least)
     count = max((n for n in range(1, most + 1) if rows % n == 0), default=1)
-    return _mesh(np.array(devices[:count]).reshape(-1, 1, 1)) if count > 1 else None
+    return Mesh(np.reshape(devices[:count], (-1, 1, 1)), AXES) if count > 1 else None
 
 
 def placed(shapes: Any, mesh: Mesh) -> Any:
     """The shapes of parameters or moments with their placements, by `shardings`."""
-    return jax.tree.map(
-        lambda leaf, sharding: leaf.update(sharding=sharding),
-        shapes,
-        shardings(shapes, mesh),
-    )
+    where = shardings(shapes, mesh)
+    return jax.tree.map(lambda leaf, at: leaf.update(sharding=at), shapes, where)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -202,7 +187,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = _rule(name) if leaf.ndim else P()
+        fitting = (s for form, s in RULES if re.fullmatch(f"(.*/)?({form})", name))
+        spec = next(fitting, None) if leaf.ndim else P()
+        if spec is None:
+            raise ValueError(
+                f"no rule says how to shard {name}; add one to {__name__}.RULES"
+            )
         for size, axes in zip(leaf.shape, spec, strict=False):
             axes = (axes,) if isinstance(axes, str) else axes or ()
             devices = math.prod(mesh.shape[axis] for axis in axes)
@@ -215,13 +205,6 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def _rule(name: str) -> P:
-    for pattern, spec in RULES:
-        if re.fullmatch(f"(.*/)?({pattern})", name):
-            return spec
-    raise ValueError(f"no rule says how to shard {name}; add one to {__name__}.RULES")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

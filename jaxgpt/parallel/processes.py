@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
 from typing import Any
@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+# How many tasks mpirun or srun has started, this one among them.
+_TASKS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def join_processes(
@@ -44,19 +47,15 @@ def join_processes(
         shutdown_timeout_seconds=30,
     )
     given = (coordinator_address, num_processes, process_id)
-    if num_processes is not None and num_processes < 1:
-        raise ValueError(f"--num-processes {num_processes} must be at least 1")
-    if None not in (num_processes, process_id) and process_id not in range(
-        num_processes or 0
-    ):
-        raise ValueError(
-            f"--process-id {process_id} must be from 0 to --num-processes - 1"
-        )
-    if coordinator_address is not None and None not in given:
-        port = re.fullmatch(r".+:(\d{1,5})", coordinator_address)
-        if not port or int(port[1]) > 65_535:
+    if coordinator_address and num_processes is not None and process_id is not None:
+        if not re.fullmatch(r".+:\d{1,5}", coordinator_address):
             raise ValueError(
                 f"--coordinator-address {coordinator_address} must be HOST:PORT"
+            )
+        if process_id not in range(num_processes):
+            raise ValueError(
+                f"--process-id {process_id} must be at least 0, and less than "
+                f"--num-processes {num_processes}"
             )
         print(
             f"process {process_id} of {num_processes} waits up to 5 minutes for the "
@@ -64,11 +63,11 @@ def join_processes(
             file=sys.stderr,
         )
         initialize(*given, cluster_detection_method="deactivate")
-    elif given != (None, None, None):
+    elif given != (None,) * 3:
         raise ValueError(
             "--coordinator-address, --num-processes and --process-id go together"
         )
-    elif _is_task():
+    elif any(int(os.environ.get(tasks) or 1) > 1 for tasks in _TASKS):
         try:
             initialize()
         except ValueError as error:
@@ -79,15 +78,6 @@ def join_processes(
     elif find_spec("libtpu") and not os.environ.get("TPU_SKIP_MDS_QUERY"):  # on a TPU
         with suppress(ValueError):  # not in Google's cloud, where JAX finds the others
             initialize()
-
-
-def _is_task() -> bool:
-    """Whether this is one of several tasks that srun or mpirun has started."""
-    counts = [os.environ.get("OMPI_COMM_WORLD_SIZE")]
-    if "SLURM_STEP_NODELIST" in os.environ:
-        # Of srun's step; SLURM_NTASKS is the whole job's.
-        counts.append(os.environ.get("SLURM_STEP_NUM_TASKS"))
-    return any(int(count or 1) > 1 for count in counts)
 
 
 def several_processes() -> bool:
@@ -110,7 +100,7 @@ def process_share(items: list[Any]) -> list[Any]:
 
 def any_failed(failed: bool) -> bool:
     """Whether any process has failed at this point, which all must reach."""
-    return bool(int(highest(failed)))
+    return bool(highest(failed))
 
 
 def highest(number: int) -> jax.Array | int:
@@ -120,9 +110,10 @@ def highest(number: int) -> jax.Array | int:
     """
     if not several_processes():
         return number
-    own, (one_each, take_highest) = np.array([number], np.int32), _of_all_devices()
-    return take_highest(
-        jax.make_array_from_callback((jax.device_count(),), one_each, lambda index: own)
+    devices, own = jax.devices(), np.array([number], np.int32)
+    one_each = NamedSharding(Mesh(devices, "all"), P("all"))
+    return jnp.max(
+        jax.make_array_from_callback((len(devices),), one_each, lambda index: own)
     )
 
 
@@ -140,14 +131,6 @@ def agreement() -> Callable[[int], int]:
         return int(last if several_processes() else number)
 
     return agree
-
-
-@cache
-def _of_all_devices() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
-    """Where an array of a number for each device lies, and what takes their highest."""
-    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
-    on_every_one = NamedSharding(mesh, P())
-    return NamedSharding(mesh, P("all")), jax.jit(jnp.max, out_shardings=on_every_one)
 
 
 def check_alike(settings: Any) -> None:

@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _COLLECTIVE = (
     r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?"
 )
 # Attributes that name computations which an operation runs. A loop's condition is left
 # out, since it moves nothing.
-_RUN = "calls|to_apply|body|branch_computations|true_computation|false_computation"
+_RUN = r"\b(?:calls|to_apply|body|\w+_computations?)=(%\S+|\{[^}]*\})"
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,11 @@ class Collective:
         return self.times * self.tensor_bytes * share.get(self.kind, others)
 
 
-@dataclass(frozen=True)
-class _Operation:
+class _Operation(NamedTuple):
     shape: str
     opcode: str
     arguments: str
     attributes: str
-
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.-]+)", self.arguments)
-
-    def called(self, attributes: str) -> list[str]:
-        """Computations that the attributes of these names, a pattern, refer to."""
-        found = re.findall(rf"\b(?:{attributes})=(%\S+|\{{[^}}]*\}})", self.attributes)
-        return re.findall(r"%([\w.-]+)", " ".join(found))
 
 
 _Computation = dict[str, _Operation]  # its last operation is its result
@@ -83,29 +74,32 @@ def collectives(text: str) -> list[Collective]:
     return list(found.values())
 
 
+def _names(text: str) -> list[str]:
+    return re.findall(r"%([\w.-]+)", text)
+
+
 def _runs(program: _Program, name: str, times: int) -> Iterator[tuple[str, int]]:
     """A computation and all that it runs: their names, and how often each runs."""
     yield name, times
     for operation in program[name].values():
         loops = operation.opcode == "while"
         trips = _trips(program, name, operation) if loops else 1
-        for inner in operation.called(_RUN):
+        for inner in _names(" ".join(re.findall(_RUN, operation.attributes))):
             yield from _runs(program, inner, times * trips)
 
 
 def _trips(program: _Program, name: str, loop: _Operation) -> int:
     """How often a loop runs that counts up to a constant; others count once."""
-    if known := re.search(r'"known_trip_count":{"n":"(\d+)"', loop.attributes):
-        return int(known[1])
-    outer, condition = program[name], program[loop.called("condition")[0]]
-    *_, compare = condition.values()
+    outer, (test,) = program[name], re.findall(r"condition=%([\w.-]+)", loop.attributes)
+    *_, compare = program[test].values()
     limit, start = 1, 0
-    for operand in compare.operands:
-        counter = condition[operand]
+    for operand in _names(compare.arguments):
+        counter = program[test][operand]
         if counter.opcode == "constant":
             limit = int(counter.arguments)
         elif index := re.search(r"index=(\d+)", counter.attributes):
-            initial = outer[outer[loop.operands[0]].operands[int(index[1])]]
+            initials = _names(outer[_names(loop.arguments)[0]].arguments)
+            initial = outer[initials[int(index[1])]]
             start = int(initial.arguments) if initial.opcode == "constant" else 0
     return max(limit - start, 1)
 
@@ -116,7 +110,8 @@ def _collective(
     kind, group = operation.opcode.removesuffix("-start"), _group(operation)
     if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-    shapes = " ".join(computation[operand].shape for operand in operation.operands)
+    operands = _names(operation.arguments)
+    shapes = " ".join(computation[operand].shape for operand in operands)
     sizes = [
         math.prod(map(int, filter(None, axes.split(",")))) * int(bits or 8) // 8
         # Of such as bf16[2,3], f8e4m3fn[4] and pred[], which has 8 bits.

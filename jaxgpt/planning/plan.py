@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from jaxgpt.config import Config
 from jaxgpt.files import log_line
@@ -19,7 +20,7 @@ from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.feeding import window_shapes
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning.flops import product_flops, step_flops
-from jaxgpt.planning.hlo import Collective, collectives
+from jaxgpt.planning.hlo import collectives
 from jaxgpt.text.corpus import load_corpus, named_vocab_size
 from jaxgpt.training.objectives import next_token
 from jaxgpt.training.step import abstract_state, trace_train_steps
@@ -29,7 +30,7 @@ Rows = Iterator[tuple[str, str]]  # names and values
 
 @dataclass(frozen=True)
 class Chip:
-    """What a chip's maker says of it."""
+    """What its maker says of a chip, or of each of the devices that JAX sees in it."""
 
     flops: float  # bfloat16 operations per second
     hbm: int  # bytes of memory
@@ -44,7 +45,7 @@ CHIPS = {
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 400e9 / 2),
     "TPU v5": Chip(459e12, 95 * 2**30, 1200e9 / 2),
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 800e9 / 2),
-    "TPU7x": Chip(2307e12, 192 * 2**30, 1200e9 / 2),
+    "TPU7x": Chip(2307e12 / 2, 192 * 2**30 // 2, 1200e9 / 2 / 2),  # of two devices
 }
 USABLE = 0.98  # of a chip's memory; the runtime keeps the rest (v5e: 0.25 of 16 GiB)
 
@@ -63,7 +64,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     try:
         options: dict[str, Any] = {}
-        if _chips(topology) == 1:
+        if set(topology.partition(":")[2].split("x")) == {"1"}:  # a single chip
             options["chips_per_host_bounds"] = (1, 1, 1)
         if topology.startswith("v4"):  # whose two cores are one device
             options["chip_config_name"] = "megacore"
@@ -74,10 +75,6 @@ def tpu_devices(topology: str) -> list[jax.Device]:
             f"v5e:2x4, v5p:2x2x2, v6e:4x4. It says: {error}"
         ) from error
     return description.devices
-
-
-def _chips(topology: str) -> int:
-    return math.prod(map(int, re.findall(r"\d+", topology.partition(":")[2])))
 
 
 @contextmanager
@@ -102,7 +99,13 @@ def describe(config: Config, topology: str = "") -> Iterator[str]:
 
     Raises ValueError if the step does not fit the chips' memory.
     """
-    for name, value in _rows(_with_vocab_size(config), topology):
+    if config.model.vocab_size is None:
+        if vocab_size := named_vocab_size(config.data):
+            model = replace(config.model, vocab_size=vocab_size)
+            config = replace(config, model=model)
+        else:
+            config = load_corpus(config, log_line)[1]
+    for name, value in _rows(config, topology):
         yield f"{name:19}{value}"
 
 
@@ -130,14 +133,7 @@ def _rows(config: Config, topology: str) -> Rows:
     if memory is not None:  # not every backend tells
         yield "temporary memory", f"{_readable(memory.temp_size_in_bytes)} per device"
     if topology:
-        chip, text = _chip(devices, topology), compiled.as_text()
-        assert text is not None, "libtpu tells"
-        moved, products = collectives(text), product_flops(traced.jaxpr)
-        yield "memory in all", _memory_in_all(chip, topology, memory)
-        yield "FLOPs with remat", f"{products:.3g}"
-        yield from _collective_rows(moved)
-        if chip:
-            yield from _roofline(config, chip, mesh.size, products, moved)
+        yield from _tpu_rows(config, topology, mesh, traced, compiled)
 
 
 def _compile(traced: jax.stages.Traced, topology: str) -> jax.stages.Compiled:
@@ -159,66 +155,52 @@ def _does_not_fit(topology: str, needed: str, capacity: str) -> ValueError:
     )
 
 
-def _chip(devices: Sequence[jax.Device], topology: str) -> Chip | None:
-    """A device's part of its chip, as some chips have two; None if not published."""
-    if (chip := CHIPS.get(devices[0].device_kind)) is None:
-        return None
-    share = _chips(topology) / len(devices)
-    return Chip(chip.flops * share, int(chip.hbm * share), chip.ici_bandwidth * share)
+def _tpu_rows(
+    config: Config,
+    topology: str,
+    mesh: Mesh,
+    traced: jax.stages.Traced,
+    compiled: jax.stages.Compiled,
+) -> Rows:
+    """Memory, collectives by kind, and the least time that a step can take.
 
+    The time, by the chip's published figures, counts matrix products, and transfers
+    between devices, but no memory traffic: a step that HBM limits takes longer. A model
+    without products has no such bound. The utilisation can exceed 100%, since it counts
+    masked scores, of which attention in blocks leaves out some.
 
-def _memory_in_all(chip: Chip | None, topology: str, memory: Any) -> str:
-    """What each device needs; raises ValueError if it has less."""
+    Source: Williams et al. 2009, "Roofline: an insightful visual performance model",
+    with the interconnect (ICI) in the place of memory.
+    """
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text()
+    assert text is not None, "libtpu tells"
+    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
     if chip and used > USABLE * chip.hbm:
         raise _does_not_fit(topology, _readable(used), _readable(USABLE * chip.hbm))
     capacity = f" of {_readable(chip.hbm)}" if chip else ""
-    return f"{_readable(used)}{capacity} per device: it fits"
-
-
-def _collective_rows(moved: Sequence[Collective]) -> Rows:
-    """Count, size of the whole tensors, and what each device receives, by kind."""
+    yield "memory in all", f"{_readable(used)}{capacity} per device: it fits"
+    products, moved = product_flops(traced.jaxpr), collectives(text)
+    yield "FLOPs with remat", f"{products:.3g}"
     for kind in sorted({each.kind for each in moved}):
         of_kind = [each for each in moved if each.kind == kind]
         count = sum(each.times for each in of_kind)
         whole = _readable(sum(each.times * each.tensor_bytes for each in of_kind))
         received = _readable(sum(each.received_bytes for each in of_kind))
         yield kind, f"{count:,} per step, of {whole}; each device receives {received}"
-
-
-def _roofline(
-    config: Config, chip: Chip, count: int, products: int, moved: Sequence[Collective]
-) -> Rows:
-    """The least time that a step can take, by the chip's published figures.
-
-    It counts matrix products, and transfers between devices, but no memory traffic: a
-    step that HBM limits takes longer. The utilisation can exceed 100%, since it counts
-    masked scores, of which attention in blocks leaves out some.
-
-    Source: Williams et al. 2009, "Roofline: an insightful visual performance model",
-    with the interconnect (ICI) in the place of memory.
-    """
-    compute = products / count / chip.flops
+    if not chip:
+        return
+    compute = products / mesh.size / chip.flops
     ici = sum(each.received_bytes for each in moved) / chip.ici_bandwidth
     yield "compute time", f"{compute:.3g} s"
     yield "ICI time", f"{ici:.3g} s"
     if step := max(compute, ici):
         tokens = config.data.batch_size * config.model.block_size
         bound = f"{step:.3g} s: at most {tokens / step:,.0f} tokens/s"
-        utilisation = step_flops(config) / count / chip.flops / step
-        yield (
-            "roofline step time",
-            f"{bound}, model FLOPs utilisation {utilisation:.0%}",
-        )
-
-
-def _with_vocab_size(config: Config) -> Config:
-    if config.model.vocab_size is not None:
-        return config
-    if (vocab_size := named_vocab_size(config.data)) is None:
-        return load_corpus(config, log_line)[1]
-    return replace(config, model=replace(config.model, vocab_size=vocab_size))
+        useful = step_flops(config) / mesh.size / chip.flops / step
+        yield "roofline step time", f"{bound}, model FLOPs utilisation {useful:.0%}"
 
 
 def _bytes_each(tree: object) -> int:

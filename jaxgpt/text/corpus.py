@@ -4,7 +4,6 @@ The token files are nanoGPT's: raw uint16 (uint32 above 65,536 tokens), read by 
 map, so neither the text nor its tokens need fit in memory.
 """
 
-import codecs
 import dataclasses
 import hashlib
 import json
@@ -27,12 +26,11 @@ from jaxgpt.text.tokenizer import (
     codepoints,
     fits,
     load_tokenizer,
-    same_tokens,
 )
 
 SPLITS = ("train", "val")
 TRAIN_FRACTION = 0.9
-_CHUNK_BYTES = 1 << 24
+_CHUNK = 1 << 24  # characters
 _SIZES = "sizes.json"
 
 
@@ -82,7 +80,6 @@ def load_corpus(
 
     Args:
       config: its data section says where text and tokenizer come from.
-      log: called with a line on each thing that takes a while.
       tokenizer: a run's own, which then rules.
 
     Returns the corpus, and the config with what it settles filled in: vocab_size, the
@@ -159,21 +156,12 @@ def _sha256(paths: Sequence[Path]) -> str:
 def _read_text(paths: Sequence[Path]) -> Iterator[str]:
     """Yields the files' text, one after the other, a chunk at a time."""
     for path in paths:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        with path.open("rb") as file:
-            chunk = None
-            while chunk != b"":
-                start = file.tell() - len(decoder.getstate()[0])
-                chunk = file.read(_CHUNK_BYTES)
-                try:
-                    text = decoder.decode(chunk, final=not chunk)
-                except UnicodeDecodeError as error:
-                    byte = error.object[error.start]
-                    raise ValueError(
-                        f"{path} is not UTF-8 text: byte {start + error.start} is "
-                        f"0x{byte:02x}; convert the file first"
-                    ) from error
-                yield text
+        with path.open(encoding="utf-8", newline="\n") as file:
+            try:
+                while chunk := file.read(_CHUNK):
+                    yield chunk
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
 def _survey(paths: Sequence[Path]) -> _Text:
@@ -185,10 +173,7 @@ def _survey(paths: Sequence[Path]) -> _Text:
         digest.update(text.encode())
         length += len(text)
     if not length:
-        names = ", ".join(map(str, paths))
-        raise ValueError(
-            f"{names}: no text, the corpus is empty; give a file with text"
-        )
+        raise ValueError(f"{', '.join(map(str, paths))}: the corpus is empty")
     characters = "".join(map(chr, np.flatnonzero(seen)))
     return _Text(paths, digest.hexdigest(), length, characters)
 
@@ -214,11 +199,6 @@ def _tokenizer_of_tokens(
     folder: Path, own: Tokenizer | None, name: str, log: Callable[[str], None]
 ) -> Tokenizer | None:
     """The tokenizer of a directory of token files: a run's own, or named, or in it."""
-    if name == "bpe" and not own:
-        raise ValueError(
-            f"tokenizer=bpe is trained on text, and {folder} has tokens; give the "
-            "--data.tokenizer that made them"
-        )
     meta, tokenizer = folder / "meta.pkl", own
     if meta.exists():
         beside: Tokenizer | None = pretrained.load_nanogpt_meta(meta)
@@ -231,12 +211,16 @@ def _tokenizer_of_tokens(
             if name != "gpt2":
                 raise
             log(f"going on without a tokenizer, which only text needs: {error}")
-    if tokenizer and beside and not same_tokens(tokenizer, beside):
+    if tokenizer and beside and _vocabulary(tokenizer) != _vocabulary(beside):
         raise ValueError(
             f"the tokens in {folder} are of the tokenizer beside them, and not of this "
             "model's; tokenize the text anew"
         )
     return tokenizer or beside
+
+
+def _vocabulary(tokenizer: Tokenizer) -> list[bytes]:
+    return [tokenizer.decode_bytes([id_]) for id_ in range(tokenizer.vocab_size)]
 
 
 def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> Path:
@@ -246,13 +230,6 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
     written = folder / _SIZES
     if written.is_file() and json.loads(written.read_text()) == _sizes(folder):
         return folder
-    if isinstance(tokenizer, CharTokenizer):
-        lacking = "".join(sorted(set(text.characters) - set(tokenizer.characters)))
-        if lacking:
-            raise ValueError(
-                f"{', '.join(map(str, text.paths))}: characters {lacking!r:.80} are "
-                f"not in the vocabulary of {tokenizer.vocab_size}; give another text"
-            )
     shutil.rmtree(folder, ignore_errors=True)  # of files that were cut or lost since
     log(f"tokenizing {text.length:,} characters into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -276,26 +253,18 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of the token files that there are, by split."""
-    files = {split: folder / f"{split}.bin" for split in SPLITS}
-    return {
-        split: path.stat().st_size for split, path in files.items() if path.exists()
-    }
+    return {path.stem: path.stat().st_size for path in sorted(folder.glob("*.bin"))}
 
 
 def _open_tokens(path: Path, vocab_size: int, block_size: int) -> np.ndarray:
     dtype = np.dtype(token_dtype(vocab_size))
-    count, rest = divmod(path.stat().st_size, dtype.itemsize)
-    if rest:
-        raise ValueError(
-            f"{path} is cut short: {path.stat().st_size} bytes are no multiple of "
-            f"{dtype.itemsize}, the size of a {dtype}; bring the whole file back"
-        )
+    count = path.stat().st_size // dtype.itemsize
     if count < block_size + 1:
         raise ValueError(
             f"the {path.stem} split has {count} tokens, a window needs block_size + 1 "
             f"= {block_size + 1}; use a longer text or a smaller --model.block-size"
         )
-    tokens = np.memmap(path, dtype, mode="r")
+    tokens = np.memmap(path, dtype, mode="r", shape=count)
     if (largest := tokens.max()) >= vocab_size:
         raise ValueError(
             f"{path} has token {largest}, outside the vocabulary of {vocab_size}; "

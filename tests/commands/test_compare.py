@@ -183,9 +183,7 @@ def test_a_number_that_is_none_is_no_agreement():
         (["--checkpoint", "7"], "--checkpoint 7 is one of --run-dir's; give that"),
         (["--length", "65"], "length=65 must be from 1 to block_size=64"),
         (["--length", "0"], "length=0 must be from 1"),
-        (["--steps", "-1"], "steps=-1 must be at least 0"),
         (["--batch-size", "0"], "batch_size=0 must be at least 1"),
-        (["--greedy-tokens", "-1"], "new_tokens=-1 must be at least 0"),
         (["--run-dir", "/nowhere"], r"is not a run: it has no config\.json"),
         (["--nanogpt", "/nowhere"], "is not a file; give a ckpt.pt"),
     ],
@@ -193,9 +191,3 @@ def test_a_number_that_is_none_is_no_agreement():
 def test_bad_input_is_an_error_that_names_it(call, arguments, message):
     with pytest.raises((ValueError, OSError), match=message):
         call("jaxgpt", "compare", *arguments)
-
-
-def test_only_a_gpt_is_compared(call, bigram):
-    model, params = bigram
-    with pytest.raises(ValueError, match="GPT-2 has no bigram model, only a gpt"):
-        torch_parity.gpt2_of_params(model.config, params)

@@ -245,17 +245,17 @@ class Malicious:
     [
         (
             lambda c: c["model"].pop("transformer.h.1.mlp.c_fc.weight"),
-            r"transformer\.h\.1\.mlp\.c_fc\.weight is missing",
+            r"transformer\.h\.1\.mlp\.c_fc\.weight: the file has none",
         ),
         (
             lambda c: c["model"].update(
                 {"transformer.h.2.ln_1.weight": torch.ones(16)}
             ),
-            r"transformer\.h\.2\.ln_1\.weight has no place",
+            r"transformer\.h\.2\.ln_1\.weight: .*, the model none",
         ),
         (
             lambda c: c["model"].update({"transformer.ln_f.weight": torch.ones(17)}),
-            r"transformer\.ln_f\.weight is \[17\], not \[16\]",
+            r"transformer\.ln_f\.weight: the file has \(17,\), the model \(16,\)",
         ),
         (
             lambda c: c["model"].update({"lm_head.weight": torch.ones(65, 16)}),
@@ -264,17 +264,20 @@ class Malicious:
         (lambda c: c.pop("model"), "it has no 'model'"),
         (lambda c: c.pop("model_args"), "it has no 'model_args'"),
         (lambda c: c["model_args"].update(n_head=3), "not divisible by n_head=3"),
-        (lambda c: c["model"].update(extra=3), "extra has no place"),
+        (
+            lambda c: c["model"].update(extra=3),
+            r"extra: the file has \(\), the model none",
+        ),
         (
             lambda c: c["model"].update(
                 {"transformer.wpe.weight": torch.ones(1).expand(10**6, 16)}
             ),
-            r"transformer\.wpe\.weight is \[1000000, 16\], not \[8, 16\]",
+            r"wpe\.weight: the file has \(1000000, 16\), the model \(8, 16\)",
         ),
         (lambda c: c["model_args"].update(n_layer=10**9), "n_layer=1000000000, but"),
         (lambda c: c.update(model_args=[2]), "list"),
         (lambda c: c.update(iter_num=2**31), "2147483648"),
-        (lambda c: c.update(config=Malicious()), "more than tensors and plain values"),
+        (lambda c: c.update(config=Malicious()), "more than .* no code in it was run"),
     ],
 )
 def test_a_checkpoint_of_another_form_is_named_with_its_fault(
@@ -287,35 +290,19 @@ def test_a_checkpoint_of_another_form_is_named_with_its_fault(
     assert not (tmp_path / "owned").exists()
 
 
-def test_many_faults_are_counted(path):
-    def leave_three(checkpoint):
-        model, names = checkpoint["model"], ("wte", "wpe", "ln_f")
-        checkpoint["model"] = {
-            f"{n}.weight": model[f"transformer.{n}.weight"] for n in names
-        }
-
-    spoil(path, leave_three)
-    with pytest.raises(
-        ValueError, match=r"h\.0\.ln_1\.weight is missing; .*, and 7 more"
-    ):
-        read(path)
-
-
 @pytest.mark.parametrize(
     "content", [b"", b"PK\x03\x04 no zip", b"[1, 2]", b"\x80\x04."]
 )
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     path = tmp_path / "ckpt.pt"
     path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=rf"{re.escape(str(path))}.* (cut short \(\w+|no code)"
-    ):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is not a checkpoint"):
         read(path)
 
 
 def test_other_things_that_torch_saves_are_no_checkpoint(tmp_path):
     torch.save([1, 2], tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match="is not a checkpoint of nanoGPT"):
+    with pytest.raises(ValueError, match=r"ckpt\.pt: list"):
         read(tmp_path / "ckpt.pt")
     with pytest.raises(FileNotFoundError, match="is not a file"):
         read(tmp_path)

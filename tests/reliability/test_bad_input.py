@@ -275,19 +275,9 @@ CASES = {
         ("the run's text is gone", RESUME, remove("text.txt")),
         ("the run's text has changed", RESUME, write("text.txt", "Another. " * 99)),
         (
-            "Tiny Shakespeare, changed on disk",
-            f"train.py smoke {NEW}",
-            write("cache/tinyshakespeare.txt", "To be"),
-        ),
-        (
             "val.bin is missing",
             f"{TOKENS} {NEW}",
             remove("tokens/val.bin"),
-        ),
-        (
-            "half a token in train.bin",
-            f"{TOKENS} {NEW}",
-            cut("tokens/train.bin", 999),
         ),
         (
             "too few tokens for block_size",
@@ -478,7 +468,6 @@ CASES = {
         ("a negative temperature", f"{GENERATE} --temperature -1"),
         ("a temperature that is no number", f"{GENERATE} --temperature nan"),
         ("none of the likeliest", f"{GENERATE} --top-k 0"),
-        ("more than all of the likeliest", f"{GENERATE} --top-k 12"),
         ("odds of none", f"{GENERATE} --top-p 0"),
         ("odds above one", f"{GENERATE} --top-p 1.5"),
         ("a negative seed", f"{GENERATE} --seed -1"),
@@ -502,7 +491,6 @@ CASES = {
         ),
         ("look at nothing", f"{ATTENTION} --prompt ''"),
         ("look at other characters", f"{ATTENTION} --prompt Zounds"),
-        ("a picture of another kind", f"{ATTENTION} --prompt To --out maps.pdf"),
         ("a picture in no folder", f"{ATTENTION} --prompt To --out no/maps.png"),
         (
             "a model that has no attention",
@@ -512,7 +500,6 @@ CASES = {
         ("compare a checkpoint of no run", f"{COMPARE} --checkpoint 8"),
         ("compare a file that is not there", f"{COMPARE} --nanogpt no.pt"),
         ("compare a lecture's model", f"{COMPARE} --run-dir runs/bigram"),
-        ("compare fewer than no steps", f"{COMPARE} --run-dir runs/tiny --steps -1"),
         (
             "compare more than block_size tokens",
             f"{COMPARE} --run-dir runs/tiny --length 9",
@@ -589,10 +576,6 @@ CASES = {
             write("own.json", CharTokenizer("Tobe").to_json()),
         ),
         (
-            "meta.pkl for Hugging Face",
-            f"{GPT2} --meta tokens/meta.pkl",
-        ),
-        (
             "two tokenizers",
             f"{CKPT} --meta tokens/meta.pkl --tokenizer gpt2",
         ),
@@ -611,10 +594,6 @@ CASES = {
         (
             "export over a run",
             f"{EXPORT} huggingface runs/tiny runs/bigram --overwrite",
-        ),
-        (
-            "export nanoGPT's into a directory",
-            f"{EXPORT} nanogpt runs/tiny gpt2 --overwrite",
         ),
         (
             "export Hugging Face's into a file",
@@ -640,7 +619,6 @@ VARYING = {
     r"\b([0-9a-f]{32}){1,2}\b": "...",  # digests, and names that Orbax gives
     r"\S+ needed per device, \S+ there": "... needed per device, ... there",
     r"(It says|while deserializing header|reading BPE files): .*": r"\1: ...",
-    r"(or is cut short) \(.*?\)": r"\1 (...)",
 }
 
 

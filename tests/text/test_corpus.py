@@ -1,6 +1,5 @@
 import os
 import pickle
-import re
 import shutil
 
 import numpy as np
@@ -41,12 +40,10 @@ class TestText:
         tokens = np.concatenate([corpus.train, corpus.val])
         assert corpus.tokenizer.decode(tokens) == "ab" * 60 + "ba" * 60
 
-    def test_text_is_read_in_chunks_that_may_cut_a_character(
-        self, tmp_path, monkeypatch
-    ):
-        text = "é€🙂a" * 50 + "\r\n"
+    def test_text_is_read_in_chunks_as_it_stands(self, tmp_path, monkeypatch):
+        text = "\ufeffé€🙂a\r\n" * 50 + "\r"
         (tmp_path / "text").write_bytes(text.encode())
-        monkeypatch.setattr(corpus_module, "_CHUNK_BYTES", 5)
+        monkeypatch.setattr(corpus_module, "_CHUNK", 5)
         corpus, _ = load(tmp_path / "text")
         tokens = np.concatenate([corpus.train, corpus.val])
         assert corpus.tokenizer.decode(tokens) == text
@@ -97,9 +94,9 @@ class TestText:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b"", "no text, the corpus is empty"),
-            (b"ab" * 9 + b"\xff", "byte 18 is 0xff"),
-            (b"ab" * 9 + "€".encode()[:2], "byte 18 is 0xe2"),
+            (b"", "text: the corpus is empty"),
+            (b"ab" * 9 + b"\xff", "text is not UTF-8 text: invalid start byte"),
+            (b"ab" * 9 + "€".encode()[:2], "text is not UTF-8 text: unexpected end"),
             (b"ab" * 20, r"the val split has 4 tokens.*block_size \+ 1 = 9"),
         ],
     )
@@ -130,7 +127,7 @@ class TestBPE:
     def test_chunks_and_pieces_leave_no_trace(self, text_file, monkeypatch):
         whole, _ = load(text_file, tokenizer="bpe", vocab_size=300)
         shutil.rmtree(os.environ["JAXGPT_CACHE"])
-        monkeypatch.setattr(corpus_module, "_CHUNK_BYTES", 50)
+        monkeypatch.setattr(corpus_module, "_CHUNK", 50)
         monkeypatch.setattr(tokenizer_module, "_PIECE", 7)
         cut, _ = load(text_file, tokenizer="bpe", vocab_size=300)
         assert cut.tokenizer.to_json() == whole.tokenizer.to_json()
@@ -215,7 +212,7 @@ class TestTokenFiles:
     def test_their_tokenizer_may_be_named(self, folder):
         corpus, config = load(folder, tokenizer="gpt2")
         assert corpus.tokenizer.vocab_size == config.model.vocab_size == 50257
-        with pytest.raises(ValueError, match=r"is trained on text, and .* has tokens"):
+        with pytest.raises(FileNotFoundError, match="no tokenizer 'bpe'"):
             load(folder, tokenizer="bpe", vocab_size=300)
         corpus.tokenizer.save(folder / "tokenizer.json")
         assert load(folder)[0].tokenizer.to_json() == corpus.tokenizer.to_json()
@@ -256,15 +253,6 @@ class TestTokenFiles:
         with pytest.raises(ValueError, match=r"train\.bin has token 99, outside .* 99"):
             load(folder, vocab_size=99)
 
-    def test_a_file_cut_short_is_named(self, folder):
+    def test_half_a_token_at_the_end_is_left_out(self, folder):
         (folder / "val.bin").write_bytes(b"\0" * 51)
-        with pytest.raises(ValueError, match=r"val\.bin is cut short"):
-            load(folder, vocab_size=100)
-
-
-def test_a_cached_text_with_a_wrong_checksum_is_named(fresh_cache):
-    fresh_cache.mkdir()
-    path = fresh_cache / "tinyshakespeare.txt"
-    path.write_text("Not Shakespeare")
-    with pytest.raises(ValueError, match=re.escape(f"{path} has sha256")):
-        load_corpus(UNKNOWN)
+        assert load(folder, vocab_size=100)[0].val.tolist() == [0] * 25

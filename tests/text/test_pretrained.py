@@ -162,7 +162,6 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
             }
         },
         {"pre_tokenizer": None},
-        {"decoder": None},
         {"model": {"type": "WordLevel"}},
         {
             "model": {
@@ -209,7 +208,7 @@ def test_a_vocabulary_that_lacks_a_byte_is_refused(tmp_path, gpt2):
     del content["model"]["vocab"]["Z"]
     content["model"]["merges"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"no token for 1 of the 256 bytes.* 'Z'"):
+    with pytest.raises(ValueError, match="lacks tokens of single bytes"):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
@@ -217,9 +216,7 @@ def test_ids_far_above_the_number_of_tokens_are_refused(tmp_path):
     content = json.loads(BPETokenizer.train(["to be " * 9], 258).to_json())
     content["model"]["vocab"]["z"] = 2**32 - 1  # 32 GiB, as a table of the tokens
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(
-        ValueError, match="ids run to 4294967295, but it has 258 tokens"
-    ):
+    with pytest.raises(ValueError, match="its ids have gaps"):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
@@ -284,8 +281,14 @@ def test_the_web_is_asked_first_and_verified(fresh_cache, monkeypatch, tables):
         gpt2_tokenizer(lambda line: None)
 
 
-def test_a_damaged_table_in_the_cache_is_named(fresh_cache, tables):
+def test_a_damaged_table_in_the_cache_is_fetched_again(
+    fresh_cache, monkeypatch, tables
+):
     shutil.copytree(tables, fresh_cache / "gpt2")
-    os.truncate(fresh_cache / "gpt2" / "merges.txt", 1000)
-    with pytest.raises(ValueError, match=r"merges\.txt has sha256 .*; delete it"):
-        gpt2_tokenizer()
+    merges = fresh_cache / "gpt2" / "merges.txt"
+    os.truncate(merges, 1000)
+    monkeypatch.setattr(
+        pretrained, "download", lambda url: (tables / Path(url).name).read_bytes()
+    )
+    gpt2_tokenizer(lambda line: None)
+    assert merges.read_bytes() == (tables / "merges.txt").read_bytes()

@@ -44,7 +44,7 @@ def test_unknown_character_is_named_with_its_position_and_the_vocabulary():
 
 @pytest.mark.parametrize("ids", [[3], [-1], [0, 99]])
 def test_id_outside_the_vocabulary_is_an_error(ids):
-    with pytest.raises(ValueError, match="the vocabulary from 0 to 2"):
+    with pytest.raises(IndexError):
         CharTokenizer("abc").decode(ids)
 
 
@@ -119,8 +119,8 @@ def test_load_gives_back_what_save_wrote(bpe, tmp_path):
 @pytest.mark.parametrize(
     ("text", "vocab_size", "message"),
     [
-        (TEXT, 256, "vocab_size=256 must be at least 257"),
-        ("ab ab", 300, "gives 259 tokens and no more, not vocab_size=300; .* 259"),
+        (TEXT, 256, "not give vocab_size=256, the nearest is 257"),
+        ("ab ab", 300, "not give vocab_size=300, the nearest is 259"),
     ],
 )
 def test_a_vocabulary_that_cannot_be_is_refused(text, vocab_size, message):
