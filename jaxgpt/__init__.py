@@ -15,22 +15,3 @@ from jaxgpt.generation.stream import generate
 from jaxgpt.models import GPT, Bigram
 from jaxgpt.run import Run, load_run
 from jaxgpt.text.tokenizer import BPETokenizer, CharTokenizer
-
-__all__ = [
-    "GPT",
-    "BPETokenizer",
-    "Bigram",
-    "BigramConfig",
-    "CharTokenizer",
-    "Config",
-    "DataConfig",
-    "GPTConfig",
-    "LectureConfig",
-    "MeshConfig",
-    "OptimizerConfig",
-    "Run",
-    "SamplingConfig",
-    "TrainConfig",
-    "generate",
-    "load_run",
-]

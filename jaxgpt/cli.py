@@ -21,7 +21,6 @@ from jaxgpt.run import (
     has_run,
     load_config,
 )
-from jaxgpt.training.checkpoint import CHECKPOINTS
 
 _PROG = "train.py [PRESET]"
 _OF_TRAINING = ("dropout", "compute_dtype", "remat")  # fields that leave weights alone
@@ -122,11 +121,6 @@ def _resumed(run_dir: Path, flags: list[str]) -> Config:
     saved = load_config(run_dir)
     config = _parse(flags, saved)
     _check_same_model(saved, config)
-    if (run_dir / CHECKPOINTS).is_file():
-        raise NotADirectoryError(
-            f"{run_dir / CHECKPOINTS} is a file; put the run's folder of that name "
-            "back, or move the file away to begin at step 0"
-        )
     if (run_dir / TOKENIZER).exists():
         _check_same_tokenizer(saved, config)
     if not saved.data.sha256:

@@ -1,7 +1,7 @@
 """The run directory: what is where in it, and how to read a run back.
 
 config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   lock
-loss.png   attention.png   blowup/
+loss.png   attention.png   profile/
 """
 
 import json
@@ -46,10 +46,9 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 LOCK = "lock"
 ATTENTION = "attention.png"
-BLOWUP = "blowup"
 PROFILE = "profile"
-# All of a run but the lock; the config makes it one, and goes last when it is deleted.
-_OWN = (CHECKPOINTS, BLOWUP, PROFILE, TOKENIZER, METRICS, CURVE, ATTENTION, CONFIG)
+# All of a run but the lock, blowup/ once; the config makes it one, and is deleted last.
+_OWN = (CHECKPOINTS, "blowup", PROFILE, TOKENIZER, METRICS, CURVE, ATTENTION, CONFIG)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def compare(
     elif nanogpt is not None:
         source, (run_config, state, _) = str(nanogpt), read_nanogpt(nanogpt, log_line)
         config, params = check_gpt(run_config.model, "nanoGPT"), state.params
-        reference = torch_parity.gpt2_of_params(config, params)
+        reference = torch_parity.gpt2_of_nanogpt(config, nanogpt)
     elif run_dir is not None:
         run = load_run(run_dir, checkpoint)
         source = f"{run_dir}, step {run.step}"

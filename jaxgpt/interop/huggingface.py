@@ -37,6 +37,11 @@ _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 # Which file has which tensor, where there are several.
 _INDEX = f"{_WEIGHTS}.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+# What would be mixed with an exported model if it lay there before.
+_OF_ANOTHER_MODEL = (
+    *(_INDEX, "model-*-of-*.safetensors", "generation_config.json", *_TOKENIZER_FILES),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 
 
 def find_model(source: str) -> Path:
@@ -126,6 +131,8 @@ def write_huggingface(
         folder / _WEIGHTS,
         lambda aside: save_file(tensors, aside, metadata={"format": "pt"}),
     )
+    for path in (path for name in _OF_ANOTHER_MODEL for path in folder.glob(name)):
+        path.unlink()
     if tokenizer:
         _write_tokenizer(folder, tokenizer, config.block_size)
     _write_text(folder / _CONFIG, json.dumps(content, indent=2) + "\n")

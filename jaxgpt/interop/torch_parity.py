@@ -96,6 +96,19 @@ def gpt2_of_params(config: GPTConfig, params: Any) -> Any:
     return reference
 
 
+def gpt2_of_nanogpt(config: GPTConfig, path: Path) -> Any:
+    """A GPT-2 of transformers' with the weights of a ckpt.pt, without our reading."""
+    torch, reference = required("torch"), _gpt2(config)
+    tensors = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # which it transposes
+    tensors = {
+        state_dict.plain_name(name): tensor.T if name.endswith(linear) else tensor
+        for name, tensor in tensors.items()
+    }
+    reference.load_state_dict(tensors, strict=False)
+    return reference
+
+
 def gpt2_of_directory(folder: Path) -> Any:
     """transformers' own reading of a directory of Hugging Face's GPT-2."""
     transformers = required("transformers")

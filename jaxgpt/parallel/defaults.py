@@ -32,12 +32,7 @@ def platform_of(device: Any) -> str:
 
 def default_preset() -> str:
     """Name of the Tiny Shakespeare preset that suits the devices JAX has found."""
-    return "shakespeare-char" if has_accelerator() else "shakespeare-char-cpu"
-
-
-def has_accelerator() -> bool:
-    """Whether JAX computes on a GPU or TPU by default."""
-    return jax.default_backend() != "cpu"
+    return "shakespeare-char" + ("-cpu" if jax.default_backend() == "cpu" else "")
 
 
 def prefers_one_device(device: jax.Device, model: ModelConfig) -> bool:

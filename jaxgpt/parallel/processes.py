@@ -91,13 +91,6 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def process_share(items: list[Any]) -> list[Any]:
-    """Those of the items that this process sees to, where all share the work."""
-    if not several_processes():
-        return items
-    return items[jax.process_index() :: jax.process_count()]
-
-
 def any_failed(failed: bool) -> bool:
     """Whether any process has failed at this point, which all must reach."""
     return bool(highest(failed))

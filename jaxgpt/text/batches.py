@@ -15,7 +15,6 @@ import numpy as np
 from jaxgpt.config import Config
 
 EVAL_SEED = 2**32  # of the batches that every evaluation sees; no run's seed is as high
-ALL = slice(None)
 
 # Completed steps, and which rows of the batch to read, to a pytree with rows on axis 0.
 Source = Callable[[int, slice], Any]
@@ -25,7 +24,7 @@ def batch(
     tokens: np.ndarray,
     seed: int,
     step: int,
-    rows: slice = ALL,
+    rows: slice = slice(None),
     *,
     batch_size: int,
     block_size: int,

@@ -258,13 +258,15 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _open_tokens(path: Path, vocab_size: int, block_size: int) -> np.ndarray:
     dtype = np.dtype(token_dtype(vocab_size))
-    count = path.stat().st_size // dtype.itemsize
+    count, rest = divmod(path.stat().st_size, dtype.itemsize)
+    if rest:
+        raise ValueError(f"{path} is cut short, within a {dtype}; bring all of it back")
     if count < block_size + 1:
         raise ValueError(
             f"the {path.stem} split has {count} tokens, a window needs block_size + 1 "
             f"= {block_size + 1}; use a longer text or a smaller --model.block-size"
         )
-    tokens = np.memmap(path, dtype, mode="r", shape=count)
+    tokens = np.memmap(path, dtype, mode="r")
     if (largest := tokens.max()) >= vocab_size:
         raise ValueError(
             f"{path} has token {largest}, outside the vocabulary of {vocab_size}; "

@@ -227,7 +227,7 @@ def _alike(saved: Path) -> Iterator[None]:
 
 def saved_steps(folder: Path) -> list[int]:
     """The steps of all checkpoints, whole or not."""
-    paths = folder.iterdir() if folder.is_dir() else ()
+    paths = folder.iterdir() if folder.exists() else ()  # an error if it is a file
     return sorted(int(p.name) for p in paths if p.name.isdecimal() and p.is_dir())
 
 

@@ -9,19 +9,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config, GPTConfig
 from jaxgpt.files import log_line
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of, with_microbatches
-from jaxgpt.parallel.feeding import share_rows, stack_batches
+from jaxgpt.parallel.feeding import share_rows
 from jaxgpt.parallel.mesh import activations_over
 from jaxgpt.text.batches import Source
 from jaxgpt.training.objectives import Batch, Context, Objective
 from jaxgpt.training.step import TrainState, step_key, sum_gradients
-
-_STACK = "h"  # the GPT's layers, which share one module
 
 
 @contextmanager
@@ -67,9 +66,8 @@ def first_not_finite(
         model = dataclasses.replace(model, remat=False)
     losses = objective(build_model(model, platform_of(mesh)))
     step, pieces = int(state.step), with_microbatches(config, mesh).data.pieces
-    batch = stack_batches(source, range(step, step + 1))
-    batch = jax.tree.map(lambda leaf: leaf[0], batch)
-    rows_B, key = jnp.arange(len(jax.tree.leaves(batch)[0])), step_key(config, step)
+    batch, key = source(step, slice(None)), step_key(config, step)
+    rows_B = np.arange(len(jax.tree.leaves(batch)[0]))
     for piece in range(pieces):
         part, rows = jax.tree.map(lambda a, i=piece: a[i::pieces], (batch, rows_B))
         part, rows = share_rows(mesh, (part, rows))
@@ -102,8 +100,8 @@ def _first_layer(
         if context.method_name == "__call__" and not (traced or found):
             path = ".".join(context.module.path)
             if not all(bool(jnp.isfinite(array).all()) for array in arrays):
-                layer = f"{_STACK}.{calls[path]}."
-                found.append(path.replace(f"{_STACK}.", layer, 1) or "the model")
+                layer = f"h.{calls[path]}."  # of the GPT's, which share a module
+                found.append(path.replace("h.", layer, 1) or "the model")
             calls[path] += 1
         return out
 

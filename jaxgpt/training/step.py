@@ -21,8 +21,6 @@ from jaxgpt.parallel.mesh import activations_over, placed, replicated
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
 from jaxgpt.training.optimizer import Optimizer, make_optimizer
 
-Metrics = dict[str, jax.Array]
-
 
 @flax.struct.dataclass
 class TrainState:
@@ -83,7 +81,7 @@ def make_train_step(
     config: Config,
     axis_name: str | None = None,
     seed: jax.Array | int | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes `train_step(state, batch) -> state, metrics`: one update.
 
     It is pure, and runs under `jit`, with or without shardings, as it is. Inside `pmap`
@@ -113,7 +111,7 @@ def make_train_step(
     """
     limit = config.train.max_skipped_steps
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
         key, params = step_key(config, state.step, seed), state.params
         rows_B = jnp.arange(len(jax.tree.leaves(batch)[0]))
         if axis_name:

@@ -196,12 +196,20 @@ def test_tiny_shakespeare_has_nanogpts_name_for_it(call, smoke, tmp_path):
     assert "into its data/shakespeare_char/" in err
 
 
-def test_a_model_written_over_another_is_loaded_as_itself(call, tiny_run, tmp_path):
+def test_another_model_that_lay_there_leaves_nothing_behind(call, tiny_run, tmp_path):
     folder = tmp_path / "out"
     torch_gpt2.make(folder, max_shard_size="10KB")
     for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json"):
         (folder / name).write_text("{}")
+    (folder / "README.md").write_text("mine")
     call("jaxgpt", "export", "huggingface", tiny_run, folder, "--overwrite")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.vocab_size == len(tokenizer) == 11

@@ -280,6 +280,11 @@ CASES = {
             remove("tokens/val.bin"),
         ),
         (
+            "half a token in train.bin",
+            f"{TOKENS} {NEW}",
+            cut("tokens/train.bin", 999),
+        ),
+        (
             "too few tokens for block_size",
             f"{TOKENS} --model.block-size 100 {NEW}",
         ),
