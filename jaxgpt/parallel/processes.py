@@ -48,7 +48,8 @@ def join_processes(
     )
     given = (coordinator_address, num_processes, process_id)
     if coordinator_address and num_processes is not None and process_id is not None:
-        if not re.fullmatch(r".+:\d{1,5}", coordinator_address):
+        port = re.fullmatch(r".+:(\d{1,5})", coordinator_address)
+        if not port or int(port[1]) > 65_535:
             raise ValueError(
                 f"--coordinator-address {coordinator_address} must be HOST:PORT"
             )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgpt.config import Config, GPTConfig
+from jaxgpt.config import Config
 from jaxgpt.files import log_line
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of, with_microbatches
@@ -61,9 +61,9 @@ def first_not_finite(
     `objective` makes one of a model, as `next_token` does, and `source` has the
     training batches. Every process of the run must call it.
     """
-    model = config.model
-    if isinstance(model, GPTConfig):  # whose remat would hide the layers' values
-        model = dataclasses.replace(model, remat=False)
+    # Remat would hide the layers' values.
+    changed: dict[str, Any] = {"remat": False} if hasattr(config.model, "remat") else {}
+    model = dataclasses.replace(config.model, **changed)
     losses = objective(build_model(model, platform_of(mesh)))
     step, pieces = int(state.step), with_microbatches(config, mesh).data.pieces
     batch, key = source(step, slice(None)), step_key(config, step)

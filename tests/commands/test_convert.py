@@ -223,7 +223,7 @@ def test_a_tokenizer_of_another_kind_can_be_replaced(call, gpt2, tmp_path):
     (gpt2 / "tokenizer.json").write_text(json.dumps(content))
     arguments = ["import", "huggingface", gpt2, tmp_path / "run"]
     with pytest.raises(
-        ValueError, match=r"its normalizer is not .*; --tokenizer takes"
+        ValueError, match=r"it does not split text as .*; --tokenizer takes"
     ):
         call("jaxgpt", *arguments)
     call("jaxgpt", *arguments, "--tokenizer", tmp_path / "own.json")
