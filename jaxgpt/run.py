@@ -80,8 +80,7 @@ def load_run(
     Raises OSError or ValueError that says what is missing or does not fit.
     """
     run_dir = Path(run_dir)
-    config = load_config(run_dir)
-    tokenizer = saved_tokenizer(run_dir)
+    config, tokenizer = load_config(run_dir), saved_tokenizer(run_dir)
     if tokenizer and not fits(tokenizer, config.model.vocab_size):
         raise ValueError(
             f"{run_dir / TOKENIZER} has {tokenizer.vocab_size} tokens, the model "
@@ -178,8 +177,7 @@ def load_state(
 def find_checkpoint(run_dir: Path, which: str | int) -> Path:
     """The absolute folder of a run's checkpoint: "best", "latest" or a step.
 
-    It may turn out damaged when it is loaded. Raises OSError or ValueError that says
-    what there is instead.
+    Loading tells if it is damaged. Raises OSError or ValueError if there is none.
     """
     load_config(run_dir)
     folder = run_dir.resolve() / CHECKPOINTS
@@ -218,13 +216,11 @@ def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]
 def _check_shared(run_dir: Path, token: int) -> None:
     """Raises FileNotFoundError unless all processes see the same run directory."""
     lock = run_dir / LOCK
-
-    def seen(wait: int) -> bool:
+    for wait in (0, 1, 4, 10):  # a network's file system may take its time
         time.sleep(wait)
-        return lock.exists() and lock.read_text(encoding="utf-8") == str(token)
-
-    # A network's file system may take its time.
-    if any_failed(not any(map(seen, (0, 1, 4, 10)))):
+        if seen := lock.exists() and lock.read_text(encoding="utf-8") == str(token):
+            break
+    if any_failed(not seen):
         raise FileNotFoundError(
             f"{run_dir} is not the same directory for all processes; give an --out-dir "
             "on a file system that they share"

@@ -14,7 +14,7 @@ from jaxgpt.training.evaluation import (
     estimate,
     evaluate_exactly,
 )
-from jaxgpt.training.objectives import LossSum, next_token
+from jaxgpt.training.objectives import LossSum, next_token, validation_figure
 
 T = TINY.model.block_size
 
@@ -134,6 +134,7 @@ def test_estimates_compare_whatever_the_seed_and_differ_between_splits(tiny_mode
     )
     assert one == other
     assert one["train_loss"] != one["val_loss"]
+    assert validation_figure(next_token(model)) == "val_loss"
 
 
 def test_estimates_are_means_over_what_counts_of_all_that_is_reported():
@@ -144,12 +145,14 @@ def test_estimates_are_means_over_what_counts_of_all_that_is_reported():
         loss = LossSum((odd_BT * inputs_BT).sum(), odd_BT.sum())
         return loss, {"largest": LossSum(inputs_BT.max(), jax.numpy.float32(1))}
 
+    objective.figure = "largest"
     tokens, batches = np.random.default_rng(0).integers(11, size=99), 3
     found = estimates(objective, TINY, {}, tokens, tokens, batches)
     source = evaluation_source(tokens, TINY)
     seen = np.stack([source(step, slice(None))[0] for step in range(batches)])
     assert found["train_loss"] == pytest.approx(seen[seen % 2 == 1].mean())
-    assert found["val_largest"] == pytest.approx(seen.max(axis=(1, 2)).mean())
+    largest = found[validation_figure(objective)]  # by which the best is chosen
+    assert largest == found["val_largest"] == pytest.approx(seen.max((1, 2)).mean())
 
 
 def test_many_evaluations_on_many_devices_do_not_deadlock(tiny_model):
