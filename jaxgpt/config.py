@@ -66,7 +66,7 @@ def check_seed(seed: int) -> None:
 class ModelConfig:
     """What every kind of model has. Names are nanoGPT's."""
 
-    shared = False  # no field: whether devices can each hold a part of it
+    shardable = False  # no setting: whether devices can each hold a part of it
 
     block_size: int = 64  # tokens the model can look back over
     vocab_size: int | None = None  # tokens it knows; the tokenizer fills it in
@@ -140,7 +140,7 @@ class LectureConfig(TransformerConfig):
 class GPTConfig(TransformerConfig):
     """nanoGPT's and GPT-2's model."""
 
-    shared = True
+    shardable = True
     architecture: Literal["gpt"] = "gpt"  # the kind of model
     bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
     gelu: Literal["exact", "tanh"] = "exact"  # nanoGPT's (erf) or GPT-2's approximation
@@ -318,7 +318,7 @@ class Config:
             "as in --model.vocab-size 1024",
         )
         _check(
-            self.model.shared or self.mesh.fsdp == self.mesh.tensor == 1,
+            self.model.shardable or self.mesh.fsdp == self.mesh.tensor == 1,
             f"mesh.fsdp={self.mesh.fsdp} and mesh.tensor={self.mesh.tensor} change "
             f"nothing with architecture={self.model.architecture}, whose parameters "
             "every device holds; leave them at 1",

@@ -40,7 +40,7 @@ def cache_dir() -> Path:
 def start() -> None:
     """Sets what makes JAX fast here, and a persistent compilation cache.
 
-    What the user has set wins: JAX_NUM_CPU_DEVICES, XLA_FLAGS, MALLOC_ARENA_MAX,
+    What the user has set stays: JAX_NUM_CPU_DEVICES, XLA_FLAGS, MALLOC_ARENA_MAX,
     JAX_COMPILATION_CACHE_DIR.
     """
     # Orbax warns of what is meant, and logs with a traceback what we tell in a line.
@@ -105,8 +105,8 @@ def fused_products() -> dict[str, str] | None:
 def _tell_unraisable(unraisable: Any) -> None:
     """Prints what Python can't raise, as it would, but for two kinds.
 
-    `plain_errors` raises an interrupt again; and where one of a checkpoint's files
-    can't be written or read, Orbax does not wait for the others.
+    `exits` has noted an interrupt; and where one of a checkpoint's files can't be
+    written or read, Orbax does not wait for the others.
     """
     error, of_orbax = unraisable.exc_value, r"Event loop is closed|error while reading"
     expected = isinstance(error, KeyboardInterrupt) or re.search(of_orbax, str(error))

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -29,8 +30,9 @@ from jaxgpt import (
 from jaxgpt.models import build_model
 from jaxgpt.parallel.feeding import window_shapes
 from jaxgpt.training import checkpoint
+from jaxgpt.training.checkpoint import save_state
 from jaxgpt.training.objectives import next_token
-from jaxgpt.training.step import abstract_state, trace_train_steps
+from jaxgpt.training.step import TrainState, abstract_state, trace_train_steps
 
 ROOT = Path(__file__).parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is an accelerator
@@ -102,6 +104,11 @@ def traced_steps(model, config, mesh, count=1):
         window_shapes(config, mesh, count),
     )
     return trace_train_steps(next_token(model), config, mesh, state, batches)
+
+
+def save_params(checkpoints, step, params):
+    """Saves parameters without an optimizer's state, as an import does."""
+    save_state(checkpoints, TrainState(np.int32(step), params, None), None)
 
 
 def start_script(*arguments, **environment):

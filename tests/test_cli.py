@@ -5,13 +5,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import TINY, changed
+from conftest import TINY, changed, save_params
 
 from jaxgpt import CharTokenizer, Config
 from jaxgpt.cli import parse_arguments, read_options
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import load_config, save_config
-from jaxgpt.training.checkpoint import open_checkpoints, save_params
+from jaxgpt.training.checkpoint import open_checkpoints
 
 
 def config_of(*argv):

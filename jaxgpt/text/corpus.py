@@ -161,7 +161,9 @@ def _read_text(paths: Sequence[Path]) -> Iterator[str]:
                 while chunk := file.read(_CHUNK):
                     yield chunk
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
+                raise ValueError(
+                    f"{path} is not UTF-8 text: {error.reason}; convert the file first"
+                ) from error
 
 
 def _survey(paths: Sequence[Path]) -> _Text:

@@ -97,11 +97,6 @@ def save_state(
             raise ValueError(f"there is a checkpoint of a step after {step}")
 
 
-def save_params(checkpoints: ocp.CheckpointManager, step: int, params: Any) -> None:
-    """Starts to save parameters that have no optimizer state, of another program's."""
-    save_state(checkpoints, TrainState(jnp.asarray(step), params, None), None)
-
-
 def _parts(state: TrainState) -> dict[str, Any]:
     if state.opt_state is None:
         return {"params": state.params}
@@ -215,8 +210,8 @@ def _alike(saved: Path) -> Iterator[None]:
     failed = None
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError):  # which is not the files' fault
-        raise
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise  # which is not the files' fault
     except Exception as error:
         failed = error
     if any_failed(failed is not None):

@@ -17,10 +17,9 @@ from jaxgpt.files import log_line
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of, with_microbatches
 from jaxgpt.parallel.feeding import share_rows
-from jaxgpt.parallel.mesh import activations_over
 from jaxgpt.text.batches import Source
 from jaxgpt.training.objectives import Batch, Context, Objective
-from jaxgpt.training.step import TrainState, step_key, sum_gradients
+from jaxgpt.training.step import TrainState, step_key
 
 
 @contextmanager
@@ -39,12 +38,15 @@ def explained(
         yield
     except FloatingPointError as error:
         log_line(f"{error}; looking for the layer where it began")
+        step = f"step {int(state().step) + 1}"
         try:
-            first = first_not_finite(state(), objective, source, config, mesh)
+            layer = first_not_finite(state(), objective, source, config, mesh)
         except Exception as failure:  # the error itself must be told
-            told = f"its layers could not be looked at ({failure})"
+            told = f"the layers of {step} could not be looked at ({failure})"
         else:
-            told = f"{first or 'no values'} of that step are the first that are not"
+            told = f"the outputs of every layer in {step} are finite"
+            if layer:
+                told = f"the outputs of {layer} in {step} are the first that are not"
         raise FloatingPointError(f"{error}; {told}") from error
 
 
@@ -55,11 +57,10 @@ def first_not_finite(
     config: Config,
     mesh: Mesh,
 ) -> str:
-    """Names what is first not finite in the step after `state`, "" if all is.
+    """Names the first layer whose outputs are not finite in the step after `state`.
 
-    It is the output of a layer, or else the loss, or the gradients of a parameter.
-    `objective` makes one of a model, as `next_token` does, and `source` has the
-    training batches. Every process of the run must call it.
+    "" if there is none. `objective` makes one of a model, as `next_token` does, and
+    `source` has the training batches. Every process of the run must call it.
     """
     # Remat would hide the layers' values.
     changed: dict[str, Any] = {"remat": False} if hasattr(config.model, "remat") else {}
@@ -72,17 +73,7 @@ def first_not_finite(
         part, rows = jax.tree.map(lambda a, i=piece: a[i::pieces], (batch, rows_B))
         part, rows = share_rows(mesh, (part, rows))
         if layer := _first_layer(losses, state.params, part, Context(key, rows)):
-            return f"the outputs of {layer}"
-    with activations_over(mesh):
-        grads, loss, _ = jax.jit(sum_gradients, static_argnums=(0, 5))(
-            losses, key, state.params, *share_rows(mesh, (batch, rows_B)), pieces
-        )
-    if not jnp.isfinite(loss.total):
-        return "the losses"
-    for path, leaf in reversed(jax.tree_util.tree_leaves_with_path(grads)):
-        if not jnp.isfinite(leaf).all():
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            return f"the gradients of {name}"
+            return layer
     return ""
 
 

@@ -78,6 +78,11 @@ def estimate(
         for sums in _each(eval_step, params, steps):
             total = sums if total is None else jax.tree.map(np.add, total, sums)
         for figure, loss in total.items():
+            if not loss.weight:
+                raise ValueError(
+                    f"nothing counts for {name}_{figure} in {batches} batches; give "
+                    "more --train.eval-iters"
+                )
             means[f"{name}_{figure}"] = float(loss.mean())
     return means
 

@@ -31,12 +31,18 @@ class Monitor(AbstractContextManager):
     """
 
     def __init__(
-        self, run_dir: Path, config: Config, resumed_step: int | None, started: float
+        self,
+        run_dir: Path,
+        config: Config,
+        resumed_step: int | None,
+        started: float,
+        skipped: int = 0,
     ):
         """Goes on with the run's rows up to `resumed_step`; None begins anew.
 
         Args:
           started: when this session began, by `time.monotonic`.
+          skipped: steps that the run has left out so far.
         """
         self._curve = run_dir / CURVE
         self._path = run_dir / METRICS if is_first_process() else Path(os.devnull)
@@ -48,7 +54,7 @@ class Monitor(AbstractContextManager):
         self._config = config.train
         self._pending: tuple[int, Mapping[str, jax.Array], float] | None = None
         self._last_end = 0.0
-        self._skipped = 0  # steps, until now
+        self._skipped = skipped
         console = Console(stderr=True, highlight=False)
         self._bar = Progress(
             BarColumn(),
@@ -137,8 +143,8 @@ class Monitor(AbstractContextManager):
         end = time.monotonic()
         rate = float(metrics["tokens"].sum()) / (end - max(started, self._last_end))
         self._last_end = end
-        figures_of_its_own = metrics.keys() - {*_OF_A_STEP, "tokens", "skipped"}
-        names = (*_OF_A_STEP, *sorted(figures_of_its_own))
+        others = metrics.keys() - {*_OF_A_STEP, "tokens", "skipped"}
+        names = (*_OF_A_STEP, *sorted(others))  # of the objective
         for i, skipped in enumerate(metrics["skipped"].tolist()):
             step, values = first + 1 + i, {n: float(metrics[n][i]) for n in names}
             bad = not_finite(values) if skipped > self._skipped else {}

@@ -6,8 +6,8 @@ An objective returns its loss, and what else it reports by name, each as a sum o
 counts and how much that was. Sums add up over microbatches and devices, and only then
 are divided: nothing is a mean of means, whatever counts where.
 
-`best` is the checkpoint whose loss on the validation split is lowest. An objective that
-chooses by something else has its name as its attribute `figure`.
+`best` is the checkpoint whose loss on the validation split is lowest; or another figure
+that the objective reports, if its attribute `figure` has the name of that figure.
 """
 
 from collections.abc import Callable

@@ -42,6 +42,8 @@ def read_record(saved: Path) -> dict[str, Any]:
         if record.pop("crc32") != _crc32(record):
             raise ValueError("it was altered")
         return record
+    except PermissionError:
+        raise
     except Exception as error:  # of many kinds
         raise ValueError(f"its record in {_METADATA} can't be read") from error
 

@@ -128,7 +128,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
         going_on = state.skipped <= limit
-        skipped = state.skipped + (going_on & ~finite)
+        skipped = state.skipped + (going_on & counts & ~finite)
         params, opt_state = jax.tree.map(
             partial(jnp.where, going_on & finite & counts),
             (params, opt_state),
@@ -214,7 +214,7 @@ def check_skipped(state: TrainState, config: Config) -> None:
 
 
 def call_size(step: int, config: TrainConfig) -> int:
-    """Updates in the next call: steps_per_call, or 1 where that would run past a date.
+    """Updates in the next call: steps_per_call, or 1 if so many would pass an interval.
 
     So two programs serve all intervals, and no call runs past something that is due.
     """

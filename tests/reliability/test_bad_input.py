@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, changed
+from conftest import ROOT, changed, save_params
 
 from jaxgpt import CharTokenizer, load_run, start
 from jaxgpt.interop.huggingface import write_huggingface
 from jaxgpt.interop.nanogpt import write_nanogpt
 from jaxgpt.run import fcntl, load_state, save_config
 from jaxgpt.text.pretrained import save_nanogpt_meta
-from jaxgpt.training.checkpoint import open_checkpoints, save_params
+from jaxgpt.training.checkpoint import open_checkpoints
 
 PAGE = ROOT / "docs" / "bad-input.md"
 WRITE = os.environ.get("JAXGPT_WRITE_TABLE") == "1"

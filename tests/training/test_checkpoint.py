@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, changed, traced_steps
+from conftest import TINY, changed, save_params, traced_steps
 
 from jaxgpt.models import build_model
 from jaxgpt.parallel.mesh import make_mesh, over_rows
@@ -18,7 +18,6 @@ from jaxgpt.training.checkpoint import (
     find_steps,
     open_checkpoints,
     restore_state,
-    save_params,
     save_state,
     saved_steps,
 )

@@ -155,6 +155,15 @@ def test_estimates_are_means_over_what_counts_of_all_that_is_reported():
     assert largest == found["val_largest"] == pytest.approx(seen.max((1, 2)).mean())
 
 
+def test_an_evaluation_in_which_nothing_counts_says_what_to_do():
+    def objective(params, batch, context):
+        return LossSum(jax.numpy.float32(0), jax.numpy.float32(0)), {}
+
+    tokens = np.zeros(99, np.uint16)
+    with pytest.raises(ValueError, match="nothing counts for train_loss in 2 batches"):
+        estimates(objective, TINY, {}, tokens, tokens)
+
+
 def test_many_evaluations_on_many_devices_do_not_deadlock(tiny_model):
     model, params = tiny_model
     params = jax.device_put(params, jax.devices()[0])

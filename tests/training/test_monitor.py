@@ -132,17 +132,35 @@ def test_a_run_goes_on_whose_metrics_are_another_file(tmp_path, content):
     assert [row["event"] for row in rows] == ["eval", "done"]
 
 
-def test_tokens_per_second_counts_from_the_call_to_its_end(tmp_path):
+def test_tokens_per_second_counts_what_counts_from_the_call_to_its_end(
+    tmp_path, monkeypatch
+):
+    now = 100.0  # the machine's speed is none of the test's business
+    monkeypatch.setattr("jaxgpt.training.monitor.time.monotonic", lambda: now)
+    metrics = steps(4) | {"tokens": jnp.array([64, 0, 32, 4])}
     with session(tmp_path) as monitor:
-        time.sleep(0.2)  # as compilation would take
         for first in (0, 4):
-            started = time.monotonic()
-            time.sleep(0.1)  # as the call itself takes
-            monitor.train(first, steps(4), started)
+            now += 1000  # as compilation takes
+            started = now
+            now += 0.5  # as the call itself takes
+            monitor.train(first, metrics, started)
             monitor.flush()
-    tokens = 4 * TINY.data.batch_size * TINY.model.block_size
-    for row in rows_of(tmp_path, "train"):
-        assert 0.08 < tokens / row["tokens_per_second"] < 0.19
+    rates = [row["tokens_per_second"] for row in rows_of(tmp_path, "train")]
+    assert rates == [pytest.approx(200)] * 4
+
+
+def test_figures_that_an_objective_reports_are_in_the_rows(tmp_path, capsys):
+    metrics = steps(2) | {"accuracy": jnp.array([0.25, jnp.nan])}  # of nothing
+    with session(tmp_path) as monitor:
+        monitor.train(0, metrics, time.monotonic())
+        monitor.eval(2, {"train_loss": 2.0, "val_loss": 2.5, "val_accuracy": 0.5})
+    (row,) = rows_of(tmp_path, "train")
+    assert list(row)[2:6] == ["loss", "learning_rate", "grad_norm", "accuracy"]
+    assert row["accuracy"] is None
+    assert rows_of(tmp_path, "eval")[0]["val_accuracy"] == 0.5
+    told = capsys.readouterr().err
+    assert "step 2: train loss 2.0000, val loss 2.5000, val accuracy 0.5000" in told
+    assert "skipped" not in told
 
 
 def test_a_finished_run_whose_rows_are_gone_can_still_end(tmp_path):

@@ -77,8 +77,8 @@ def on_8_devices(pieces):
     mesh = make_mesh(config)
     batches = jax.device_put(stacked, jax.NamedSharding(mesh, P(None, "data")))
     traced = trace_train_steps(objective, config, mesh, state, batches)
-    text = traced.lower().compile()(state, batches)
-    return text[0], jax.tree.map(lambda a: a[0], text[1])
+    state, metrics = traced.lower().compile()(state, batches)
+    return state, jax.tree.map(lambda a: a[0], metrics)
 
 
 def in_shard_map(pieces):
