@@ -122,7 +122,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             clear_run(run_dir)  # only now that the new one can begin
         step, last_step = resumed_step or 0, config.train.max_steps
         eval_iters = config.train.eval_iters
-        saved = resumed_step
+        saved, skipped = resumed_step, int(state.skipped)
         if step > last_step:
             raise ValueError(
                 f"max_steps={last_step}, but the run has made {step} steps; give more "
