@@ -132,9 +132,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
 
         with (
             checkpoint.open_checkpoints(folder) as checkpoints,
-            Monitor(
-                run_dir, config, resumed_step, STARTED, int(state.skipped)
-            ) as monitor,
+            Monitor(run_dir, config, resumed_step, STARTED, skipped) as monitor,
             explained(lambda: state, next_token, source, config, mesh),
             profiled(run_dir / PROFILE, config.train.profile) as trace,
         ):
