@@ -11,6 +11,7 @@ import train
 from jaxgpt import generate, load_run
 from jaxgpt.run import find_checkpoint
 from jaxgpt.start import cache_dir
+from jaxgpt.training import checkpoint
 from jaxgpt.training.monitor import read_rows
 
 
@@ -165,7 +166,7 @@ def test_input_that_cannot_be_trained_on_replaces_no_run(tales, tmp_path):
     run(tales, run_dir)
     (tmp_path / "empty.txt").write_text("")
     empty = changed(tales, data={"path": (str(tmp_path / "empty.txt"),)})
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(ValueError, match="the corpus is empty"):
         run(empty, run_dir, overwrite=True)
     assert load_run(run_dir).step == 8
 
@@ -183,10 +184,10 @@ def test_rows_are_on_disk_before_their_checkpoint_is_saved(
 ):
     saved = []
 
-    def save(checkpoints, state, val_loss):
+    def save(checkpoints, state, figure):
         saved.append((int(state.step), losses(tmp_path / "run")[-1][0]))
 
-    monkeypatch.setattr(train, "save_state", save)
+    monkeypatch.setattr(checkpoint, "save_state", save)
     train_config = {"log_interval": 1, "eval_interval": 8, "checkpoint_interval": 2}
     run(changed(tales, train=train_config), tmp_path / "run")
     assert saved == [(2, 2), (4, 4), (6, 6), (8, 8)]

@@ -232,6 +232,13 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
     written = folder / _SIZES
     if written.is_file() and json.loads(written.read_text()) == _sizes(folder):
         return folder
+    if isinstance(tokenizer, CharTokenizer):
+        lacking = "".join(sorted(set(text.characters) - set(tokenizer.characters)))
+        if lacking:
+            raise ValueError(
+                f"{', '.join(map(str, text.paths))}: characters {lacking!r:.80} are "
+                f"not in the vocabulary of {tokenizer.vocab_size}; give another text"
+            )
     shutil.rmtree(folder, ignore_errors=True)  # of files that were cut or lost since
     log(f"tokenizing {text.length:,} characters into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -307,7 +307,7 @@ def test_a_tokenizer_of_words_is_not_taken_for_characters(folder):
     for vocab in ({"to": 0, "be": 1}, {"a": 0, "b": 2}):
         content["model"]["vocab"] = vocab
         (folder / "tokenizer.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="its model is not that of GPT-2's"):
+        with pytest.raises(ValueError, match="it does not split text as GPT-2's"):
             read_tokenizer(folder)
 
 
