@@ -84,13 +84,14 @@ def read_huggingface(folder: Path) -> tuple[GPTConfig, Any]:
     """
     config, paths = _read_config(folder / _CONFIG), _weight_files(folder)
     try:
-        files = [safe_open(path, framework="numpy") for path in paths]
+        files = (safe_open(path, framework="numpy") for path in paths)
         tensors = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
 
         def read(name: str) -> np.ndarray:
-            if (dtype := tensors[name].get_dtype()) not in _FLOATS:
+            tensor = tensors.pop(name)  # the last one closes the files
+            if (dtype := tensor.get_dtype()) not in _FLOATS:
                 raise ValueError(f"{name} is of {dtype}, not {' or '.join(_FLOATS)}")
-            return tensors[name][:]
+            return tensor[:]
 
         shapes = {name: tensor.get_shape() for name, tensor in tensors.items()}
         return config, state_dict.from_state_dict(shapes, read, config, out_in=False)

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -113,13 +112,14 @@ def from_state_dict(
         array = array.T if out_in and path[-1] == "kernel" else array
         with np.errstate(over="ignore"):  # a float64 may be infinite as float32
             leaves[path][layer] = array.reshape(leaves[path][layer].shape)
-    embedding = leaves["wte", "embedding"]
-    if head and not np.array_equal(read(head), embedding, equal_nan=True):
+    table = leaves["wte", "embedding"]
+    if head and not np.array_equal(read(head), table, equal_nan=True):
         raise ValueError(
             f"{head} is not the token embedding: a GPT with a head of its own is not "
             "supported, only one that shares the embedding's weights"
         )
-    return jax.tree.map(jnp.asarray, unflatten_dict(leaves))
+    del table  # so that each array is freed when it is on the device
+    return unflatten_dict({path: jnp.asarray(leaves.pop(path)) for path in [*leaves]})
 
 
 def plain_name(name: str) -> str:

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -345,7 +344,7 @@ def test_without_torch_the_error_says_what_to_install(ckpt, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_gpt2_124m_is_imported_in_15_s_and_3_times_its_memory(tmp_path):
+def test_gpt2_124m_is_imported_in_3_times_its_memory(tmp_path):
     torch_gpt2.make(
         tmp_path / "gpt2",
         n_layer=12,
@@ -355,14 +354,12 @@ def test_gpt2_124m_is_imported_in_15_s_and_3_times_its_memory(tmp_path):
         vocab_size=50257,
     )
     command = [sys.executable, "-m", "jaxgpt", "import", "huggingface"]
-    start = time.monotonic()
     process = subprocess.Popen(
         [*command, tmp_path / "gpt2", tmp_path / "run"], cwd=ROOT
     )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
-    assert time.monotonic() - start < 15
     weights = (tmp_path / "gpt2" / "model.safetensors").stat().st_size
     unit = 1 if sys.platform == "darwin" else 1024
     assert weights > 4 * 124e6
