@@ -121,7 +121,6 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         if not resume:
             clear_run(run_dir)  # only now that the new one can begin
         step, last_step = resumed_step or 0, config.train.max_steps
-        eval_iters = config.train.eval_iters
         saved, skipped = resumed_step, int(state.skipped)
         if step > last_step:
             raise ValueError(
@@ -156,7 +155,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             with exits.deferred_interrupts() as asked:
                 agree = processes.agreement()
                 if resumed_step is None:
-                    monitor.eval(0, evaluate(state.params, eval_iters))
+                    monitor.eval(0, evaluate(state.params, config.train.eval_iters))
                 while not (signal := agree(asked())) and step < last_step:
                     count = call_size(step, config.train)
                     steps = range(step, step + count)
@@ -171,7 +170,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
 
                     if step % config.train.eval_interval == 0 or step == last_step:
                         monitor.flush()
-                        figures = evaluate(state.params, eval_iters)
+                        figures = evaluate(state.params, config.train.eval_iters)
                         monitor.eval(step, figures)
                         figure = figures[validation_figure(objective)]
                         checkpoint.save_state(checkpoints, state, figure)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from conftest import TINY, changed, save_params
 
 from jaxgpt import CharTokenizer, Config
 from jaxgpt.cli import parse_arguments, read_options
+from jaxgpt.parallel import processes
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import load_config, save_config
 from jaxgpt.training.checkpoint import open_checkpoints
@@ -228,3 +230,16 @@ def test_bpe_without_a_size_is_told_to_give_one():
 def test_a_preset_is_checked_before_other_processes_are_waited_for():
     with pytest.raises(ValueError, match="there is no preset 'smok'"):
         read_options(["smok", "--process-id", "1"])
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--help"])
+def test_what_one_process_does_alone_waits_for_no_others(flag, call, monkeypatch):
+    def wait(*ids):
+        raise AssertionError("it waits")
+
+    monkeypatch.setattr(processes, "join_processes", wait)
+    with contextlib.suppress(SystemExit):  # after the help
+        out, _ = call("train.py", "smoke", flag, "--model.vocab-size", "65")
+        assert "FLOPs per step" in out
+    with pytest.raises(AssertionError, match="it waits"):
+        call("train.py", "smoke")

@@ -73,6 +73,7 @@ def test_text_ends_before_the_stop_text(sample):
             ["--prompt", "Zounds"],
             "character 'Z' at position 0 is not in the vocabulary",
         ),
+        (["--top-k", "99"], "top_k=99 is above vocab_size=11"),
         (["--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
         (["--num-samples", "0"], "num_samples=0 must be at least 1"),
         (["--checkpoint", "3"], "checkpoint '3' is not one of: best, latest, 8"),

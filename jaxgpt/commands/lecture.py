@@ -94,8 +94,8 @@ def lecture(
         raise ValueError(f"--seeds {seeds} must be one or more, all different")
     for seed in seeds:
         check_seed(seed)
-    name = "lecture-trial" if steps_scale < 1 else "lecture"
-    out_dir = out_dir or Path("runs", name)
+    trial = steps_scale < 1  # which must not replace the real thing
+    out_dir = out_dir or Path("runs", "lecture-trial" if trial else "lecture")
     out_dir.mkdir(parents=True, exist_ok=True)
     results_path, picture_path = out_dir / "lecture.json", out_dir / "lecture.png"
     results: list[dict[str, Any]] = []
@@ -105,6 +105,8 @@ def lecture(
         results_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         plot(results, seeds, picture_path)
     Console(width=100, highlight=False).print(table(results))
+    if trial:
+        print(f"a trial, with {steps_scale:g} of the lecture's steps")
     for result in results:
         print(f"\n--- {result['rung']}: val loss {result['val_loss']:.3f}")
         print(result["sample"].strip())
@@ -116,7 +118,14 @@ def climb(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any
     """Trains the rung's model with all seeds; returns its entry in lecture.json."""
     config = PRESETS[rung.preset]()
     max_steps = max(1, round(config.train.max_steps * steps_scale))
-    train = dataclasses.replace(config.train, max_steps=max_steps)
+    interval = max(1, round(config.train.eval_interval * steps_scale))
+    train = dataclasses.replace(
+        config.train,
+        max_steps=max_steps,
+        eval_interval=interval,
+        checkpoint_interval=interval,  # none is saved, but no call runs past one
+        steps_per_call=min(config.train.steps_per_call, interval),
+    )
     config = dataclasses.replace(config, train=train, mesh=MeshConfig(data=1))
     corpus, config = load_corpus(config, log_line)
     started = time.monotonic()

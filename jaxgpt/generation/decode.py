@@ -195,10 +195,12 @@ def generate_tokens(
 
     Yields tokens i32 [B, n] and their log-probabilities f32 [B, n], as `decode_step`
     has them; the n sum to max_new_tokens, or less if all rows end. Raises ValueError on
-    a prompt that is empty or has ids outside the vocabulary.
+    a prompt that is empty or has ids outside the vocabulary, and a top_k above it.
     """
     sampling = sampling or SamplingConfig()
     V, T = model.config.vocab_size, model.config.block_size
+    if sampling.top_k is not None and sampling.top_k > V:
+        raise ValueError(f"top_k={sampling.top_k} is above vocab_size={V}")
     check_seed(seed)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")

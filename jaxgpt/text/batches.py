@@ -58,10 +58,7 @@ def training_source(tokens: np.ndarray, config: Config) -> Source:
 
 
 def evaluation_source(tokens: np.ndarray, config: Config) -> Source:
-    """Batches that are the same in every evaluation, whatever the seed: they compare.
-
-    They have as many rows as run at once.
-    """
+    """Batches of as many rows as run at once, the same in every evaluation."""
     return partial(
         batch,
         tokens,

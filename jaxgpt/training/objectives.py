@@ -20,7 +20,6 @@ from jax import Array
 
 from jaxgpt import ops
 
-Params = Any
 Batch = Any  # a pytree of arrays whose axis 0 has the rows
 
 
@@ -52,7 +51,7 @@ class Context(NamedTuple):
     rows_B: Array
 
 
-Objective = Callable[[Params, Batch, Context], tuple[LossSum, dict[str, LossSum]]]
+Objective = Callable[[Any, Batch, Context], tuple[LossSum, dict[str, LossSum]]]
 
 
 def validation_figure(objective: Objective) -> str:
@@ -67,7 +66,7 @@ def next_token(model: nn.Module) -> Objective:
     """
 
     def objective(
-        params: Params, batch: Batch, context: Context
+        params: Any, batch: Batch, context: Context
     ) -> tuple[LossSum, dict[str, LossSum]]:
         inputs_BT, targets_BT = batch
         apply = partial(

@@ -5,6 +5,7 @@ B batch   N steps in one call
 
 from collections.abc import Callable
 from functools import cache, partial
+from operator import attrgetter
 from typing import Any
 
 import flax.linen as nn
@@ -67,12 +68,8 @@ def create_state(
 
     Each device makes its own part.
     """
-    where = _shardings(abstract_state(model, config, mesh))
+    where = jax.tree.map(attrgetter("sharding"), abstract_state(model, config, mesh))
     return jax.jit(partial(_initial, model, config), out_shardings=where)(params)
-
-
-def _shardings(state: TrainState) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
 def make_train_step(
@@ -243,7 +240,7 @@ def trace_train_steps(
     train_step = make_train_step(objective, optimizer, with_microbatches(config, mesh))
     train_steps = jax.jit(
         lambda state, batches: jax.lax.scan(train_step, state, batches),
-        out_shardings=(_shardings(state), replicated(mesh)),
+        out_shardings=(jax.tree.map(attrgetter("sharding"), state), replicated(mesh)),
         **train_options(config, mesh),
     )
     with activations_over(mesh):

@@ -90,6 +90,8 @@ def test_the_command_tells_and_writes_what_each_rung_came_to(short_ladder, tmp_p
         assert result["val_loss"] == pytest.approx(np.mean(result["val_losses"]))
         assert result["difference"] == result["val_loss"] - result["lecture"]
         assert result["curve"][-1]["val_losses"] == result["val_losses"]
+        losses = [point["val_losses"] for point in result["curve"]]
+        assert np.all(np.diff(losses, axis=0) < 0)  # they learn
         (row,) = [
             [cell.strip() for cell in line.split("|")[1:-1]]
             for line in out.splitlines()
@@ -154,7 +156,8 @@ def test_bad_input_is_an_error_that_names_it(call, flags, message):
 def test_a_trial_does_not_replace_the_real_ladder(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lecture, "RUNGS", RUNGS[:1])
-    call("jaxgpt", "lecture", "--steps-scale", 0.001, status=1)
+    out, _ = call("jaxgpt", "lecture", "--steps-scale", 0.001, status=1)
+    assert "a trial, with 0.001 of the lecture's steps" in out
     (results,) = tmp_path.rglob("lecture.json")
     assert results.parent == tmp_path / "runs" / "lecture-trial"
 

@@ -243,6 +243,7 @@ def test_prompts_of_all_lengths_share_a_program_per_power_of_two():
         ([[11]], {}, "a prompt needs token ids from 0 to 10"),
         ([[-1]], {}, "a prompt needs token ids from 0 to 10"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ([[1]], {"sampling": SamplingConfig(top_k=12)}, "top_k=12 is above vocab_size"),
     ],
 )
 def test_what_cannot_be_generated_is_an_error(tiny_model, prompts, options, message):

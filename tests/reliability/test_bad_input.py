@@ -473,6 +473,7 @@ CASES = {
         ("a negative temperature", f"{GENERATE} --temperature -1"),
         ("a temperature that is no number", f"{GENERATE} --temperature nan"),
         ("none of the likeliest", f"{GENERATE} --top-k 0"),
+        ("more than all of the likeliest", f"{GENERATE} --top-k 12"),
         ("odds of none", f"{GENERATE} --top-p 0"),
         ("odds above one", f"{GENERATE} --top-p 1.5"),
         ("a negative seed", f"{GENERATE} --seed -1"),
