@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,9 @@ _XLA_FLAGS = (
     # `shakespeare-char-cpu` took 21.5 ms with the products, 29.0 without.
     f"--{_YNN}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
     # Products by cuBLAS alone: XLA would compile and time many of Triton's for each. On
-    # an H100 `shakespeare-char` then takes 39 s to compile, not 60, and a step is as
-    # fast.
+    # an H100 `shakespeare-char` then takes 39 s to compile, not 60; steps are as fast.
     "--xla_gpu_enable_triton_gemm=false",
 )
-_M_ARENA_MAX = -8  # glibc's malloc.h
 
 
 def cache_dir() -> Path:
@@ -44,9 +43,10 @@ def start() -> None:
     JAX_COMPILATION_CACHE_DIR.
     """
     # Orbax warns of what is meant, and logs with a traceback what we tell in a line.
-    # So does asyncio, when more than one of a save's arrays could not be written.
+    # So does asyncio, where several arrays of a checkpoint can't be written or read.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine 'Store", RuntimeWarning)
     sys.unraisablehook = _tell_unraisable
     flags = os.environ.get("XLA_FLAGS", "")
     if not (
@@ -72,7 +72,7 @@ def start() -> None:
         # Else each of many threads has a heap to grow. With one for all, a step of
         # `shakespeare-char-cpu` took 19.6 ms, with two 18.1.
         with suppress(OSError):  # not glibc
-            ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, 2)
+            ctypes.CDLL("libc.so.6").mallopt(-8, 2)  # M_ARENA_MAX
     if os.environ.get("TPU_SKIP_MDS_QUERY"):  # so JAX says that there is no TPU here
         # Where libtpu is installed for --plan, it would complain of it at every start.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
