@@ -50,7 +50,7 @@ def main() -> None:
     # A prompt may hold what stdout cannot encode: argv's bytes that are no UTF-8.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     texts, shown = [""] * arguments.num_samples, prompt
-    for pieces in stream_text(
+    for new_texts in stream_text(
         run,
         prompt,
         max_new_tokens=arguments.max_new_tokens,
@@ -59,9 +59,9 @@ def main() -> None:
         seed=arguments.seed,
         stop=arguments.stop,
     ):
-        print(shown + pieces[0], end="", flush=True)
+        print(shown + new_texts[0], end="", flush=True)
         shown = ""
-        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        texts = [text + new for text, new in zip(texts, new_texts, strict=True)]
     for text in texts[1:]:
         print(f"\n{'-' * 40}\n{prompt}{text}", end="")
     print()

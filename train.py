@@ -30,23 +30,23 @@ from jaxgpt.run import (
     clear_run,
     has_run,
     load_config,
+    load_initial_params,
     load_run,
-    load_start,
-    own_tokenizer,
+    resumed_tokenizer,
     save_config,
 )
 from jaxgpt.text.batches import evaluation_source, training_source
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training import checkpoint, evaluation
-from jaxgpt.training.diagnosis import explained
+from jaxgpt.training.diagnosis import diagnose_non_finite
 from jaxgpt.training.monitor import Monitor, check_finite
-from jaxgpt.training.objectives import Batch, next_token, validation_figure
+from jaxgpt.training.objectives import Batch, next_token, validation_metric
 from jaxgpt.training.profile import profiled
 from jaxgpt.training.step import (
     abstract_state,
-    call_size,
     check_skipped,
     create_state,
+    steps_in_next_call,
     trace_train_steps,
 )
 
@@ -56,10 +56,10 @@ STARTED = time.monotonic()
 def main() -> None:
     """Parses the command line, then trains, or tells what training would cost."""
     start.start()
-    asked = read_options(sys.argv[1:])[-1]
-    if not (asked.dry_run or asked.plan):  # which a process does alone
-        ids = asked.num_processes, asked.process_id
-        processes.join_processes(asked.coordinator_address, *ids)
+    options = read_options(sys.argv[1:])[-1]
+    if not (options.dry_run or options.plan):  # which a process does alone
+        ids = options.num_processes, options.process_id
+        processes.join_processes(options.coordinator_address, *ids)
     if processes.several_processes():
         log_line(f"{jax.process_count()} processes, {jax.device_count()} devices")
     config, run_dir, options = parse_arguments(sys.argv[1:])
@@ -68,15 +68,15 @@ def main() -> None:
             print(line, flush=True)
         return
     resume, overwrite = options.resume, options.overwrite
-    go_on = f"python train.py --out-dir {shlex.quote(str(run_dir))} --resume"
+    resume_command = f"python train.py --out-dir {shlex.quote(str(run_dir))} --resume"
     try:
         signal = train(config, run_dir, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
         if has_run(run_dir):
-            log_line(f"go on with: {go_on}")
+            log_line(f"go on with: {resume_command}")
         raise
     if signal:
-        log_line(f"stopped; go on with: {go_on}")
+        log_line(f"stopped; go on with: {resume_command}")
         sys.exit(128 + signal)
     if processes.several_processes():
         where = shlex.quote(str(run_dir))
@@ -93,11 +93,11 @@ def main() -> None:
 def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> int:
     """Runs the experiment; returns the signal that stopped it early, or 0."""
     with claim_run(run_dir, resume=resume, overwrite=overwrite):
-        processes.check_alike((config, resume, overwrite))
-        goes_on = resume and has_run(run_dir)  # else it was killed before it was one
-        tokenizer = own_tokenizer(run_dir, config) if goes_on else None
+        processes.check_same_settings((config, resume, overwrite))
+        resuming = resume and has_run(run_dir)  # else it was killed before it was one
+        tokenizer = resumed_tokenizer(run_dir, config) if resuming else None
         corpus, config = load_corpus(config, log_line, tokenizer)
-        processes.check_alike(config)
+        processes.check_same_settings(config)
         mesh = make_mesh(config, log_line)
         model = build_model(config.model, platform_of(mesh))
         objective, source = next_token(model), training_source(corpus.train, config)
@@ -115,7 +115,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             resumed_step = int(state.step)
             log_line(f"resuming {run_dir} from step {resumed_step}, by its own config")
         else:
-            state = create_state(model, config, mesh, load_start(config, mesh))
+            state = create_state(model, config, mesh, load_initial_params(config, mesh))
             if resume:
                 log_line(f"{run_dir} has no checkpoint; it begins at step 0")
         if not resume:
@@ -132,7 +132,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         with (
             checkpoint.open_checkpoints(folder) as checkpoints,
             Monitor(run_dir, config, resumed_step, STARTED, skipped) as monitor,
-            explained(lambda: state, next_token, source, config, mesh),
+            diagnose_non_finite(lambda: state, next_token, source, config, mesh),
             profiled(run_dir / PROFILE, config.train.profile) as trace,
         ):
             programs: dict[Any, jax.stages.Compiled] = {}
@@ -152,12 +152,12 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                 check_finite(step, evaluate(state.params, batches=1))
                 checkpoint.save_state(checkpoints, state, None)
 
-            with exits.deferred_interrupts() as asked:
-                agree = processes.agreement()
+            with exits.deferred_interrupts() as pending_signal:
+                agree = processes.make_agree()
                 if resumed_step is None:
                     monitor.eval(0, evaluate(state.params, config.train.eval_iters))
-                while not (signal := agree(asked())) and step < last_step:
-                    count = call_size(step, config.train)
+                while not (signal := agree(pending_signal())) and step < last_step:
+                    count = steps_in_next_call(step, config.train)
                     steps = range(step, step + count)
                     batches = read_batches(source, steps, config.data.batch_size, mesh)
                     run_steps = program(batches)
@@ -170,10 +170,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
 
                     if step % config.train.eval_interval == 0 or step == last_step:
                         monitor.flush()
-                        figures = evaluate(state.params, config.train.eval_iters)
-                        monitor.eval(step, figures)
-                        figure = figures[validation_figure(objective)]
-                        checkpoint.save_state(checkpoints, state, figure)
+                        eval_metrics = evaluate(state.params, config.train.eval_iters)
+                        monitor.eval(step, eval_metrics)
+                        metric = eval_metrics[validation_metric(objective)]
+                        checkpoint.save_state(checkpoints, state, metric)
                     elif step % config.train.checkpoint_interval == 0:
                         save()
 

@@ -212,7 +212,7 @@ def jaxgpt_updates(values: Facts) -> Updates:
     from jaxgpt.config import Config
     from jaxgpt.models import build_model
     from jaxgpt.parallel.defaults import platform_of
-    from jaxgpt.parallel.mesh import make_mesh, over_rows
+    from jaxgpt.parallel.mesh import batch_sharding, make_mesh
     from jaxgpt.training.objectives import next_token
     from jaxgpt.training.step import create_state, trace_train_steps
 
@@ -220,7 +220,7 @@ def jaxgpt_updates(values: Facts) -> Updates:
     count = config.train.steps_per_call
     mesh = make_mesh(config)
     model = build_model(config.model, platform_of(mesh))
-    placed = jax.device_put(batches(values), over_rows(mesh, axis=1))
+    placed = jax.device_put(batches(values), batch_sharding(mesh, axis=1))
     state, metrics = create_state(model, config, mesh), None
     traced = trace_train_steps(next_token(model), config, mesh, state, placed)
     train_steps = traced.lower().compile()

@@ -16,14 +16,19 @@ from jaxgpt.parallel.defaults import default_preset
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import (
     TOKENIZER,
-    check_readable,
+    check_has_tokenizer,
     find_checkpoint,
     has_run,
     load_config,
 )
 
 _PROG = "train.py [PRESET]"
-_OF_TRAINING = ("dropout", "compute_dtype", "remat")  # fields that leave weights alone
+# Model fields that change how it is trained, but not its weights.
+_TRAINING_FIELDS = (
+    "dropout",
+    "compute_dtype",
+    "remat",
+)
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def _start_from(run_dir: Path, checkpoint: str, preset: Config) -> Config:
     log_line(f"starting from {folder}")
     of_training = {
         name: getattr(preset.model, name)
-        for name in _OF_TRAINING
+        for name in _TRAINING_FIELDS
         if hasattr(model, name) and hasattr(preset.model, name)
     }
     model = dataclasses.replace(model, **of_training)
@@ -175,11 +180,11 @@ def _check_start(start: Config, config: Config, run_dir: Path) -> None:
             f"--model.block-size {config.model.block_size} is more than the "
             f"{start.model.block_size} positions that the run has learnt; give fewer"
         )
-    _check_same_model(start, config, but=("block_size", *_OF_TRAINING))
+    _check_same_model(start, config, but=("block_size", *_TRAINING_FIELDS))
     if Path(start.data.tokenizer).is_file() or config.data.tokenizer == "bpe":
         _check_same_tokenizer(start, config)
     else:
-        check_readable(Path(start.train.init_from).parent.parent, config.data)
+        check_has_tokenizer(Path(start.train.init_from).parent.parent, config.data)
 
 
 def _check_same_tokenizer(saved: Config, config: Config) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 import tyro
 
-TOO_MUCH = 2**31  # sizes and counts are 32-bit integers on the device
+INT32_LIMIT = 2**31  # sizes and counts are 32-bit integers on the device
 _FLOAT32_MAX = 3.4e38
 
 
@@ -52,8 +52,8 @@ def _check_at_least(section: Any, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         _check(
-            value is None or minimum <= value < TOO_MUCH,
-            f"{name}={value} must be at least {minimum}, under {TOO_MUCH}",
+            value is None or minimum <= value < INT32_LIMIT,
+            f"{name}={value} must be at least {minimum}, under {INT32_LIMIT}",
         )
 
 
@@ -75,7 +75,7 @@ class ModelConfig:
         _check_types(self)
         _check_at_least(self, 1, "block_size", "vocab_size")
 
-    def known_vocab_size(self) -> int:
+    def require_vocab_size(self) -> int:
         """vocab_size; raises ValueError where nothing has settled it yet."""
         if self.vocab_size is None:
             raise ValueError("vocab_size is not known; give --model.vocab-size")
@@ -183,12 +183,12 @@ class DataConfig:
         return len(self.path) == 1 and Path(self.path[0]).is_dir()
 
     @property
-    def rows_at_once(self) -> int:
+    def microbatch_size(self) -> int:
         """Sequences that run at the same time, over all devices, at most."""
-        return self.batch_size // self.pieces
+        return self.batch_size // self.microbatches
 
     @property
-    def pieces(self) -> int:
+    def microbatches(self) -> int:
         """gradient_accumulation_steps, 1 where it is left to the device."""
         return max(1, self.gradient_accumulation_steps)
 
@@ -198,7 +198,7 @@ class DataConfig:
         if self.gradient_accumulation_steps != -1:
             _check_at_least(self, 1, "gradient_accumulation_steps")
         _check(
-            self.batch_size % self.pieces == 0,
+            self.batch_size % self.microbatches == 0,
             f"batch_size={self.batch_size} is not divisible by "
             f"gradient_accumulation_steps={self.gradient_accumulation_steps}",
         )

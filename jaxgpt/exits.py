@@ -16,28 +16,28 @@ import jax
 
 _HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
 _SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, _HANGUP) if number]
-_ONCE = 0.5  # seconds; GNU timeout and other wrappers send each signal twice
+_REPEAT_SECONDS = 0.5  # seconds; GNU timeout and other wrappers send each signal twice
 _EXPECTED = (ArithmeticError, ImportError, MemoryError, OSError, ValueError)
-_NO_ROOM = "no room is left; make some, and go on: what was saved before is kept. "
-_NO_LEAVE = "the permissions forbid it; change them, or name another place. "
+_DISK_FULL = "no room is left; make some, and go on: what was saved before is kept. "
+_NO_PERMISSION = "the permissions forbid it; change them, or name another place. "
 _IN_THE_WAY = "a file is where a folder should be, or the reverse; move it away. "
 _HINTS = {
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), _IN_THE_WAY),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_ROOM),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_LEAVE),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _DISK_FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_PERMISSION),
 }
 
 
 class _Interrupts:
     """Handles signals in the main thread: the first one raises KeyboardInterrupt."""
 
-    asked = 0  # the number of the first
+    first = 0  # number of the first signal, 0 if there was none
     deferred = False  # whether it is only noted
     raised = False  # whether it is not, and any error may be what became of it
 
     def __call__(self, number: int, frame: object) -> None:
-        if not self.asked:
-            self.asked, self.raised = number, not self.deferred
+        if not self.first:
+            self.first, self.raised = number, not self.deferred
             if self.raised:
                 raise KeyboardInterrupt
 
@@ -53,7 +53,7 @@ def deferred_interrupts() -> Iterator[Callable[[], int]]:
     """
     _interrupts.deferred = True
     try:
-        yield lambda: _interrupts.asked
+        yield lambda: _interrupts.first
     finally:
         _interrupts.deferred = False
 
@@ -70,7 +70,7 @@ def _watch(arrivals: socket.socket, terminals: list[int]) -> None:
             for terminal in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         first = first or time.monotonic()
-        if time.monotonic() - first > _ONCE:
+        if time.monotonic() - first > _REPEAT_SECONDS:
             with suppress(OSError):  # shows the cursor, which a progress bar hides
                 os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"")
             os._exit(128 + number)
@@ -85,7 +85,7 @@ def plain_errors() -> Iterator[None]:
     SIGHUP exit with 128 and their number; a second one does so at once. What was
     ignored when the script started, as by `nohup`, stays ignored.
     """
-    _interrupts.asked, _interrupts.deferred, _interrupts.raised = 0, False, False
+    _interrupts.first, _interrupts.deferred, _interrupts.raised = 0, False, False
     arrivals, arriving = socket.socketpair()
     arriving.setblocking(False)
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -99,11 +99,11 @@ def plain_errors() -> Iterator[None]:
         yield
         print(end="", flush=True)  # what stdout can't take is an error too
     except BrokenPipeError:  # its reader has gone, as in `generate.py | head`
-        _leave(1)
+        _exit(1)
     except (KeyboardInterrupt, RuntimeError, *_EXPECTED) as error:
         if _interrupts.raised or isinstance(error, KeyboardInterrupt):
-            _leave(128 + (_interrupts.asked or signal.SIGINT), "\ninterrupted\n")
-        _leave_with(error)
+            _exit(128 + (_interrupts.first or signal.SIGINT), "\ninterrupted\n")
+        _exit_with_error(error)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -111,7 +111,7 @@ def plain_errors() -> Iterator[None]:
         arriving.close()  # ends the thread
 
 
-def _leave_with(error: Exception) -> NoReturn:
+def _exit_with_error(error: Exception) -> NoReturn:
     """Ends the script with a line on the error; raises what is the code's own fault."""
     several = jax.distributed.is_initialized() and jax.process_count() > 1
     exhausted = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
@@ -120,16 +120,16 @@ def _leave_with(error: Exception) -> NoReturn:
     if os.environ.get("JAXGPT_TRACEBACK") or unexpected:
         if not several:
             raise error
-        _leave(1, traceback.format_exc())
+        _exit(1, traceback.format_exc())
     hint = _HINTS.get(error.errno or 0, "") if isinstance(error, OSError) else ""
     if exhausted or isinstance(error, MemoryError):
         hint = "there is too little memory; make the batch or the model smaller. "
     elif lost:
         hint = "another process of the run has ended; start all again with --resume. "
-    _leave(1, f"error: {hint}{error}\n")
+    _exit(1, f"error: {hint}{error}\n")
 
 
-def _leave(status: int, words: str = "") -> NoReturn:
+def _exit(status: int, words: str = "") -> NoReturn:
     """Ends the script at once, whatever its threads and other processes do.
 
     A thread that comes back from XLA while Python ends would abort it (status -6). As

@@ -9,21 +9,21 @@ from typing import Any
 
 import jax
 
-ASIDE = ".tmp"  # suffix of what is being written
+TMP_SUFFIX = ".tmp"  # suffix of what is being written
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has `write` write aside, then renames: the file at `path` is whole or not there.
+    """Writes the file at `path` atomically: to a temporary file first, then renamed.
 
     Makes the folder if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}{ASIDE}")
+    tmp_path = path.with_name(f"{path.name}.{os.getpid()}{TMP_SUFFIX}")
     try:
-        write(aside)
-        os.replace(aside, path)
+        write(tmp_path)
+        os.replace(tmp_path, path)
     finally:
-        aside.unlink(missing_ok=True)
+        tmp_path.unlink(missing_ok=True)
 
 
 def log_line(line: str) -> None:

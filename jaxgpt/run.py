@@ -25,15 +25,15 @@ except ImportError:  # Windows has no flock: there, nothing keeps a second train
     fcntl = None  # type: ignore[assignment]
 
 from jaxgpt.config import Config, DataConfig
-from jaxgpt.files import ASIDE, is_first_process, replace_file
+from jaxgpt.files import TMP_SUFFIX, is_first_process, replace_file
 from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.defaults import platform_of
-from jaxgpt.parallel.mesh import on_host, one_device, placed
-from jaxgpt.parallel.processes import any_failed, highest, wait_for_all
+from jaxgpt.parallel.mesh import host_mesh, single_device_mesh, with_shardings
+from jaxgpt.parallel.processes import any_failed, max_over_processes, wait_for_all
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
-    best_figure,
+    best_metric,
     find_steps,
     restore_state,
 )
@@ -48,7 +48,16 @@ LOCK = "lock"
 ATTENTION = "attention.png"
 PROFILE = "profile"
 # All of a run but the lock, blowup/ once; the config makes it one, and is deleted last.
-_OWN = (CHECKPOINTS, "blowup", PROFILE, TOKENIZER, METRICS, CURVE, ATTENTION, CONFIG)
+_RUN_FILES = (
+    CHECKPOINTS,
+    "blowup",
+    PROFILE,
+    TOKENIZER,
+    METRICS,
+    CURVE,
+    ATTENTION,
+    CONFIG,
+)
 
 
 @dataclass(frozen=True)
@@ -86,15 +95,15 @@ def load_run(
             f"{run_dir / TOKENIZER} has {tokenizer.vocab_size} tokens, the model "
             f"{config.model.vocab_size}; is it another run's?"
         )
-    mesh = mesh or one_device()
+    mesh = mesh or single_device_mesh()
     model = build_model(config.model, platform_of(mesh))
-    params = placed(parameter_shapes(config.model), mesh)
-    asked = TrainState(jnp.array(0), params, None)
-    state = restore_state(run_dir / CHECKPOINTS, checkpoint, asked)
+    params = with_shardings(parameter_shapes(config.model), mesh)
+    abstract = TrainState(jnp.array(0), params, None)
+    state = restore_state(run_dir / CHECKPOINTS, checkpoint, abstract)
     return Run(config, tokenizer, model, state.params, int(state.step))
 
 
-def load_start(config: Config, mesh: Mesh) -> Any:
+def load_initial_params(config: Config, mesh: Mesh) -> Any:
     """The parameters that `train.init_from` names, cropped to block_size, or None.
 
     They are placed on the mesh. Raises ValueError that names the first of another shape
@@ -128,18 +137,18 @@ def saved_tokenizer(run_dir: Path) -> Tokenizer | None:
     return load_tokenizer(path) if path.exists() else None
 
 
-def own_tokenizer(run_dir: Path, config: Config) -> Tokenizer | None:
+def resumed_tokenizer(run_dir: Path, config: Config) -> Tokenizer | None:
     """The tokenizer of a run that goes on; None if its text is still to tell it.
 
     Raises ValueError if that would tell it wrong, for a run imported without corpus.
     """
     tokenizer = saved_tokenizer(run_dir)
     if not tokenizer and not config.data.sha256:
-        check_readable(run_dir, config.data)
+        check_has_tokenizer(run_dir, config.data)
     return tokenizer
 
 
-def check_readable(run_dir: Path, data: DataConfig) -> None:
+def check_has_tokenizer(run_dir: Path, data: DataConfig) -> None:
     """Raises ValueError if a model without a tokenizer would get one by chance."""
     if data.tokenizer == "char" and not data.has_tokens:
         raise ValueError(
@@ -168,10 +177,10 @@ def load_state(
     The state's opt_state is None where only parameters were imported. Raises as
     `load_run` does.
     """
-    config, mesh, folder = load_config(run_dir), on_host(), run_dir / CHECKPOINTS
+    config, mesh, folder = load_config(run_dir), host_mesh(), run_dir / CHECKPOINTS
     model = build_model(config.model, platform_of(mesh))
     state = restore_state(folder, checkpoint, abstract_state(model, config, mesh))
-    return config, state, best_figure(folder)
+    return config, state, best_metric(folder)
 
 
 def find_checkpoint(run_dir: Path, which: str | int) -> Path:
@@ -206,7 +215,7 @@ def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]
                 print(token, end="", file=lock, flush=True)
                 os.fsync(lock.fileno())
         finally:
-            token = int(highest(token))
+            token = int(max_over_processes(token))
         if not token:
             raise FileExistsError(f"process 0 could not claim {run_dir}, and says why")
         _check_shared(run_dir, token)
@@ -233,14 +242,14 @@ def _claim(run_dir: Path, may_hold_one: bool) -> IO[str]:
         raise FileExistsError(f"{run_dir} is a file; choose another directory")
     found = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
     ours = {LOCK, CHECKPOINTS} & found  # others have a config.json too
-    expected = {LOCK, *_OWN} if ours else set()
+    expected = {LOCK, *_RUN_FILES} if ours else set()
     if ours and {CONFIG, CHECKPOINTS} & found:
         if not may_hold_one:
             raise FileExistsError(
                 f"{run_dir} already holds a run; go on with `train.py --resume`, "
                 "replace it with --overwrite, or choose another directory"
             )
-    elif foreign := {n for n in found - expected if not n.endswith(ASIDE)}:
+    elif foreign := {n for n in found - expected if not n.endswith(TMP_SUFFIX)}:
         raise FileExistsError(
             f"{run_dir} is not a run, it has {min(foreign)}; choose another directory"
         )
@@ -255,16 +264,16 @@ def _claim(run_dir: Path, may_hold_one: bool) -> IO[str]:
             f"another training is going on in {run_dir}; wait for it to end, or "
             "choose another directory"
         ) from None
-    for name in _OWN:  # what a killed training was writing
-        for aside in run_dir.glob(f"{name}.*{ASIDE}"):
-            aside.unlink()
+    for name in _RUN_FILES:  # what a killed training was writing
+        for tmp_path in run_dir.glob(f"{name}.*{TMP_SUFFIX}"):
+            tmp_path.unlink()
     return lock
 
 
 def clear_run(run_dir: Path) -> None:
     """Deletes the run's own files, the config last; others stay as they are."""
     if is_first_process():
-        for path in (run_dir / name for name in _OWN):
+        for path in (run_dir / name for name in _RUN_FILES):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

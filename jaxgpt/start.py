@@ -47,7 +47,7 @@ def start() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine 'Store", RuntimeWarning)
-    sys.unraisablehook = _tell_unraisable
+    sys.unraisablehook = _report_unraisable
     flags = os.environ.get("XLA_FLAGS", "")
     if not (
         "JAX_NUM_CPU_DEVICES" in os.environ
@@ -89,7 +89,7 @@ def _xla_knows(*names: str) -> bool:
         return all(text.find(name.encode()) >= 0 for name in names)
 
 
-def fused_products() -> dict[str, str] | None:
+def float32_matmul_flags() -> dict[str, str] | None:
     """XLA's flags for a CPU program that trains in float32, in place of `start`'s.
 
     YNNPACK then fuses products with what surrounds them: on 2 cores a step of the 10.8M
@@ -102,7 +102,7 @@ def fused_products() -> dict[str, str] | None:
     return None
 
 
-def _tell_unraisable(unraisable: Any) -> None:
+def _report_unraisable(unraisable: Any) -> None:
     """Prints what Python can't raise, as it would, but for two kinds.
 
     `exits` has noted an interrupt; and where one of a checkpoint's files can't be
@@ -114,7 +114,7 @@ def _tell_unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def give_back_memory() -> None:
+def release_memory() -> None:
     """Frees what is no longer used, so that a long run does not grow (0.1 s).
 
     Without it, and with a heap for each thread, `python -m benchmarks.long_run` with

@@ -28,7 +28,7 @@ from jaxgpt import (
     start,
 )
 from jaxgpt.models import build_model
-from jaxgpt.parallel.feeding import window_shapes
+from jaxgpt.parallel.feeding import batch_shapes
 from jaxgpt.training import checkpoint
 from jaxgpt.training.checkpoint import save_state
 from jaxgpt.training.objectives import next_token
@@ -101,7 +101,7 @@ def traced_steps(model, config, mesh, count=1):
     """Train steps of so many batches, traced without devices."""
     state, batches = (
         abstract_state(model, config, mesh),
-        window_shapes(config, mesh, count),
+        batch_shapes(config, mesh, count),
     )
     return trace_train_steps(next_token(model), config, mesh, state, batches)
 
@@ -198,7 +198,7 @@ def call(monkeypatch, capsys):
 @pytest.fixture(autouse=True)
 def no_collection(monkeypatch):
     """To collect garbage takes seconds among what a thousand tests have left."""
-    monkeypatch.setattr(checkpoint, "give_back_memory", lambda: None)
+    monkeypatch.setattr(checkpoint, "release_memory", lambda: None)
 
 
 @pytest.fixture

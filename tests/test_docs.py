@@ -21,7 +21,7 @@ from jaxgpt import CharTokenizer
 from jaxgpt.commands import lecture
 from jaxgpt.models import lecture as models
 from jaxgpt.models import parameter_shapes
-from jaxgpt.parallel.mesh import AXES, placed
+from jaxgpt.parallel.mesh import AXES, with_shardings
 from jaxgpt.presets import PRESETS, lecture_bigram
 from jaxgpt.start import cache_dir
 from jaxgpt.text import tinyshakespeare
@@ -149,7 +149,7 @@ def test_the_code_that_the_lectures_page_names_is_there():
 
 def test_the_table_of_shapes_is_what_the_rules_give():
     mesh = AbstractMesh((1, 64, 8), AXES)
-    shapes = placed(parameter_shapes(PRESETS["gpt3-175b"]().model), mesh)
+    shapes = with_shardings(parameter_shapes(PRESETS["gpt3-175b"]().model), mesh)
     expected = {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
             list(leaf.shape),

@@ -105,7 +105,7 @@ def test_an_interrupt_that_the_garbage_collector_loses_is_noted(monkeypatch):
         def __del__(self):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(sys, "unraisablehook", start._tell_unraisable)
+    monkeypatch.setattr(sys, "unraisablehook", start._report_unraisable)
     with plain_errors():
         Interrupting()  # Python goes on after an exception in __del__
         with deferred_interrupts() as asked:

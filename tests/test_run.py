@@ -7,12 +7,12 @@ from conftest import TINY, changed
 
 from jaxgpt import CharTokenizer, load_run
 from jaxgpt.models import build_model
-from jaxgpt.parallel.mesh import make_mesh, one_device
+from jaxgpt.parallel.mesh import make_mesh, single_device_mesh
 from jaxgpt.run import (
     claim_run,
     clear_run,
     find_checkpoint,
-    load_start,
+    load_initial_params,
     load_state,
     save_config,
 )
@@ -127,12 +127,12 @@ def test_a_start_is_from_the_very_checkpoint_that_was_found(run_dir):
     for which, state in (("best", STATE), ("latest", later), ("0", STATE)):
         checkpoint = find_checkpoint(run_dir, which)
         config = changed(TINY, train={"init_from": str(checkpoint)})
-        start = load_start(config, one_device())
+        start = load_initial_params(config, single_device_mesh())
         jax.tree.map(np.testing.assert_array_equal, start, state.params)
-    assert load_start(TINY, one_device()) is None
+    assert load_initial_params(TINY, single_device_mesh()) is None
     other = changed(config, model={"n_embd": 32})
     with pytest.raises(ValueError, match=rf"{checkpoint} is of another config"):
-        load_start(other, one_device())
+        load_initial_params(other, single_device_mesh())
 
 
 def test_a_state_comes_with_the_runs_best_loss_whichever_step_it_is_of(run_dir):

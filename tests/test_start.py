@@ -49,9 +49,9 @@ def test_float32_training_fuses_products_unless_the_user_says_how_to_multiply(
     monkeypatch,
 ):
     monkeypatch.setenv("XLA_FLAGS", start._XLA_FLAGS[0])
-    assert "LIBRARY_FUSION_TYPE_DOT" in start.fused_products()[start._YNN]
+    assert "LIBRARY_FUSION_TYPE_DOT" in start.float32_matmul_flags()[start._YNN]
     monkeypatch.setenv("XLA_FLAGS", f"--{start._YNN}=LIBRARY_FUSION_TYPE_REDUCE")
-    assert start.fused_products() is None
+    assert start.float32_matmul_flags() is None
 
 
 def test_a_flag_that_xla_does_not_know_is_not_set(monkeypatch):
@@ -72,7 +72,7 @@ def test_memory_that_is_given_back_is_that_of_cycles_too():
     try:
         del node
         assert seen() is not None
-        start.give_back_memory()
+        start.release_memory()
         assert seen() is None
     finally:
         gc.enable()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks import torch_gpt
-from jaxgpt.text.batches import batch
+from jaxgpt.text.batches import get_batch
 
 
 class GPT(torch_gpt.GPT):
@@ -104,7 +104,7 @@ TOKENS = np.random.default_rng(0).integers(65, size=400)
 
 def batches(steps):
     """The batches of these steps, for both programs."""
-    return [batch(TOKENS, 1, step, batch_size=8, block_size=8) for step in steps]
+    return [get_batch(TOKENS, 1, step, batch_size=8, block_size=8) for step in steps]
 
 
 def make(path, *, bias=True):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from jaxgpt.config import Config
-from jaxgpt.files import ASIDE, log_line
+from jaxgpt.files import TMP_SUFFIX, log_line
 from jaxgpt.interop import huggingface, nanogpt
-from jaxgpt.parallel.mesh import on_host
+from jaxgpt.parallel.mesh import host_mesh
 from jaxgpt.run import (
     TOKENIZER,
     claim_run,
@@ -66,7 +66,7 @@ def import_(
             found = huggingface.read_tokenizer(folder)
         except ValueError as error:
             raise ValueError(f"{error}; --tokenizer takes another instead") from error
-    vocab_size = config.model.known_vocab_size()
+    vocab_size = config.model.require_vocab_size()
     if found and not fits(found, vocab_size):
         raise ValueError(
             f"the tokenizer has {found.vocab_size} tokens, and the embedding table "
@@ -77,12 +77,12 @@ def import_(
         data = dataclasses.replace(config.data, tokenizer=its_own)
         config = dataclasses.replace(config, data=data)
     with claim_run(run_dir, resume=False, overwrite=overwrite):
-        aside = run_dir / f"{CHECKPOINTS}{ASIDE}"
-        shutil.rmtree(aside, ignore_errors=True)
-        with open_checkpoints(aside) as checkpoints:
+        tmp_path = run_dir / f"{CHECKPOINTS}{TMP_SUFFIX}"
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        with open_checkpoints(tmp_path) as checkpoints:
             save_state(checkpoints, state, val_loss)
         clear_run(run_dir)  # only now that the new one is there
-        aside.rename(run_dir / CHECKPOINTS)
+        tmp_path.rename(run_dir / CHECKPOINTS)
         save_config(run_dir, config, found)
     if not found:
         log_line(
@@ -119,7 +119,7 @@ def export(
     if filled and not overwrite:
         raise FileExistsError(f"{target} is there already; --overwrite replaces it")
     if format == "huggingface":
-        run = load_run(run_dir, checkpoint, on_host())
+        run = load_run(run_dir, checkpoint, host_mesh())
         huggingface.write_huggingface(
             target, run.config.model, run.params, run.tokenizer
         )

@@ -37,7 +37,12 @@ from jaxgpt.text.corpus import Corpus, load_corpus
 from jaxgpt.training.evaluation import compile_losses, evaluate_exactly
 from jaxgpt.training.objectives import Batch, next_token
 from jaxgpt.training.optimizer import make_optimizer
-from jaxgpt.training.step import TrainState, call_size, create_state, make_train_step
+from jaxgpt.training.step import (
+    TrainState,
+    create_state,
+    make_train_step,
+    steps_in_next_call,
+)
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ def train_seeds(
     states_S = _stacked([create_state(model, each, mesh) for each in seeded])
     step = 0
     while step < config.train.max_steps:
-        steps = range(step, step + call_size(step, config.train))
+        steps = range(step, step + steps_in_next_call(step, config.train))
         batches_S = _stacked([stack_batches(source, steps) for source in sources])
         states_S = train_calls(states_S, batches_S)
         step = steps.stop

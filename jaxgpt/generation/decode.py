@@ -23,13 +23,13 @@ from jaxgpt.config import SamplingConfig, check_seed
 from jaxgpt.generation.sampling import sample
 from jaxgpt.models.layers import take
 from jaxgpt.ops.attention import KV
-from jaxgpt.parallel.mesh import over_rows, replicated, row_mesh
+from jaxgpt.parallel.mesh import batch_sharding, data_parallel_mesh, replicated
 
 TOKENS_PER_CALL = 16
 # Devices share the rows where each has so many to draw with the cache, or any number
 # without it. On 2 cores 64 rows of the 10.8M model then take 25 ms a token, not 34, 16
 # no less than before, and 8 beyond the window 169 ms, not 201.
-ROWS_OF_A_DEVICE = 8
+MIN_ROWS_PER_DEVICE = 8
 _SMALLEST_BUCKET = 16
 
 
@@ -56,7 +56,7 @@ class DecodingState:
 
 
 @partial(jax.jit, static_argnums=(0, 5))
-def start(
+def prefill(
     model: nn.Module,
     params: Any,
     prompts_BT: Array,
@@ -67,7 +67,7 @@ def start(
     """The state of rows that have drawn nothing yet.
 
     Args:
-      params: with the layers `unstacked`.
+      params: with the layers `unstack_layers`.
       prompts_BT: token ids, i32, padded on the right; one row may stand for all.
       length_B: tokens of each prompt, from 1 to T.
       cached: whether to keep the keys and values of what has been read.
@@ -77,7 +77,9 @@ def start(
     caches = None
     if cached:
         reading = prompts_BT, length_B - 1, None, model.init_cache(B)
-        _, caches = model.apply({"params": params}, *reading, method="read")
+        _, caches = model.apply(
+            {"params": params}, *reading, method="next_token_logits"
+        )
     tokens_BT, length_B, caches = jax.tree.map(
         lambda a: jnp.tile(a, (rows // B, *(1,) * (a.ndim - 1))),
         (tokens_BT, jnp.asarray(length_B), caches),
@@ -104,9 +106,11 @@ def decode_step(
     variables = {"params": params}
     if caches is not None:
         reading = last_token_B1, jnp.zeros_like(last_B), last_B, caches
-        logits_BV, caches = model.apply(variables, *reading, method="read")
-    elif hasattr(model, "read"):
-        logits_BV, _ = model.apply(variables, tokens_BT, last_B, method="read")
+        logits_BV, caches = model.apply(variables, *reading, method="next_token_logits")
+    elif hasattr(model, "next_token_logits"):
+        logits_BV, _ = model.apply(
+            variables, tokens_BT, last_B, method="next_token_logits"
+        )
     else:
         logits_BV = take(model.apply(variables, tokens_BT), last_B)[:, 0]
     key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.drawn_B)
@@ -156,7 +160,7 @@ def decode(
 
 
 @jax.jit
-def unstacked(params: Any) -> Any:
+def unstack_layers(params: Any) -> Any:
     """The parameters with each layer's on their own, where a model stacks them.
 
     XLA would cut them out of the stack for every token, which takes 3 times as long.
@@ -183,7 +187,7 @@ def generate_tokens(
 
     Compiles once for each batch size, sampling config and power of two that the longest
     prompt fits into. A prompt that all rows share is read once. This process's devices
-    draw a share of the rows each, where there are enough (`row_mesh`).
+    draw a share of the rows each, where there are enough (`data_parallel_mesh`).
 
     Args:
       prompts: B lists of token ids, of any lengths from 1; the model sees the last
@@ -208,7 +212,7 @@ def generate_tokens(
         if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < V:
             raise ValueError(f"a prompt needs token ids from 0 to {V - 1}: {prompt}")
 
-    params = unstacked(params)
+    params = unstack_layers(params)
     texts = [np.asarray(prompt[-T:], np.int32) for prompt in prompts]
     fold_in = jax.vmap(jax.random.fold_in, (None, 0))
     key_B = fold_in(jax.random.key(seed), jnp.arange(len(texts)))
@@ -219,14 +223,14 @@ def generate_tokens(
     bucket = min(T, max(_SMALLEST_BUCKET, 1 << (longest - 1).bit_length()))
     prompts_BT = np.stack([np.pad(text, (0, bucket - len(text))) for text in texts])
     cached = hasattr(model, "init_cache") and longest < T
-    state = start(model, params, prompts_BT, length_B, key_B, cached)
-    params, state = _over_devices(model, params, state)
+    state = prefill(model, params, prompts_BT, length_B, key_B, cached)
+    params, state = _shard_rows(model, params, state)
     drawn, going_on_B = 0, np.ones(len(prompts), bool)
     while drawn < max_new_tokens and going_on_B.any():
         longest = drawn + int(np.max(length_B * going_on_B))
         if state.caches is not None and longest > T:
             state = state.replace(caches=None)  # type: ignore[attr-defined]
-            params, state = _over_devices(model, params, state)
+            params, state = _shard_rows(model, params, state)
         count = min(TOKENS_PER_CALL if drawn else 1, max_new_tokens - drawn)
         if state.caches is not None:
             count = min(count, T + 1 - longest)
@@ -238,12 +242,12 @@ def generate_tokens(
             going_on_B = ~np.asarray(state.finished_B)
 
 
-def _over_devices(
+def _shard_rows(
     model: nn.Module, params: Any, state: DecodingState
 ) -> tuple[Any, DecodingState]:
     """Spreads the rows over this process's devices, where there are enough."""
-    least = 1 if state.caches is None else ROWS_OF_A_DEVICE
-    mesh = row_mesh(model.config, params, len(state.length_B), least)
+    least = 1 if state.caches is None else MIN_ROWS_PER_DEVICE
+    mesh = data_parallel_mesh(model.config, params, len(state.length_B), least)
     if mesh is None:
         return params, state
-    return jax.device_put((params, state), (replicated(mesh), over_rows(mesh)))
+    return jax.device_put((params, state), (replicated(mesh), batch_sharding(mesh)))

@@ -15,8 +15,8 @@ def generate(run: Run, prompt: str, **options: object) -> list[str]:
 
     Returns the continuations without the prompt, one for each sample.
     """
-    pieces = stream_text(run, prompt, **options)  # type: ignore[arg-type]
-    return ["".join(texts) for texts in zip(*pieces, strict=True)]
+    new_texts = stream_text(run, prompt, **options)  # type: ignore[arg-type]
+    return ["".join(texts) for texts in zip(*new_texts, strict=True)]
 
 
 def stream_text(
@@ -48,7 +48,7 @@ def stream_text(
     ids = encode_prompt(tokenizer, prompt or tokenizer.start).tolist()
     tokenizer.encode(stop)  # which it could never meet, were a character unknown
     end = tokenizer.end_of_text
-    pieces = generate_tokens(
+    drawn_tokens = generate_tokens(
         run.model,
         run.params,
         [ids] * num_samples,
@@ -59,15 +59,15 @@ def stream_text(
     )
     decoder = codecs.getincrementaldecoder("utf-8")
     decoders = [decoder("replace") for _ in range(num_samples)]
-    held, done = [""] * num_samples, [False] * num_samples
-    for tokens, _ in pieces:
+    pending, done = [""] * num_samples, [False] * num_samples
+    for tokens, _ in drawn_tokens:
         texts = [""] * num_samples
         for row, utf8 in enumerate(decoders):
             if done[row]:
                 continue
             drawn = list(itertools.takewhile(lambda token: token != end, tokens[row]))
-            text = held[row] + utf8.decode(tokenizer.decode_bytes(drawn))
-            texts[row], held[row], stopped = _until_stop(text, stop)
+            text = pending[row] + utf8.decode(tokenizer.decode_bytes(drawn))
+            texts[row], pending[row], stopped = _split_at_stop(text, stop)
             if stopped:
                 utf8.reset()  # what it holds comes after the stop
             done[row] = stopped or len(drawn) < len(tokens[row])
@@ -75,11 +75,11 @@ def stream_text(
         if all(done):
             break
     for row, utf8 in enumerate(decoders):
-        held[row] += utf8.decode(b"", final=True)
-    yield held
+        pending[row] += utf8.decode(b"", final=True)
+    yield pending
 
 
-def _until_stop(text: str, stop: str) -> tuple[str, str, bool]:
+def _split_at_stop(text: str, stop: str) -> tuple[str, str, bool]:
     """Splits off what may be the beginning of `stop`; tells whether it came whole."""
     if stop and stop in text:
         return text[: text.index(stop)], "", True

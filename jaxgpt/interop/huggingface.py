@@ -130,7 +130,7 @@ def write_huggingface(
     content = gpt2_settings(config, tokenizer.end_of_text if tokenizer else None)
     replace_file(
         folder / _WEIGHTS,
-        lambda aside: save_file(tensors, aside, metadata={"format": "pt"}),
+        lambda tmp_path: save_file(tensors, tmp_path, metadata={"format": "pt"}),
     )
     for path in (path for name in _OF_ANOTHER_MODEL for path in folder.glob(name)):
         path.unlink()
@@ -161,7 +161,7 @@ def gpt2_settings(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
 
 
 def _read_config(path: Path) -> GPTConfig:

@@ -113,7 +113,7 @@ def write_nanogpt(
         "best_val_loss": _NO_LOSS_YET if val_loss is None else float(val_loss),
         "config": _settings(config) | {"dataset": dataset},
     }
-    replace_file(path, lambda aside: torch.save(content, aside))
+    replace_file(path, lambda tmp_path: torch.save(content, tmp_path))
 
 
 def _config(
@@ -154,8 +154,8 @@ def _settings(config: Config) -> dict[str, Any]:
         for name, ours in names.items()
     }
     return settings | {
-        "batch_size": config.data.rows_at_once,
-        "gradient_accumulation_steps": config.data.pieces,
+        "batch_size": config.data.microbatch_size,
+        "gradient_accumulation_steps": config.data.microbatches,
         "block_size": config.model.block_size,
         "lr_decay_iters": config.train.max_steps,
         "decay_lr": True,

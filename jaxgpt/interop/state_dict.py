@@ -43,7 +43,7 @@ def torch_shapes(
     layers = range(config.n_layer)
     modules = {f"h.{i}.{name}": block[name] for i in layers for name in block}
     shapes: dict[str, tuple[int, ...]] = {
-        _WTE: (config.known_vocab_size(), C),
+        _WTE: (config.require_vocab_size(), C),
         "transformer.wpe.weight": (config.block_size, C),
     }
     for module, shape in (modules | {"ln_f": (C,)}).items():

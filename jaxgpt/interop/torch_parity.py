@@ -30,8 +30,8 @@ from jaxgpt.generation.decode import generate_tokens
 from jaxgpt.interop import huggingface, required, state_dict
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
-from jaxgpt.parallel.mesh import one_device
-from jaxgpt.text.batches import batch
+from jaxgpt.parallel.mesh import single_device_mesh
+from jaxgpt.text.batches import get_batch
 from jaxgpt.training.objectives import Batch, next_token
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.step import create_state, make_train_step
@@ -156,8 +156,8 @@ def compare(
     for name, parameter in reference.named_parameters():
         parameter.requires_grad_(config.bias or not name.endswith(".bias"))
     rng = np.random.default_rng(seed)
-    text = rng.integers(config.known_vocab_size(), size=16 * (T + 1))
-    draw = partial(batch, text, seed, batch_size=batch_size, block_size=T)
+    text = rng.integers(config.require_vocab_size(), size=16 * (T + 1))
+    draw = partial(get_batch, text, seed, batch_size=batch_size, block_size=T)
     batches: list[Batch] = [draw(step) for step in range(max(steps, 1))]
     with jax.default_matmul_precision("highest"):
         norm = yield from _one_pass(config, params, reference, batches[0])
@@ -178,7 +178,7 @@ def _gpt2(config: GPTConfig) -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
 
 
-def _build_here(config: GPTConfig) -> Any:
+def _build_model(config: GPTConfig) -> Any:
     """Our model, for the device that JAX computes on."""
     return build_model(config, platform_of(jax.devices()[0]))
 
@@ -205,11 +205,11 @@ def _check(
 
 
 def _one_pass(
-    config: GPTConfig, params: Any, reference: Any, pair: Batch
+    config: GPTConfig, params: Any, reference: Any, batch: Batch
 ) -> Generator[Check, None, float]:
     """Checks one batch, forward and backward; returns the global gradient norm."""
-    inputs_BT, targets_BT = pair
-    model = _build_here(config)
+    inputs_BT, targets_BT = batch
+    model = _build_model(config)
 
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         logits_BTV, variables = model.apply(
@@ -225,7 +225,7 @@ def _one_pass(
         jax.value_and_grad(loss_fn, has_aux=True)
     )(params)
     captured = flatten_dict(captured)
-    their_losses, their_logits, theirs = _torch_pass(reference, pair)
+    their_losses, their_logits, theirs = _torch_pass(reference, batch)
 
     for name, activation in theirs.items():
         modules, layer = state_dict.split_layer(name)
@@ -234,14 +234,14 @@ def _one_pass(
         yield _check("activations", name, stacked[layer], activation, NORM, 0.0)
     size = max(1.0, float(np.sqrt(np.mean(their_logits**2))))
     yield _check("logits", "float32", logits_BTV, their_logits, LOGITS * size)
-    half = _build_here(dataclasses.replace(config, compute_dtype="bfloat16"))
+    half = _build_model(dataclasses.replace(config, compute_dtype="bfloat16"))
     rounded_BTV = jax.jit(half.apply)({"params": params}, inputs_BT)
     tolerance = BFLOAT16_PER_ROOT_LAYER * math.sqrt(config.n_layer)
     yield _check("logits", "bfloat16", rounded_BTV, their_logits, tolerance, 0.0)
     torch = required("torch")
     with torch.no_grad():
         their_half = copy.deepcopy(reference).to(torch.bfloat16)
-        theirs_BTV = _torch_losses(their_half, pair)[1].float().numpy()
+        theirs_BTV = _torch_losses(their_half, batch)[1].float().numpy()
     name = "bfloat16, PyTorch's own"
     yield _check("logits", name, theirs_BTV, their_logits, None, 0.0)
     # The float32 sum of a few hundred losses alone would be off by more.
@@ -253,12 +253,14 @@ def _one_pass(
     their_grads = {name: p.grad for name, p in parameters if p.requires_grad}
     norm = math.sqrt(sum(float((grad**2).sum()) for grad in their_grads.values()))
     our_grads = state_dict.to_state_dict(grads, config, out_in=False)
-    yield from _each("gradients", our_grads, their_grads, NORM, SMALLEST_NORM * norm)
+    yield from _check_each(
+        "gradients", our_grads, their_grads, NORM, SMALLEST_NORM * norm
+    )
     return norm
 
 
 def _torch_pass(
-    reference: Any, pair: Batch
+    reference: Any, batch: Batch
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Losses, logits and activations by module, in PyTorch; leaves the gradients."""
     seen = {}
@@ -273,17 +275,17 @@ def _torch_pass(
         if (last := name.split(".")[-1]) in _LAYERS or last.isdecimal()
     ]
     reference.zero_grad()
-    losses, logits_BTV = _torch_losses(reference, pair)
+    losses, logits_BTV = _torch_losses(reference, batch)
     losses.mean().backward()
     for handle in handles:
         handle.remove()
     return losses.detach().numpy(), logits_BTV.detach().numpy(), seen
 
 
-def _torch_losses(reference: Any, pair: Batch) -> tuple[Any, Any]:
+def _torch_losses(reference: Any, batch: Batch) -> tuple[Any, Any]:
     """Loss of each token, [B * T], and logits, [B, T, V]."""
     torch = required("torch")
-    inputs_BT, targets_BT = map(torch.tensor, pair)
+    inputs_BT, targets_BT = map(torch.tensor, batch)
     logits_BTV = reference(inputs_BT, use_cache=False).logits
     losses = torch.nn.functional.cross_entropy(
         logits_BTV.flatten(0, 1), targets_BT.flatten().long(), reduction="none"
@@ -291,7 +293,7 @@ def _torch_losses(reference: Any, pair: Batch) -> tuple[Any, Any]:
     return losses, logits_BTV
 
 
-def _each(
+def _check_each(
     section: str,
     ours: dict[str, np.ndarray],
     theirs: dict[str, Any],
@@ -319,7 +321,7 @@ def _greedy(
     """Checks that both write the same tokens, each the likeliest of all."""
     torch = required("torch")
     greedy = SamplingConfig(temperature=0.0)
-    drawn = generate_tokens(_build_here(config), params, [prompt], count, greedy)
+    drawn = generate_tokens(_build_model(config), params, [prompt], count, greedy)
     ours = np.concatenate([tokens for tokens, _ in drawn], axis=1)[0]
     tokens, leads = list(prompt), []
     with torch.no_grad():
@@ -349,10 +351,14 @@ def _training(
     inputs_NBT, targets_NBT = map(np.stack, zip(*batches, strict=True))
     train = TrainConfig(max_steps=len(batches))
     whole = Config(model=config, optimizer=optimizer, train=train)
-    model, adamw = _build_here(config), make_optimizer(optimizer, len(batches))
+    model, adamw = (
+        _build_model(config),
+        make_optimizer(optimizer, len(batches)),
+    )
     train_step = make_train_step(next_token(model), adamw, whole)
     state, metrics = jax.jit(lambda *args: jax.lax.scan(train_step, *args))(
-        create_state(model, whole, one_device(), params), (inputs_NBT, targets_NBT)
+        create_state(model, whole, single_device_mesh(), params),
+        (inputs_NBT, targets_NBT),
     )
     their_losses = _torch_training(reference, optimizer, batches)
     losses = zip(metrics["loss"], their_losses, strict=True)
@@ -360,7 +366,7 @@ def _training(
         yield _check("loss", f"AdamW step {step}", loss, their_loss, STEP_LOSS)
     ours = state_dict.to_state_dict(state.params, config, out_in=False)
     theirs = dict(reference.named_parameters())
-    yield from _each("final parameters", ours, theirs, FINAL_PARAMETERS, 0.0)
+    yield from _check_each("final parameters", ours, theirs, FINAL_PARAMETERS, 0.0)
 
 
 def _torch_training(
@@ -376,7 +382,7 @@ def _torch_training(
         weight_decay=config.weight_decay,
     )
     losses, warmup = [], config.warmup_steps
-    for step, pair in enumerate(batches):
+    for step, batch in enumerate(batches):
         rate = config.learning_rate * (step + 1) / (warmup + 1)
         if step >= warmup:
             progress = (step - warmup) / (len(batches) - warmup)
@@ -385,7 +391,7 @@ def _torch_training(
         for group in adamw.param_groups:
             group["lr"] = rate
         reference.zero_grad()
-        loss = _torch_losses(reference, pair)[0].mean()
+        loss = _torch_losses(reference, batch)[0].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), config.grad_clip)
         adamw.step()

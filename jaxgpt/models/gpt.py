@@ -27,7 +27,7 @@ class GPT(nn.Module):
 
     def setup(self) -> None:
         config, platform = self.config, self.platform
-        self.wte = layers.Embed(config, platform, config.known_vocab_size())
+        self.wte = layers.Embed(config, platform, config.require_vocab_size())
         self.wpe = layers.Embed(config, platform, config.block_size)
         self.drop = layers.Dropout(config.dropout)
         self.h = layers.Block(config, platform)
@@ -82,7 +82,7 @@ class GPT(nn.Module):
         empty = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
         return ((empty, empty),) * config.n_layer
 
-    def read(
+    def next_token_logits(
         self,
         tokens_BT: Array,
         last_B: Array,

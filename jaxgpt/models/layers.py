@@ -124,7 +124,7 @@ class Attention(nn.Module):
 
         Args:
           mask: which keys each position sees.
-          memory: keys and values as `read` makes them; those of x itself if None.
+          memory: `keys_and_values` of what x attends to; x itself if None.
           cache: receives these keys and values, from slot start_B of each row on.
           start_B: if given, x sees the cache up to itself; else these keys alone.
         """
@@ -134,7 +134,7 @@ class Attention(nn.Module):
             (q_BTHD,), (k_BSHD, v_BSHD) = self._project(x_BTC, slice(0, 1)), memory
         if cache is not None:
             at_B = jnp.zeros(len(x_BTC), jnp.int32) if start_B is None else start_B
-            cache = ops.update(cache, (k_BSHD, v_BSHD), at_B)
+            cache = ops.update_cache(cache, (k_BSHD, v_BSHD), at_B)
         if cache is not None and start_B is not None:
             out_BTHD = ops.cached_attention(q_BTHD, cache, mask, self.platform)
         else:
@@ -148,13 +148,13 @@ class Attention(nn.Module):
         out_BTHD = constrain(out_BTHD, ("batch", "time", "heads", "head_dim"))
         return self.resid_dropout(self.c_proj(out_BTHD), rows_B), cache
 
-    def read(self, memory_BSC: Array) -> list[Array]:
+    def keys_and_values(self, memory_BSC: Array) -> list[Array]:
         """Keys and values of a memory: computed once, attended to often."""
         return self._project(memory_BSC, slice(1, 3))
 
     def _project(self, x_BTC: Array, part: slice) -> list[Array]:
         names = ("batch", "time", "qkv", "heads", "head_dim")
-        return ops.unpack(constrain(self.c_attn(x_BTC, part), names), self.platform)
+        return ops.unpack_qkv(constrain(self.c_attn(x_BTC, part), names), self.platform)
 
 
 class MLP(nn.Module):
@@ -199,7 +199,7 @@ class Block(nn.Module):
         """The residual stream, or its position last_B of each row; and the cache."""
         h_BTC, memory = self.ln_1(x_BTC), None
         if last_B is not None:
-            memory = self.attn.read(h_BTC)
+            memory = self.attn.keys_and_values(h_BTC)
             x_BTC, h_BTC = take(x_BTC, last_B), take(h_BTC, last_B)
         out_BTC, cache = self.attn(h_BTC, mask, rows_B, memory, **cached)
         x_BTC = x_BTC + out_BTC

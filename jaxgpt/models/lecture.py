@@ -56,7 +56,7 @@ class Bigram(nn.Module):
 
         Takes the arguments of `GPT.__call__`; there is no dropout to use the last two.
         """
-        V = self.config.known_vocab_size()
+        V = self.config.require_vocab_size()
         return embedding(V, V, "table")(tokens_BT)
 
 
@@ -232,7 +232,7 @@ class LectureGPT(nn.Module):
         block_size.
         """
         config = self.config
-        (B, T), V, C = tokens_BT.shape, config.known_vocab_size(), config.n_embd
+        (B, T), V, C = tokens_BT.shape, config.require_vocab_size(), config.n_embd
         config.check_length(T)
         rows_B = jnp.arange(B) if rows_B is None else rows_B
         rows_B = None if deterministic else rows_B

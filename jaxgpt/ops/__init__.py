@@ -6,9 +6,14 @@ platform, then the rule that picks one; every form equals the definition up to r
 Ampere on) or "gpu" (any other).
 """
 
-from jaxgpt.ops.attention import attention, attention_weights, cached_attention, update
+from jaxgpt.ops.attention import (
+    attention,
+    attention_weights,
+    cached_attention,
+    update_cache,
+)
 from jaxgpt.ops.cross_entropy import cross_entropy, head_loss, head_losses
 from jaxgpt.ops.dropout import dropout
 from jaxgpt.ops.embedding import embed
 from jaxgpt.ops.gelu import gelu
-from jaxgpt.ops.matmul import einsum, unpack
+from jaxgpt.ops.matmul import einsum, unpack_qkv

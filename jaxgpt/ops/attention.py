@@ -41,12 +41,12 @@ class Mask:
         """Whether each query sees each key, bool [B or 1, 1, T, S]."""
         key_S, own_BT = jnp.arange(S), self.positions_BT
         own_BT = jnp.arange(T)[None] if own_BT is None else own_BT
-        seen_BTS = (key_S <= own_BT[..., None]) | (not self.causal)
+        visible_BTS = (key_S <= own_BT[..., None]) | (not self.causal)
         if self.lengths_B is not None:
-            seen_BTS &= key_S < self.lengths_B[:, None, None]
+            visible_BTS &= key_S < self.lengths_B[:, None, None]
         if self.segments_BS is not None:
-            seen_BTS &= self.segments_BS[..., None] == self.segments_BS[:, None]
-        return seen_BTS[:, None]
+            visible_BTS &= self.segments_BS[..., None] == self.segments_BS[:, None]
+        return visible_BTS[:, None]
 
 
 def attention_weights(q_BTHD: Array, k_BSHD: Array, mask: Mask, platform: str) -> Array:
@@ -71,7 +71,7 @@ def plain_attention(
     return einsum("BHTS,BSHD->BTHD", weights_BHTS, v_BSHD, v_BSHD.dtype, platform)
 
 
-def _in_blocks(
+def _blocked_attention(
     q_BTHD: Array, k_BTHD: Array, v_BTHD: Array, mask: Mask, drop: Drop, platform: str
 ) -> Array:
     """Causal attention, one block of queries after the other."""
@@ -114,7 +114,7 @@ def attention(
     if platform == "cuda" and fused and fits and in_order and not drop:
         cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
         return cudnn(*qkv, is_causal=mask.causal, key_value_seq_lengths=mask.lengths_B)
-    form = _in_blocks if mask.causal and in_order else plain_attention
+    form = _blocked_attention if mask.causal and in_order else plain_attention
     return form(*qkv, mask, drop, platform)
 
 
@@ -122,17 +122,17 @@ def attention(
 KV = tuple[Array, Array]
 
 
-def _by_rows(x_BTHD: Array) -> Array:
+def _merge_batch_and_heads(x_BTHD: Array) -> Array:
     B, T, H, D = x_BTHD.shape
     return x_BTHD.swapaxes(1, 2).reshape(B * H, T, D)
 
 
-def update(cache: KV, new: KV, start_B: Array) -> KV:
+def update_cache(cache: KV, new: KV, start_B: Array) -> KV:
     """The cache with each row's new keys and values [B, T, H, D] from start_B on."""
     write = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
 
     def write_rows(old_NSD: Array, new_BTHD: Array) -> Array:
-        rows, new_NTD = len(start_B), _by_rows(new_BTHD)
+        rows, new_NTD = len(start_B), _merge_batch_and_heads(new_BTHD)
         if rows == 1:  # XLA would copy the cache for a scatter of one row
             return write(old_NSD, new_NTD, start_B[0])
         old, new = (a.reshape(rows, -1, *a.shape[1:]) for a in (old_NSD, new_NTD))
@@ -143,7 +143,11 @@ def update(cache: KV, new: KV, start_B: Array) -> KV:
 
 def cached_attention(q_BTHD: Array, cache: KV, mask: Mask, platform: str) -> Array:
     """`plain_attention` to the keys and values of a cache, without dropout."""
-    (B, T, H, D), (k_NSD, v_NSD), q_NTD = q_BTHD.shape, cache, _by_rows(q_BTHD)
+    (B, T, H, D), (k_NSD, v_NSD), q_NTD = (
+        q_BTHD.shape,
+        cache,
+        _merge_batch_and_heads(q_BTHD),
+    )
     scores_NTS = einsum("NSD,NTD->NTS", k_NSD, q_NTD, jnp.float32, platform)
     weights_BHTS = _softmax(scores_NTS.reshape(B, H, T, -1), mask, q_BTHD)
     weights_NTS = weights_BHTS.reshape(scores_NTS.shape)

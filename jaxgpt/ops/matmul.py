@@ -50,7 +50,7 @@ def _backward(
 einsum.defvjp(_forward, _backward)
 
 
-def unpack(qkv_BTKHD: Array, platform: str) -> list[Array]:
+def unpack_qkv(qkv_BTKHD: Array, platform: str) -> list[Array]:
     """The K arrays [B, T, H, D] that one product has made, as queries, keys, values."""
     K = qkv_BTKHD.shape[2]
     if platform == "cpu":  # where zero-padded gradients of slices take time to add up

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import Config, ModelConfig
 from jaxgpt.models import parameter_shapes
-from jaxgpt.start import fused_products
+from jaxgpt.start import float32_matmul_flags
 
 # Tokens of a microbatch on each CPU device. Activations of so many stay in the cache:
 # on 2 cores the 10.8M model trains 1.5 times as fast as with all of 8192.
@@ -47,18 +47,18 @@ def prefers_one_device(device: jax.Device, model: ModelConfig) -> bool:
 
 def with_microbatches(config: Config, mesh: Mesh) -> Config:
     """The config with gradient_accumulation_steps settled where it is -1."""
-    data, pieces = config.data, config.data.pieces
+    data, microbatches = config.data, config.data.microbatches
     if data.gradient_accumulation_steps == -1 and platform_of(mesh) == "cpu":
         rows = data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])  # of each
         most = max(1, CACHED_TOKENS // config.model.block_size)
         divisors = (n for n in range(1, rows + 1) if rows % n == 0)
-        pieces = next(n for n in divisors if rows // n <= most)
-    data = dataclasses.replace(data, gradient_accumulation_steps=pieces)
+        microbatches = next(n for n in divisors if rows // n <= most)
+    data = dataclasses.replace(data, gradient_accumulation_steps=microbatches)
     return dataclasses.replace(config, data=data)
 
 
-def train_options(config: Config, mesh: Mesh) -> dict[str, Any]:
+def train_jit_options(config: Config, mesh: Mesh) -> dict[str, Any]:
     """How `jax.jit` is to compile the train steps, whatever it is that they train."""
     float32 = getattr(config.model, "compute_dtype", "float32") == "float32"
-    options = fused_products() if float32 and platform_of(mesh) == "cpu" else None
+    options = float32_matmul_flags() if float32 and platform_of(mesh) == "cpu" else None
     return {"donate_argnums": 0, "compiler_options": options}

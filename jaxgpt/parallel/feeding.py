@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
-from jaxgpt.parallel.mesh import over_rows
+from jaxgpt.parallel.mesh import batch_sharding
 from jaxgpt.text.batches import Source
 
 
@@ -24,7 +24,7 @@ def stack_batches(source: Source, steps: range, rows: slice = slice(None)) -> An
 
 def read_batches(source: Source, steps: range, batch_size: int, mesh: Mesh) -> Any:
     """As `stack_batches`, on the mesh; reads the rows of this process's devices."""
-    sharding, B = over_rows(mesh, axis=1), batch_size
+    sharding, B = batch_sharding(mesh, axis=1), batch_size
 
     @cache
     def rows(first: int, last: int) -> Any:
@@ -41,21 +41,21 @@ def read_batches(source: Source, steps: range, batch_size: int, mesh: Mesh) -> A
 
     own = sharding.addressable_devices_indices_map((len(steps), B))
     leaves, structure = jax.tree.flatten(read(next(iter(own.values()))))
-    placed = [place(i, leaf.shape) for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(structure, placed)
+    arrays = [place(i, leaf.shape) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, arrays)
 
 
-def share_rows(mesh: Mesh, batch: Any) -> Any:
+def shard_batch(mesh: Mesh, batch: Any) -> Any:
     """Places a batch that every process has in full; each keeps its devices' rows."""
-    place = partial(jax.make_array_from_callback, sharding=over_rows(mesh))
+    place = partial(jax.make_array_from_callback, sharding=batch_sharding(mesh))
     return jax.tree.map(
         lambda leaf: place(leaf.shape, data_callback=leaf.__getitem__), batch
     )
 
 
-def window_shapes(config: Config, mesh: Mesh, count: int) -> Any:
+def batch_shapes(config: Config, mesh: Mesh, count: int) -> Any:
     """Shapes of `count` batches of next-token windows, without their memory."""
     shape = (count, config.data.batch_size, config.model.block_size)
-    rows = over_rows(mesh, axis=1)
+    rows = batch_sharding(mesh, axis=1)
     tokens_NBT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     return tokens_NBT, tokens_NBT

@@ -77,7 +77,7 @@ def make_mesh(
         if undecided and devices[1:] and prefers_one_device(devices[0], config.model):
             log(f"using 1 of {len(devices)} CPU devices: each would hold a copy")
             devices = devices[:1]
-    shape, rows = _mesh_shape(config, len(devices)), config.data.rows_at_once
+    shape, rows = _mesh_shape(config, len(devices)), config.data.microbatch_size
     count = math.prod(shape)
     used = devices[:count]
     if idle := {d.process_index for d in devices} - {d.process_index for d in used}:
@@ -101,7 +101,7 @@ def _mesh_shape(config: Config, devices: int) -> tuple[int, ...]:
     rows.
     """
     shape = {axis: getattr(config.mesh, axis) for axis in AXES}
-    rows, block_size = config.data.rows_at_once, config.model.block_size
+    rows, block_size = config.data.microbatch_size, config.model.block_size
     for axis, shared in (("fsdp", getattr(config.model, "n_embd", 0)), ("data", 0)):
         if shape[axis] == -1:
             taken = math.prod(size for size in shape.values() if size != -1)
@@ -110,9 +110,9 @@ def _mesh_shape(config: Config, devices: int) -> tuple[int, ...]:
             for n in range(2, devices // taken + 1):
                 if rows % (sharing * n) == 0 and shared % (shape["tensor"] * n) == 0:
                     shape[axis] = n
-    asked = " x ".join(f"mesh.{axis}={size}" for axis, size in shape.items())
+    requested = " x ".join(f"mesh.{axis}={size}" for axis, size in shape.items())
     if math.prod(shape.values()) > devices:
-        raise ValueError(f"{asked}, but there are {devices} devices")
+        raise ValueError(f"{requested}, but there are {devices} devices")
     if rows % (shape["data"] * shape["fsdp"]):
         raise ValueError(
             f"{rows} sequences at once (batch_size / gradient_accumulation_steps) do "
@@ -127,17 +127,17 @@ def _mesh_shape(config: Config, devices: int) -> tuple[int, ...]:
     return tuple(shape.values())
 
 
-def one_device(backend: str | None = None) -> Mesh:
+def single_device_mesh(backend: str | None = None) -> Mesh:
     """A mesh of this process's first device alone."""
     return Mesh(np.reshape(jax.local_devices(backend=backend)[:1], (1, 1, 1)), AXES)
 
 
-def on_host() -> Mesh:
+def host_mesh() -> Mesh:
     """A mesh of one device in the host's memory, which is the larger one."""
     try:
-        return one_device("cpu")
+        return single_device_mesh("cpu")
     except RuntimeError:  # JAX_PLATFORMS leaves it out
-        return one_device()
+        return single_device_mesh()
 
 
 def model_mesh(config: Config, mesh: MeshConfig) -> Mesh:
@@ -157,7 +157,9 @@ def model_mesh(config: Config, mesh: MeshConfig) -> Mesh:
     return make_mesh(config, lambda line: None)
 
 
-def row_mesh(model: ModelConfig, params: Any, rows: int, least: int) -> Mesh | None:
+def data_parallel_mesh(
+    model: ModelConfig, params: Any, rows: int, least: int
+) -> Mesh | None:
     """The devices that share the rows of generation, each with all parameters.
 
     None where it would be one: where each is to have `least` rows, where devices share
@@ -172,7 +174,7 @@ def row_mesh(model: ModelConfig, params: Any, rows: int, least: int) -> Mesh | N
     return Mesh(np.reshape(devices[:count], (-1, 1, 1)), AXES) if count > 1 else None
 
 
-def placed(shapes: Any, mesh: Mesh) -> Any:
+def with_shardings(shapes: Any, mesh: Mesh) -> Any:
     """The shapes of parameters or moments with their placements, by `shardings`."""
     where = shardings(shapes, mesh)
     return jax.tree.map(lambda leaf, at: leaf.update(sharding=at), shapes, where)
@@ -212,13 +214,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def over_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Placement of batches, whose rows are along `axis`."""
     return NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp")))
 
 
 @contextmanager
-def activations_over(mesh: Mesh) -> Iterator[None]:
+def activation_sharding(mesh: Mesh) -> Iterator[None]:
     """What is traced in this context cuts its activations as the mesh asks for."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATIONS):
         yield

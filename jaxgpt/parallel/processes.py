@@ -94,10 +94,10 @@ def wait_for_all(name: str) -> None:
 
 def any_failed(failed: bool) -> bool:
     """Whether any process has failed at this point, which all must reach."""
-    return bool(highest(failed))
+    return bool(max_over_processes(failed))
 
 
-def highest(number: int) -> jax.Array | int:
+def max_over_processes(number: int) -> jax.Array | int:
     """The highest number that any process gives: soon, on every one of them.
 
     All must call it at the same point; it returns at once.
@@ -111,7 +111,7 @@ def highest(number: int) -> jax.Array | int:
     )
 
 
-def agreement() -> Callable[[int], int]:
+def make_agree() -> Callable[[int], int]:
     """Makes `agree(number)`: the highest number that any process gave the call before.
 
     All make each call at the same point, and none waits. One process alone agrees with
@@ -121,13 +121,13 @@ def agreement() -> Callable[[int], int]:
 
     def agree(number: int) -> int:
         nonlocal before
-        last, before = before, highest(number)
+        last, before = before, max_over_processes(number)
         return int(last if several_processes() else number)
 
     return agree
 
 
-def check_alike(settings: Any) -> None:
+def check_same_settings(settings: Any) -> None:
     """Raises ValueError if the run's processes have different settings."""
     if several_processes():
         own = np.frombuffer(sha256(repr(settings).encode()).digest(), np.uint32)

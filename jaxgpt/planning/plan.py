@@ -17,7 +17,7 @@ from jaxgpt.config import Config
 from jaxgpt.files import log_line
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
-from jaxgpt.parallel.feeding import window_shapes
+from jaxgpt.parallel.feeding import batch_shapes
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning.flops import product_flops, step_flops
 from jaxgpt.planning.hlo import collectives
@@ -78,7 +78,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
 
 @contextmanager
-def not_cached() -> Iterator[None]:
+def no_compilation_cache() -> Iterator[None]:
     """Keeps programs for other chips out of the cache, which can't load them here."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
@@ -123,22 +123,31 @@ def _rows(config: Config, topology: str) -> Rows:
     yield "tokens in all", f"{all_tokens:,} ({all_tokens / params:.1f} per parameter)"
     yield "FLOPs per step", f"{step_flops(config):.3g}"
     yield "devices", f"{mesh.size} x {devices[0].device_kind} ({axes})"
-    yield "parameter memory", f"{_readable(_bytes_each(state.params))} per device"
-    yield "optimizer state", f"{_readable(_bytes_each(state.opt_state))} per device"
+    yield (
+        "parameter memory",
+        f"{_format_bytes(_bytes_per_device(state.params))} per device",
+    )
+    yield (
+        "optimizer state",
+        f"{_format_bytes(_bytes_per_device(state.opt_state))} per device",
+    )
 
-    batches = window_shapes(config, mesh, 1)
+    batches = batch_shapes(config, mesh, 1)
     traced = trace_train_steps(next_token(model), config, mesh, state, batches)
     compiled = _compile(traced, topology) if topology else traced.lower().compile()
     memory = compiled.memory_analysis()
     if memory is not None:  # not every backend tells
-        yield "temporary memory", f"{_readable(memory.temp_size_in_bytes)} per device"
+        yield (
+            "temporary memory",
+            f"{_format_bytes(memory.temp_size_in_bytes)} per device",
+        )
     if topology:
         yield from _tpu_rows(config, topology, mesh, traced, compiled)
 
 
 def _compile(traced: jax.stages.Traced, topology: str) -> jax.stages.Compiled:
     try:
-        with not_cached():
+        with no_compilation_cache():
             return traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         sizes = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", str(error))
@@ -179,16 +188,18 @@ def _tpu_rows(
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
     if chip and used > USABLE * chip.hbm:
-        raise _does_not_fit(topology, _readable(used), _readable(USABLE * chip.hbm))
-    capacity = f" of {_readable(chip.hbm)}" if chip else ""
-    yield "memory in all", f"{_readable(used)}{capacity} per device: it fits"
+        raise _does_not_fit(
+            topology, _format_bytes(used), _format_bytes(USABLE * chip.hbm)
+        )
+    capacity = f" of {_format_bytes(chip.hbm)}" if chip else ""
+    yield "memory in all", f"{_format_bytes(used)}{capacity} per device: it fits"
     products, moved = product_flops(traced.jaxpr), collectives(text)
     yield "FLOPs with remat", f"{products:.3g}"
     for kind in sorted({each.kind for each in moved}):
         of_kind = [each for each in moved if each.kind == kind]
         count = sum(each.times for each in of_kind)
-        whole = _readable(sum(each.times * each.tensor_bytes for each in of_kind))
-        received = _readable(sum(each.received_bytes for each in of_kind))
+        whole = _format_bytes(sum(each.times * each.tensor_bytes for each in of_kind))
+        received = _format_bytes(sum(each.received_bytes for each in of_kind))
         yield kind, f"{count:,} per step, of {whole}; each device receives {received}"
     if not chip:
         return
@@ -203,7 +214,7 @@ def _tpu_rows(
         yield "roofline step time", f"{bound}, model FLOPs utilisation {useful:.0%}"
 
 
-def _bytes_each(tree: object) -> int:
+def _bytes_per_device(tree: object) -> int:
     """Bytes of a tree of placed shapes that one device holds."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -211,6 +222,6 @@ def _bytes_each(tree: object) -> int:
     )
 
 
-def _readable(count: float) -> str:
+def _format_bytes(count: float) -> str:
     """Bytes in MiB or GiB."""
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"

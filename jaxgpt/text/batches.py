@@ -20,7 +20,7 @@ EVAL_SEED = 2**32  # of the batches that every evaluation sees; no run's seed is
 Source = Callable[[int, slice], Any]
 
 
-def batch(
+def get_batch(
     tokens: np.ndarray,
     seed: int,
     step: int,
@@ -49,7 +49,7 @@ def batch(
 def training_source(tokens: np.ndarray, config: Config) -> Source:
     """The batches that a run trains on."""
     return partial(
-        batch,
+        get_batch,
         tokens,
         config.train.seed,
         batch_size=config.data.batch_size,
@@ -60,9 +60,9 @@ def training_source(tokens: np.ndarray, config: Config) -> Source:
 def evaluation_source(tokens: np.ndarray, config: Config) -> Source:
     """Batches of as many rows as run at once, the same in every evaluation."""
     return partial(
-        batch,
+        get_batch,
         tokens,
         EVAL_SEED,
-        batch_size=config.data.rows_at_once,
+        batch_size=config.data.microbatch_size,
         block_size=config.model.block_size,
     )

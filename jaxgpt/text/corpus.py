@@ -102,7 +102,7 @@ def load_corpus(
                 f"{path} is not a file; give UTF-8 text files, or one directory with "
                 "train.bin and val.bin"
             )
-    text = None if data.has_tokens else _survey(files)
+    text = None if data.has_tokens else _scan_text(files)
     sha256 = text.sha256 if text else _sha256(files)
     if data.sha256 not in ("", sha256):
         raise ValueError(
@@ -166,7 +166,7 @@ def _read_text(paths: Sequence[Path]) -> Iterator[str]:
                 ) from error
 
 
-def _survey(paths: Sequence[Path]) -> _Text:
+def _scan_text(paths: Sequence[Path]) -> _Text:
     """Reads the text once; raises OSError or ValueError if it is of no use."""
     seen = np.zeros(0x110000, bool)  # indexed by code point
     digest, length = hashlib.sha256(), 0
@@ -242,21 +242,21 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
     shutil.rmtree(folder, ignore_errors=True)  # of files that were cut or lost since
     log(f"tokenizing {text.length:,} characters into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_suffix(f".{os.getpid()}")
-    aside.mkdir(exist_ok=True)
+    tmp_path = folder.with_suffix(f".{os.getpid()}")
+    tmp_path.mkdir(exist_ok=True)
     try:
         dtype = token_dtype(tokenizer.vocab_size)
         for split in SPLITS:
-            with (aside / f"{split}.bin").open("wb") as file:
+            with (tmp_path / f"{split}.bin").open("wb") as file:
                 for ids in tokenizer.encode_chunks(text.split(split)):
                     file.write(ids.astype(dtype).tobytes())
-        (aside / _SIZES).write_text(json.dumps(_sizes(aside)))
-        aside.rename(folder)
+        (tmp_path / _SIZES).write_text(json.dumps(_sizes(tmp_path)))
+        tmp_path.rename(folder)
     except OSError:
         if not folder.exists():  # else another process was first: its files are these
             raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_path, ignore_errors=True)
     return folder
 
 

@@ -76,7 +76,7 @@ def save_nanogpt_meta(path: Path, tokenizer: CharTokenizer) -> None:
     itos = dict(enumerate(tokenizer.characters))
     stoi = {character: i for i, character in itos.items()}
     meta = {"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": stoi}
-    replace_file(path, lambda aside: aside.write_bytes(pickle.dumps(meta)))
+    replace_file(path, lambda tmp_path: tmp_path.write_bytes(pickle.dumps(meta)))
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -44,11 +44,11 @@ def _rebuild() -> bytes:
     )
     text = "\n\n".join(_plain_play(play.decode()) for play in plays)
     text = text[: text.index(_LAST_LINE) + len(_LAST_LINE)] + "\n"
-    pieces, position = [], 0
+    parts, position = [], 0
     for offset, deleted, inserted in recipe["edits"]:
-        pieces += [text[position:offset], inserted]
+        parts += [text[position:offset], inserted]
         position = offset + deleted
-    return "".join([*pieces, text[position:]]).encode()
+    return "".join([*parts, text[position:]]).encode()
 
 
 def _plain_play(markdown: str) -> str:

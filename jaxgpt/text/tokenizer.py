@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 END_OF_TEXT = "<|endoftext|>"
 # Where no token crosses, whatever stands before and after.
 _BOUNDARY = re.compile(r"(?<=\S)(?=[ \t\r\n])")
-_PIECE = 1 << 16  # characters; the pieces of a text are encoded in parallel
+_SEGMENT = 1 << 16  # characters; the segments of a text are encoded in parallel
 
 
 def codepoints(text: str) -> np.ndarray:
@@ -158,8 +158,8 @@ class BPETokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        pieces = (piece for batch in _pieces(chunks) for piece in batch)
-        tokenizer.train_from_iterator(pieces, trainer)
+        segments = (segment for batch in _segments(chunks) for segment in batch)
+        tokenizer.train_from_iterator(segments, trainer)
         tokenizer.add_special_tokens([END_OF_TEXT])
         if (nearest := tokenizer.get_vocab_size()) != vocab_size:
             raise ValueError(
@@ -200,7 +200,7 @@ class BPETokenizer:
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
         """Yields the ids of a text that comes in chunks; together they are its own."""
         encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
-        for encodings in map(encode, _pieces(chunks)):
+        for encodings in map(encode, _segments(chunks)):
             yield np.concatenate([np.array(e.ids, np.int32) for e in encodings])
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -282,19 +282,19 @@ def _byte_alphabet() -> dict[str, int]:
     return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-def _pieces(chunks: Iterable[str]) -> Iterator[list[str]]:
-    """Cuts a text into pieces whose tokens, one after the other, are the text's own.
+def _segments(chunks: Iterable[str]) -> Iterator[list[str]]:
+    """Cuts a text into segments whose tokens, one after the other, are the text's own.
 
     Yields lists of them; only a text without blanks and newlines is held in full.
     """
     held = ""
     for chunk in chunks:
-        held, pieces = held + chunk, []
+        held, segments = held + chunk, []
         start = 0
-        while match := _BOUNDARY.search(held, start + _PIECE):
-            pieces.append(held[start : match.start()])
+        while match := _BOUNDARY.search(held, start + _SEGMENT):
+            segments.append(held[start : match.start()])
             start = match.start()
         held = held[start:]
-        if pieces:
-            yield pieces
+        if segments:
+            yield segments
     yield [held]

@@ -20,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxgpt.files import is_first_process, log_line
 from jaxgpt.parallel.processes import any_failed, several_processes, wait_for_all
-from jaxgpt.start import give_back_memory
+from jaxgpt.start import release_memory
 from jaxgpt.training.record import (
     check_shapes,
     checksums,
@@ -52,7 +52,7 @@ def open_checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
     try:
         yield checkpoints
     finally:
-        with _telling_of_room():
+        with _clear_save_errors():
             checkpoints.close()
 
 
@@ -64,21 +64,21 @@ class _BestAndLatestTwo(checkpoint_managers.PreservationPolicy):
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         *before, last = checkpoints
-        figures = _figures(self.folder, [info.step for info in before], math.inf)
-        figures[last.step] = last.metrics["figure"]  # whose record is not written yet
-        kept = {_best_first(figures)[0], *list(figures)[-2:]}
-        return [step in kept for step in figures]
+        metrics = _metrics(self.folder, [info.step for info in before], math.inf)
+        metrics[last.step] = last.metrics["figure"]  # whose record is not written yet
+        kept = {_best_first(metrics)[0], *list(metrics)[-2:]}
+        return [step in kept for step in metrics]
 
 
 def save_state(
-    checkpoints: ocp.CheckpointManager, state: TrainState, figure: float | None
+    checkpoints: ocp.CheckpointManager, state: TrainState, metric: float | None
 ) -> None:
     """Starts to save `state`; returns once the arrays are copied.
 
     Args:
       checkpoints: as `open_checkpoints` gives them.
       state: of training; of parameters only where its opt_state is None.
-      figure: the objective's validation figure of these very parameters, lower is
+      metric: the objective's validation metric of these very parameters, lower is
         better; None if they were not evaluated, and the checkpoint then never counts as
         the best.
 
@@ -86,8 +86,8 @@ def save_state(
     """
     step, parts = int(state.step), _parts(state)
     args = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
-    record = make_record(parts, math.inf if figure is None else figure)
-    with _telling_of_room():
+    record = make_record(parts, math.inf if metric is None else metric)
+    with _clear_save_errors():
         if not checkpoints.save(
             step,
             args=ocp.args.Composite(**args),
@@ -110,17 +110,17 @@ def check_saves(checkpoints: ocp.CheckpointManager, saved: int | None) -> int | 
 
     Raises OSError if a save in the background has failed; waits for none.
     """
-    with _telling_of_room():
+    with _clear_save_errors():
         if checkpoints.is_saving_in_progress():
             return saved
         checkpoints.wait_until_finished()  # raises what the save has left
     if (newest := checkpoints.latest_step()) != saved:
-        give_back_memory()
+        release_memory()
     return newest
 
 
 @contextmanager
-def _telling_of_room() -> Iterator[None]:
+def _clear_save_errors() -> Iterator[None]:
     """Turns what a failed save raises into an error that says what to do."""
     try:
         yield
@@ -175,26 +175,29 @@ def restore_state(
     if (inside := progress["step"]) != step:
         raise ValueError(f"{saved} is of step {inside}; give it its name back")
     for damaged, fault in faults.items():
-        aside = folder / f"{damaged}.damaged"
-        instead = f"set aside as {aside.name}" if resume else "left out"
+        renamed = folder / f"{damaged}.damaged"
+        instead = f"set aside as {renamed.name}" if resume else "left out"
         log_line(f"{fault}; it is {instead}, and step {step} taken instead")
         if resume and is_first_process():
-            shutil.rmtree(aside, ignore_errors=True)  # the same step's, of before
-            (folder / str(damaged)).rename(aside)
+            shutil.rmtree(renamed, ignore_errors=True)  # the same step's, of before
+            (folder / str(damaged)).rename(renamed)
     wait_for_all("restored")
     return TrainState(params=parts["params"], **progress)
 
 
 def _restore(saved: Path, parts: dict[str, Any]) -> dict[str, Any]:
     """Those of the parts that were saved; raises _DamageError in every process."""
-    with _alike(saved):
+    with _same_outcome_everywhere(saved):
         record = read_record(saved)
     check_shapes(record["shapes"], shapes(parts["params"]), str(saved))
     handler, restored = ocp.StandardCheckpointHandler(), {}  # which waits for no other
-    with _alike(saved):
+    with _same_outcome_everywhere(saved):
         for name in [name for name in parts if name in record["parts"]]:
-            asked, part = ocp.args.StandardRestore(parts[name]), saved.absolute() / name
-            restored[name] = handler.restore(part, args=asked)
+            restore_args, part = (
+                ocp.args.StandardRestore(parts[name]),
+                saved.absolute() / name,
+            )
+            restored[name] = handler.restore(part, args=restore_args)
     if "checksums" not in record:
         log_line(f"{saved} is of an older version, and was not checked for damage")
         return restored
@@ -205,7 +208,7 @@ def _restore(saved: Path, parts: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _alike(saved: Path) -> Iterator[None]:
+def _same_outcome_everywhere(saved: Path) -> Iterator[None]:
     """Turns what fails in one process into a _DamageError in every one."""
     failed = None
     try:
@@ -229,7 +232,7 @@ def saved_steps(folder: Path) -> list[int]:
 def find_steps(folder: Path, which: str | int) -> list[int]:
     """The step of checkpoint "best", "latest" or a number, then those to try after it.
 
-    The best begin with those whose figure can't be read, so that this is told. Raises
+    The best begin with those whose metric can't be read, so that this is told. Raises
     ValueError that lists the steps there are.
     """
     if not (steps := saved_steps(folder)):
@@ -240,26 +243,26 @@ def find_steps(folder: Path, which: str | int) -> list[int]:
     if which == "latest":
         return steps[::-1]
     if which == "best":
-        return _best_first(_figures(folder, steps, -math.inf))
+        return _best_first(_metrics(folder, steps, -math.inf))
     if str(which).isdecimal() and int(which) in steps:
         return [int(which)]
     listed = ", ".join(map(str, steps))
     raise ValueError(f"checkpoint {which!r} is not one of: best, latest, {listed}")
 
 
-def best_figure(folder: Path) -> float | None:
-    """The lowest validation figure of the checkpoints, None if none was evaluated."""
-    best = min(_figures(folder, saved_steps(folder), math.inf).values())
+def best_metric(folder: Path) -> float | None:
+    """The lowest validation metric of the checkpoints, None if none was evaluated."""
+    best = min(_metrics(folder, saved_steps(folder), math.inf).values())
     return best if best < math.inf else None
 
 
-def _figures(folder: Path, steps: list[int], unreadable: float) -> dict[int, float]:
-    figures = dict.fromkeys(steps, unreadable)
+def _metrics(folder: Path, steps: list[int], unreadable: float) -> dict[int, float]:
+    metrics = dict.fromkeys(steps, unreadable)
     for step in steps:
         with suppress(ValueError):
-            figures[step] = read_record(folder / str(step))["figure"]
-    return figures
+            metrics[step] = read_record(folder / str(step))["figure"]
+    return metrics
 
 
-def _best_first(figures: dict[int, float]) -> list[int]:
-    return sorted(figures, key=lambda step: (figures[step], -step))
+def _best_first(metrics: dict[int, float]) -> list[int]:
+    return sorted(metrics, key=lambda step: (metrics[step], -step))

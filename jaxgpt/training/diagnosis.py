@@ -16,14 +16,14 @@ from jaxgpt.config import Config
 from jaxgpt.files import log_line
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of, with_microbatches
-from jaxgpt.parallel.feeding import share_rows
+from jaxgpt.parallel.feeding import shard_batch
 from jaxgpt.text.batches import Source
 from jaxgpt.training.objectives import Batch, Context, Objective
 from jaxgpt.training.step import TrainState, step_key
 
 
 @contextmanager
-def explained(
+def diagnose_non_finite(
     state: Callable[[], TrainState],
     objective: Callable[[nn.Module], Objective],
     source: Source,
@@ -40,7 +40,7 @@ def explained(
         log_line(f"{error}; looking for the layer where it began")
         step = f"step {int(state().step) + 1}"
         try:
-            layer = first_not_finite(state(), objective, source, config, mesh)
+            layer = first_non_finite_layer(state(), objective, source, config, mesh)
         except Exception as failure:  # the error itself must be told
             told = f"the layers of {step} could not be looked at ({failure})"
         else:
@@ -50,7 +50,7 @@ def explained(
         raise FloatingPointError(f"{error}; {told}") from error
 
 
-def first_not_finite(
+def first_non_finite_layer(
     state: TrainState,
     objective: Callable[[nn.Module], Objective],
     source: Source,
@@ -66,12 +66,15 @@ def first_not_finite(
     changed: dict[str, Any] = {"remat": False} if hasattr(config.model, "remat") else {}
     model = dataclasses.replace(config.model, **changed)
     losses = objective(build_model(model, platform_of(mesh)))
-    step, pieces = int(state.step), with_microbatches(config, mesh).data.pieces
+    step, microbatches = (
+        int(state.step),
+        with_microbatches(config, mesh).data.microbatches,
+    )
     batch, key = source(step, slice(None)), step_key(config, step)
     rows_B = np.arange(len(jax.tree.leaves(batch)[0]))
-    for piece in range(pieces):
-        part, rows = jax.tree.map(lambda a, i=piece: a[i::pieces], (batch, rows_B))
-        part, rows = share_rows(mesh, (part, rows))
+    for i in range(microbatches):
+        part, rows = jax.tree.map(lambda a, i=i: a[i::microbatches], (batch, rows_B))
+        part, rows = shard_batch(mesh, (part, rows))
         if layer := _first_layer(losses, state.params, part, Context(key, rows)):
             return layer
     return ""

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from jaxgpt import ops
 from jaxgpt.config import Config
-from jaxgpt.parallel.feeding import share_rows
-from jaxgpt.parallel.mesh import activations_over, replicated, shardings
+from jaxgpt.parallel.feeding import shard_batch
+from jaxgpt.parallel.mesh import activation_sharding, replicated, shardings
 from jaxgpt.text.batches import Source
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
 
@@ -28,12 +28,12 @@ EvalStep = Callable[[Any, Batch], Any]
 def compile_estimate(objective: Objective, mesh: Mesh) -> EvalStep:
     """Makes what gives an objective's loss and figures of a batch, without dropout."""
 
-    def figures(params: Any, batch: Batch) -> dict[str, LossSum]:
+    def metrics(params: Any, batch: Batch) -> dict[str, LossSum]:
         rows_B = jnp.arange(len(jax.tree.leaves(batch)[0]))
-        loss, figures = objective(params, batch, Context(None, rows_B))
-        return {"loss": loss, **figures}
+        loss, metrics = objective(params, batch, Context(None, rows_B))
+        return {"loss": loss, **metrics}
 
-    return _compile(figures, mesh)
+    return _compile(metrics, mesh)
 
 
 def compile_losses(model: nn.Module, mesh: Mesh) -> EvalStep:
@@ -54,8 +54,8 @@ def _compile(function: EvalStep, mesh: Mesh) -> EvalStep:
 
     def eval_step(params: Any, batch: Batch) -> Any:
         params = jax.device_put(params, shardings(params, mesh))  # if need be
-        with activations_over(mesh):
-            return jitted(params, share_rows(mesh, batch))
+        with activation_sharding(mesh):
+            return jitted(params, shard_batch(mesh, batch))
 
     return eval_step
 
@@ -77,13 +77,13 @@ def estimate(
         steps = (source(step, slice(None)) for step in range(batches))
         for sums in _each(eval_step, params, steps):
             total = sums if total is None else jax.tree.map(np.add, total, sums)
-        for figure, loss in total.items():
+        for metric, loss in total.items():
             if not loss.weight:
                 raise ValueError(
-                    f"nothing counts for {name}_{figure} in {batches} batches; give "
+                    f"nothing counts for {name}_{metric} in {batches} batches; give "
                     "more --train.eval-iters"
                 )
-            means[f"{name}_{figure}"] = float(loss.mean())
+            means[f"{name}_{metric}"] = float(loss.mean())
     return means
 
 
@@ -133,7 +133,7 @@ def evaluate_exactly(
     if not 1 <= stride <= T:
         raise ValueError(f"stride={stride} must be from 1 to block_size={T}")
     starts = np.arange(0, max(len(tokens) - 1 - T, 0) + stride, stride)
-    batches = _windows(tokens, starts, config.data.rows_at_once, T)
+    batches = _windows(tokens, starts, config.data.microbatch_size, T)
     count, position = len(tokens) - 1, 0
     sums = np.zeros(-(-count // T))  # of each stretch of T losses, in the text's order
     for loss_BT in _each(eval_step, params, batches):

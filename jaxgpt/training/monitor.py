@@ -18,7 +18,7 @@ from jaxgpt.files import is_first_process, log_line, replace_file
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
-_OF_A_STEP = ("loss", "learning_rate", "grad_norm")
+_STEP_METRICS = ("loss", "learning_rate", "grad_norm")
 _POINTS = 2000  # across the curve
 
 
@@ -143,11 +143,11 @@ class Monitor(AbstractContextManager):
         end = time.monotonic()
         rate = float(metrics["tokens"].sum()) / (end - max(started, self._last_end))
         self._last_end = end
-        others = metrics.keys() - {*_OF_A_STEP, "tokens", "skipped"}
-        names = (*_OF_A_STEP, *sorted(others))  # of the objective
+        others = metrics.keys() - {*_STEP_METRICS, "tokens", "skipped"}
+        names = (*_STEP_METRICS, *sorted(others))  # of the objective
         for i, skipped in enumerate(metrics["skipped"].tolist()):
             step, values = first + 1 + i, {n: float(metrics[n][i]) for n in names}
-            bad = not_finite(values) if skipped > self._skipped else {}
+            bad = non_finite(values) if skipped > self._skipped else {}
             self._skipped = skipped
             if bad:
                 if skipped > self._config.max_skipped_steps:
@@ -169,7 +169,7 @@ class Monitor(AbstractContextManager):
     def _write(self, event: str, step: int, **values: float) -> None:
         elapsed = time.monotonic() - self._started
         row = {"event": event, "step": step, **values, "elapsed_seconds": elapsed}
-        row |= dict.fromkeys(not_finite(values))  # JSON has no infinity
+        row |= dict.fromkeys(non_finite(values))  # JSON has no infinity
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
@@ -180,14 +180,14 @@ class Monitor(AbstractContextManager):
             self._bar.console.print(line, markup=False)
 
 
-def not_finite(values: Mapping[str, float]) -> dict[str, float]:
+def non_finite(values: Mapping[str, float]) -> dict[str, float]:
     """Those of the values that are no finite numbers."""
     return {name: value for name, value in values.items() if not math.isfinite(value)}
 
 
 def check_finite(step: int, values: Mapping[str, float]) -> None:
     """Raises FloatingPointError that names the step if a value is not finite."""
-    for name, value in not_finite(values).items():
+    for name, value in non_finite(values).items():
         raise FloatingPointError(
             f"{name} is {value} at step {step}; the checkpoints from before are "
             "kept. Resume with a lower --optimizer.learning-rate, or start over"
@@ -213,9 +213,9 @@ def rewind(path: Path, step: int) -> dict[str, Any] | None:
     """
     last = None
 
-    def write(aside: Path) -> None:
+    def write(tmp_path: Path) -> None:
         nonlocal last
-        with aside.open("w", encoding="utf-8") as file:
+        with tmp_path.open("w", encoding="utf-8") as file:
             for row in read_rows(path):
                 if row["step"] <= step and row["event"] != "done":
                     last = row
@@ -266,4 +266,4 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    replace_file(picture, lambda aside: figure.savefig(aside, format="png", dpi=120))
+    replace_file(picture, lambda path: figure.savefig(path, format="png", dpi=120))

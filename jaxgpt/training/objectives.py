@@ -54,9 +54,9 @@ class Context(NamedTuple):
 Objective = Callable[[Any, Batch, Context], tuple[LossSum, dict[str, LossSum]]]
 
 
-def validation_figure(objective: Objective) -> str:
+def validation_metric(objective: Objective) -> str:
     """Which figure of an evaluation chooses the best checkpoint; lower is better."""
-    return f"val_{getattr(objective, 'figure', 'loss')}"
+    return f"val_{getattr(objective, 'metric', 'loss')}"
 
 
 def next_token(model: nn.Module) -> Objective:

@@ -14,13 +14,13 @@ _METADATA = "_CHECKPOINT_METADATA"  # Orbax's, in which the record is custom_met
 _DIGESTS = "digests.json"  # of the files of checkpoints from before there were records
 
 
-def make_record(parts: dict[str, Any], figure: float) -> dict[str, Any]:
+def make_record(parts: dict[str, Any], metric: float) -> dict[str, Any]:
     """The record of a checkpoint with these parts, trees of arrays, as JSON has it.
 
-    The validation figure is infinite if there is none.
+    The validation metric is infinite if there is none.
     """
     record = {
-        "figure": figure,
+        "figure": metric,
         "parts": list(parts),
         "shapes": shapes(parts["params"]),
         "checksums": checksums(parts),
@@ -36,7 +36,7 @@ def read_record(saved: Path) -> dict[str, Any]:
     """
     try:
         if (saved / _DIGESTS).exists():
-            return _record_from_before(saved)
+            return _read_older_record(saved)
         text = (saved / _METADATA).read_text(encoding="utf-8")
         record = json.loads(text)["custom_metadata"]
         if record.pop("crc32") != _crc32(record):
@@ -48,15 +48,15 @@ def read_record(saved: Path) -> dict[str, Any]:
         raise ValueError(f"its record in {_METADATA} can't be read") from error
 
 
-def _record_from_before(saved: Path) -> dict[str, Any]:
+def _read_older_record(saved: Path) -> dict[str, Any]:
     files = json.loads((saved / _DIGESTS).read_text(encoding="utf-8"))
-    figure, metrics = math.inf, "metrics/metrics"
+    metric, metrics = math.inf, "metrics/metrics"
     if metrics in files:
-        figure = json.loads((saved / metrics).read_text(encoding="utf-8"))["val_loss"]
+        metric = json.loads((saved / metrics).read_text(encoding="utf-8"))["val_loss"]
     parts = [part for part in ("params", "progress") if f"{part}/_METADATA" in files]
     folder = saved.absolute() / "params"
     params = ocp.StandardCheckpointHandler().metadata(folder)
-    return {"figure": figure, "parts": parts, "shapes": shapes(params)}
+    return {"figure": metric, "parts": parts, "shapes": shapes(params)}
 
 
 def _crc32(record: dict[str, Any]) -> int:

@@ -17,8 +17,8 @@ import optax
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config, TrainConfig
-from jaxgpt.parallel.defaults import train_options, with_microbatches
-from jaxgpt.parallel.mesh import activations_over, placed, replicated
+from jaxgpt.parallel.defaults import train_jit_options, with_microbatches
+from jaxgpt.parallel.mesh import activation_sharding, replicated, with_shardings
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
 from jaxgpt.training.optimizer import Optimizer, make_optimizer
 
@@ -58,7 +58,7 @@ def _initial(model: nn.Module, config: Config, params: Any = None) -> TrainState
 @cache  # as a start asks for it several times
 def abstract_state(model: nn.Module, config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without its memory."""
-    return placed(jax.eval_shape(partial(_initial, model, config)), mesh)
+    return with_shardings(jax.eval_shape(partial(_initial, model, config)), mesh)
 
 
 def create_state(
@@ -96,7 +96,7 @@ def make_train_step(
     whatever comes, so that the host may look at it at leisure.
 
     The metrics are scalars of the whole batch: `loss` (before the update) and the
-    objective's other figures, means over what counts; `tokens`, how much counts for the
+    objective's other metrics, means over what counts; `tokens`, how much counts for the
     loss; `grad_norm` (before clipping), `learning_rate`, and `skipped`, the state's.
 
     Args:
@@ -115,8 +115,8 @@ def make_train_step(
             rows_B += jax.lax.axis_index(axis_name) * len(rows_B)
             # Else shard_map sums the gradients of replicated parameters by itself.
             params = jax.lax.pcast(params, axis_name, to="varying")
-        grads, loss, figures = sum_gradients(
-            objective, key, params, batch, rows_B, config.data.pieces, axis_name
+        grads, loss, reported = sum_gradients(
+            objective, key, params, batch, rows_B, config.data.microbatches, axis_name
         )
         counts = loss.weight > 0
         grads = jax.tree.map(lambda g: g / jnp.where(counts, loss.weight, 1), grads)
@@ -133,7 +133,7 @@ def make_train_step(
         )
         metrics = {
             "loss": loss.mean(),
-            **{name: figure.mean() for name, figure in figures.items()},
+            **{name: metric.mean() for name, metric in reported.items()},
             "tokens": loss.weight,
             "grad_norm": grad_norm,
             "learning_rate": optimizer.learning_rate(state.opt_state),
@@ -159,28 +159,28 @@ def sum_gradients(
     params: Any,
     batch: Batch,
     rows_B: jax.Array,
-    pieces: int = 1,
+    microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[Any, LossSum, dict[str, LossSum]]:
-    """Gradients of the loss's total, the loss and the figures of the whole batch.
+    """The gradient of the summed loss, the loss and the metrics of the whole batch.
 
-    Each of the `pieces` takes rows from all over the batch, so that a batch sharded
-    over devices stays where it is.
+    Microbatches are strided slices of the batch, so that a batch sharded over devices
+    stays where it is.
     """
 
     def losses(params: Any, batch: Batch, rows_B: jax.Array) -> tuple[jax.Array, Any]:
-        loss, figures = objective(params, batch, Context(key, rows_B))
-        return loss.total, (loss, figures)
+        loss, metrics = objective(params, batch, Context(key, rows_B))
+        return loss.total, (loss, metrics)
 
     def sums(batch: Batch, rows_B: jax.Array) -> tuple[Any, Any]:
         return jax.grad(losses, has_aux=True)(params, batch, rows_B)
 
     total: Any
-    if pieces == 1:
+    if microbatches == 1:
         total = sums(batch, rows_B)
     else:
         parts = jax.tree.map(
-            lambda a: a.reshape(-1, pieces, *a.shape[1:]).swapaxes(0, 1),
+            lambda a: a.reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1),
             (batch, rows_B),
         )
         first = jax.tree.map(lambda a: a[0], parts)
@@ -196,8 +196,8 @@ def sum_gradients(
         total, _ = jax.lax.scan(add, zeros, parts)
     if axis_name:
         total = jax.lax.psum(total, axis_name)
-    grads, (loss, figures) = total
-    return grads, loss, figures
+    grads, (loss, metrics) = total
+    return grads, loss, metrics
 
 
 def check_skipped(state: TrainState, config: Config) -> None:
@@ -210,7 +210,7 @@ def check_skipped(state: TrainState, config: Config) -> None:
         )
 
 
-def call_size(step: int, config: TrainConfig) -> int:
+def steps_in_next_call(step: int, config: TrainConfig) -> int:
     """Updates in the next call: steps_per_call, or 1 if so many would pass an interval.
 
     So two programs serve all intervals, and no call runs past something that is due.
@@ -241,7 +241,7 @@ def trace_train_steps(
     train_steps = jax.jit(
         lambda state, batches: jax.lax.scan(train_step, state, batches),
         out_shardings=(jax.tree.map(attrgetter("sharding"), state), replicated(mesh)),
-        **train_options(config, mesh),
+        **train_jit_options(config, mesh),
     )
-    with activations_over(mesh):
+    with activation_sharding(mesh):
         return train_steps.trace(state, batches)

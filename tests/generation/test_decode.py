@@ -71,8 +71,8 @@ def started(model, params, prompts, cached):
     tokens_BT = np.array([prompt + [0] * (T - len(prompt)) for prompt in prompts])
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
     keys_B = jax.random.split(jax.random.key(0), len(prompts))
-    params = decode.unstacked(params)
-    return params, decode.start(model, params, tokens_BT, length_B, keys_B, cached)
+    params = decode.unstack_layers(params)
+    return params, decode.prefill(model, params, tokens_BT, length_B, keys_B, cached)
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -120,13 +120,13 @@ def test_the_cache_is_read_inside_the_window_and_not_beyond_it(tiny_model, monke
 
 def test_a_prompt_that_all_rows_share_is_read_once(tiny_model, monkeypatch):
     model, params = tiny_model
-    rows, call = [], decode.start
+    rows, call = [], decode.prefill
 
     def noted(model, params, tokens_BT, *args):
         rows.append(len(tokens_BT))
         return call(model, params, tokens_BT, *args)
 
-    monkeypatch.setattr(decode, "start", noted)
+    monkeypatch.setattr(decode, "prefill", noted)
     prompt = [3, 1, 4, 1, 5]
     shared = tokens_of(model, params, [prompt] * 3, 4, SAMPLED)
     among = tokens_of(model, params, [prompt] * 3 + [[5]], 4, SAMPLED)
@@ -174,7 +174,7 @@ def test_devices_that_share_the_rows_draw_what_one_draws(
     model, params = tiny_model
     prompts = [[row % V] * length for row in range(rows)]
     count = T + 3  # within the window and beyond it
-    monkeypatch.setattr(decode, "row_mesh", lambda *args: None)
+    monkeypatch.setattr(decode, "data_parallel_mesh", lambda *args: None)
     alone = tokens_of(model, params, prompts, count, SAMPLED)
     monkeypatch.undo()
     shares, call = [], decode.decode
@@ -227,7 +227,7 @@ def test_prompts_of_all_lengths_share_a_program_per_power_of_two():
     config = changed(TINY, model={"block_size": 64}).model
     model = build_model(config, "cpu")
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    programs = (decode.start, decode.decode)
+    programs = (decode.prefill, decode.decode)
     before = [program._cache_size() for program in programs]
     for length in range(1, 70):
         next(generate_tokens(model, params, [[1] * length], 1))

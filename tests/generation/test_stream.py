@@ -103,7 +103,7 @@ def test_streamed_pieces_never_hold_half_a_character(tiny_model, text, sizes, mi
 def test_stop_text_is_found_however_the_text_is_cut(pieces, stop):
     shown, held = "", ""
     for piece in pieces:
-        text, held, found = stream._until_stop(held + piece, stop)
+        text, held, found = stream._split_at_stop(held + piece, stop)
         shown += text
         if found:
             break

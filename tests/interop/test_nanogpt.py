@@ -159,7 +159,7 @@ def test_settings_are_taken_over(path):
     config, _, val_loss = read(path)
     assert val_loss == 2.5
     assert config.data.batch_size == 8
-    assert config.data.rows_at_once == 4
+    assert config.data.microbatch_size == 4
     assert config.train.max_steps == 20
     assert config.optimizer.warmup_steps == 3
     assert config.optimizer.beta1 == 0.8

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_gpt import logits as numpy_logits
 
-from jaxgpt.generation.decode import generate_tokens, unstacked
+from jaxgpt.generation.decode import generate_tokens, unstack_layers
 from jaxgpt.models import build_model
 from jaxgpt.ops import cross_entropy
 from jaxgpt.presets import PRESETS
@@ -247,7 +247,9 @@ def test_dropout_keeps_the_mean():
 @partial(jax.jit, static_argnums=0)
 def read_on(model, params, tokens, last_B, start_B, caches):
     arguments = tokens, last_B, start_B, caches
-    return model.apply({"params": unstacked(params)}, *arguments, method="read")
+    return model.apply(
+        {"params": unstack_layers(params)}, *arguments, method="next_token_logits"
+    )
 
 
 @given(st.lists(st.integers(1, T), min_size=1, max_size=3), st.integers(0, 2**16))

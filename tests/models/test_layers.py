@@ -17,7 +17,7 @@ LENGTHS_B = np.array([7, 3])
 def cross_attend(attention, x_BTC, memory_BSC):
     """To all of a padded memory, whose keys and values are computed once."""
     mask = Mask(causal=False, lengths_B=LENGTHS_B)
-    return attention(x_BTC, mask, memory=attention.read(memory_BSC))[0]
+    return attention(x_BTC, mask, memory=attention.keys_and_values(memory_BSC))[0]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_memory_is_read_once_for_many_queries(cross):
     attention, params, x_BTC, memory_BSC = cross
     variables, mask = {"params": params}, Mask(False, lengths_B=LENGTHS_B)
     whole = attention.apply(variables, x_BTC, memory_BSC, method=cross_attend)
-    memory = attention.apply(variables, memory_BSC, method="read")
+    memory = attention.apply(variables, memory_BSC, method="keys_and_values")
     for t in range(T):
         one, _ = attention.apply(variables, x_BTC[:, t : t + 1], mask, memory=memory)
         np.testing.assert_allclose(one[:, 0], whole[:, t], rtol=1e-5, atol=1e-5)

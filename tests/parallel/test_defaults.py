@@ -9,7 +9,7 @@ from conftest import ROOT, TINY, changed
 
 from jaxgpt.parallel import defaults
 from jaxgpt.parallel.defaults import platform_of
-from jaxgpt.parallel.mesh import make_mesh, one_device
+from jaxgpt.parallel.mesh import make_mesh, single_device_mesh
 from jaxgpt.planning.plan import tpu_devices
 
 
@@ -37,7 +37,7 @@ def test_a_device_has_the_platform_whose_forms_it_can_run(device, platform):
 
 
 def test_a_meshs_platform_is_that_of_its_devices():
-    assert platform_of(one_device()) == "cpu" == platform_of(jax.devices()[0])
+    assert platform_of(single_device_mesh()) == "cpu" == platform_of(jax.devices()[0])
     tpus = make_mesh(changed(TINY, mesh={"data": 1}), devices=tpu_devices("v5e:1x1"))
     assert platform_of(tpus) == "tpu"
 

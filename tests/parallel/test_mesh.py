@@ -30,10 +30,12 @@ TOKENS = np.random.default_rng(0).integers(11, size=400).astype(np.uint16)
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 
 
-def on(config, data=1, fsdp=1, tensor=1, pieces=1):
-    """The config on a mesh of this shape, each batch cut into so many pieces."""
+def on(config, data=1, fsdp=1, tensor=1, microbatches=1):
+    """The config on a mesh of this shape, each batch cut into so many microbatches."""
     mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return changed(config, mesh=mesh, data={"gradient_accumulation_steps": pieces})
+    return changed(
+        config, mesh=mesh, data={"gradient_accumulation_steps": microbatches}
+    )
 
 
 def mesh_of(config):
@@ -63,10 +65,10 @@ def reference():
     return losses
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
 @pytest.mark.parametrize("shape", MESHES)
-def test_every_mesh_trains_as_one_device_with_dropout(reference, shape, pieces):
-    losses, _ = train(on(WIDE, *shape, pieces=pieces))
+def test_every_mesh_trains_as_one_device_with_dropout(reference, shape, microbatches):
+    losses, _ = train(on(WIDE, *shape, microbatches=microbatches))
     np.testing.assert_allclose(losses, reference, rtol=0, atol=2e-5)
 
 
@@ -143,8 +145,8 @@ def test_the_first_rule_that_fits_counts(monkeypatch):
     rules = (("mlp/c_fc/kernel", P("data")), *meshes.RULES)
     monkeypatch.setattr(meshes, "RULES", rules)
     tree = {"h": {"mlp": {"c_fc": {"kernel": jnp.zeros((8, 2))}}}}
-    placed = shardings(tree, mesh_of(TINY))
-    assert placed["h"]["mlp"]["c_fc"]["kernel"].spec == P("data")
+    with_shardings = shardings(tree, mesh_of(TINY))
+    assert with_shardings["h"]["mlp"]["c_fc"]["kernel"].spec == P("data")
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ def assert_trained_as(run_dir, expected):
 def alone(tmp_path_factory):
     """Losses of one process's smoke run on one device."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
-    one_device = ("--out-dir", run_dir, "--mesh.data", 1)
-    finish(start_script("train.py", "smoke", *one_device, *SHORT))
+    single_device_mesh = ("--out-dir", run_dir, "--mesh.data", 1)
+    finish(start_script("train.py", "smoke", *single_device_mesh, *SHORT))
     assert len(losses(run_dir)) == 40
     return losses(run_dir)
 

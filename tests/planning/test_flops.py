@@ -63,13 +63,13 @@ def traced(**sections):
     return config, traced_steps(build_model(config.model, "cpu"), config, mesh)
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("layers", [1, 5])
 def test_products_of_a_step_are_6_per_parameter_and_token_and_attentions(
-    layers, pieces
+    layers, microbatches
 ):
     config, trace = traced(
-        model={"n_layer": layers}, data={"gradient_accumulation_steps": pieces}
+        model={"n_layer": layers}, data={"gradient_accumulation_steps": microbatches}
     )
     assert product_flops(trace.jaxpr) == pytest.approx(step_flops(config), rel=0.01)
 

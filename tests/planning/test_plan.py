@@ -13,7 +13,7 @@ from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning import plan
 from jaxgpt.planning.hlo import collectives
-from jaxgpt.planning.plan import describe, not_cached, tpu_devices
+from jaxgpt.planning.plan import describe, no_compilation_cache, tpu_devices
 from jaxgpt.presets import PRESETS, lecture_bigram
 
 
@@ -170,7 +170,7 @@ def collectives_of(**mesh):
     devices = tpu_devices("v5e:2x4")
     mesh = make_mesh(config, devices=devices)
     traced = traced_steps(build_model(config.model, platform_of(mesh)), config, mesh)
-    with not_cached():
+    with no_compilation_cache():
         compiled = traced.lower().compile(compiler_options=WHOLE_COLLECTIVES)
     within = Counter(), Counter()
     outside = Counter(), Counter()

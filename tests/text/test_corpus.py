@@ -14,14 +14,14 @@ from jaxgpt.text.corpus import load_corpus
 UNKNOWN = changed(TINY, model={"vocab_size": None})
 
 
-def load(*paths, vocab_size=None, tokenizer="char", own_tokenizer=None):
+def load(*paths, vocab_size=None, tokenizer="char", resumed_tokenizer=None):
     """The corpus of these files, and the config that it settles."""
     config = changed(
         UNKNOWN,
         data={"path": tuple(map(str, paths)), "tokenizer": tokenizer},
         model={"vocab_size": vocab_size},
     )
-    return load_corpus(config, lambda line: None, own_tokenizer)
+    return load_corpus(config, lambda line: None, resumed_tokenizer)
 
 
 @pytest.mark.usefixtures("fresh_cache")
@@ -158,7 +158,7 @@ class TestBPE:
 
     def test_a_runs_own_tokenizer_rules(self, text_file):
         own = BPETokenizer.train(["tells a tale " * 9], 262)
-        corpus, _ = load(text_file, vocab_size=262, own_tokenizer=own)
+        corpus, _ = load(text_file, vocab_size=262, resumed_tokenizer=own)
         assert (
             corpus.train.tolist() == own.encode(TEXT[: int(0.9 * len(TEXT))]).tolist()
         )
@@ -221,12 +221,12 @@ class TestTokenFiles:
         itos = {i: chr(200 + i) for i in range(100)}
         (folder / "meta.pkl").write_bytes(pickle.dumps({"itos": itos}))
         own = CharTokenizer("".join(itos.values()))
-        assert load(folder, own_tokenizer=own)[0].tokenizer is own
+        assert load(folder, resumed_tokenizer=own)[0].tokenizer is own
         other = CharTokenizer("".join(itos.values())[::-1])
         with pytest.raises(
             ValueError, match="are of the tokenizer beside them, and not"
         ):
-            load(folder, own_tokenizer=other)
+            load(folder, resumed_tokenizer=other)
 
     def test_gpt2s_tokenizer_out_of_reach_stops_no_training(self, folder, monkeypatch):
         def offline(log):

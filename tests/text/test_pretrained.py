@@ -78,7 +78,7 @@ def test_odd_texts_are_encoded_as_tiktoken_does(gpt2, reference, text):
 @settings(deadline=None)
 def test_a_text_in_chunks_has_the_tokens_of_the_whole(gpt2, reference, chunks, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "_PIECE", size)
+        patch.setattr(tokenizer, "_SEGMENT", size)
         ids = [i for part in gpt2.encode_chunks(chunks) for i in part.tolist()]
     assert ids == reference.encode_ordinary("".join(chunks))
 
@@ -86,13 +86,13 @@ def test_a_text_in_chunks_has_the_tokens_of_the_whole(gpt2, reference, chunks, s
 @pytest.mark.parametrize("size", range(1, 9))
 def test_no_cut_is_seen_in_runs_of_blanks_and_lines(gpt2, reference, monkeypatch, size):
     text = "a   b\n\n\nc \r\n\t\t d\r\r\n  \n 12\x1c\x1c 'll\u3000 \n\ne\x85\n  "
-    monkeypatch.setattr(tokenizer, "_PIECE", size)
+    monkeypatch.setattr(tokenizer, "_SEGMENT", size)
     assert gpt2.encode(text).tolist() == reference.encode_ordinary(text)
 
 
-def test_lines_that_end_in_any_way_are_cut_into_pieces():
+def test_lines_that_end_in_any_way_are_cut_into_segments():
     for line in ("汉字\r\n", "汉字\n", "汉字\t", "汉字 "):
-        pieces = [p for some in tokenizer._pieces([line * 40_000]) for p in some]
+        pieces = [p for some in tokenizer._segments([line * 40_000]) for p in some]
         assert len(pieces) > 1
 
 

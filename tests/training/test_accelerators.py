@@ -18,8 +18,8 @@ from jaxgpt.config import SamplingConfig
 from jaxgpt.generation import decode
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
-from jaxgpt.parallel.mesh import activations_over, make_mesh, one_device
-from jaxgpt.planning.plan import not_cached, tpu_devices
+from jaxgpt.parallel.mesh import activation_sharding, make_mesh, single_device_mesh
+from jaxgpt.planning.plan import no_compilation_cache, tpu_devices
 from jaxgpt.training.evaluation import compile_losses
 from jaxgpt.training.step import abstract_state
 
@@ -52,7 +52,7 @@ def settled(platform, **model):
 def state_of(**model):
     """Shapes of the leaves of the state that training donates."""
     config, built = settled("cpu", **model)
-    return jax.tree.leaves(abstract_state(built, config, one_device()))
+    return jax.tree.leaves(abstract_state(built, config, single_device_mesh()))
 
 
 def for_tpu(**model):
@@ -60,14 +60,14 @@ def for_tpu(**model):
     config, _ = settled("tpu", **model)
     mesh = make_mesh(config, devices=tpu_devices("v5e:1x1"))
     built = build_model(config.model, platform_of(mesh))
-    with not_cached():
+    with no_compilation_cache():
         return traced_steps(built, config, mesh).lower().compile()
 
 
 def for_cuda(**model):
     """The train step's StableHLO for NVIDIA GPUs."""
     config, built = settled("cuda", **{"fused_attention": False} | model)  # needs cuDNN
-    traced = traced_steps(built, config, one_device())
+    traced = traced_steps(built, config, single_device_mesh())
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -188,14 +188,14 @@ def test_cuda_is_given_the_state_to_write_over_and_calls_nothing():
 
 def test_no_step_asks_for_all_logits_of_a_large_vocabulary(monkeypatch):
     config, model = settled("cpu")
-    params = abstract_state(model, config, one_device()).params
+    params = abstract_state(model, config, single_device_mesh()).params
     tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
 
     def largest():
         """Of the train step, and of the eval step."""
-        eval_step = compile_losses(model, one_device())
+        eval_step = compile_losses(model, single_device_mesh())
         jitted = inspect.getclosurevars(eval_step).nonlocals["jitted"]
-        with activations_over(one_device()):
+        with activation_sharding(single_device_mesh()):
             lowered = jitted.trace(params, (tokens_BT, tokens_BT)).lower()
         return largest_tensor(for_cuda()), largest_tensor(lowered.as_text())
 
@@ -299,18 +299,18 @@ def programs(platform):
     """Every kind of program that a run asks for, lowered for the platform by name."""
     shape = {"block_size": 128, "vocab_size": 65, "n_layer": 3, "unroll": 12}
     config, model = settled(platform, **shape)
-    mesh = one_device()
+    mesh = single_device_mesh()
     params = abstract_state(model, config, mesh).params
     tokens_BT = jax.ShapeDtypeStruct((B, 128), jnp.int32)
     yield "training", lowered(platform, traced_steps(model, config, mesh))
     eval_step = compile_losses(model, mesh)
     jitted = inspect.getclosurevars(eval_step).nonlocals["jitted"]
-    with activations_over(mesh):
+    with activation_sharding(mesh):
         traced = jitted.trace(params, (tokens_BT, tokens_BT))
     yield "evaluation", lowered(platform, traced)
     traced = jax.jit(model.apply).trace({"params": params}, tokens_BT)
     yield "run.model.apply", lowered(platform, traced)
-    layers = jax.eval_shape(decode.unstacked, params)
+    layers = jax.eval_shape(decode.unstack_layers, params)
     length_B = jax.ShapeDtypeStruct((B,), jnp.int32)
     key_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
     for cached in (True, False):

@@ -11,9 +11,9 @@ import pytest
 from conftest import TINY, changed, save_params, traced_steps
 
 from jaxgpt.models import build_model
-from jaxgpt.parallel.mesh import make_mesh, over_rows
+from jaxgpt.parallel.mesh import batch_sharding, make_mesh
 from jaxgpt.training.checkpoint import (
-    best_figure,
+    best_metric,
     check_saves,
     find_steps,
     open_checkpoints,
@@ -43,10 +43,10 @@ def folder(tmp_path):
     return tmp_path / "checkpoints"
 
 
-def save(folder, figures):
+def save(folder, metrics):
     with open_checkpoints(folder) as checkpoints:
-        for step, figure in figures.items():
-            save_state(checkpoints, state_at(step), figure)
+        for step, metric in metrics.items():
+            save_state(checkpoints, state_at(step), metric)
 
 
 def restore(folder, which="latest", config=TINY, **options):
@@ -74,7 +74,7 @@ def test_the_state_comes_back_bit_for_bit(folder):
 def test_a_save_in_the_background_is_of_the_state_it_was_given(folder):
     tokens = np.zeros((1, 8, TINY.model.block_size), np.int32)
     train_steps = traced_steps(MODEL, TINY, MESH).lower().compile()
-    tokens = jax.device_put(tokens, over_rows(MESH, axis=1))
+    tokens = jax.device_put(tokens, batch_sharding(MESH, axis=1))
     state, given = state_at(0), {}
     for step in range(1, 6):
         with open_checkpoints(folder) as checkpoints:
@@ -92,8 +92,8 @@ def test_the_best_and_the_latest_two_are_kept(folder):
     assert find_steps(folder, "best") == [2, 5, 4]
     assert find_steps(folder, "latest") == [5, 4, 2]
     assert find_steps(folder, "2") == find_steps(folder, 2) == [2]
-    assert best_figure(folder) == 1.0
-    save(folder, {6: 0.5})  # another time, the earlier ones' figures still count
+    assert best_metric(folder) == 1.0
+    save(folder, {6: 0.5})  # another time, the earlier ones' metrics still count
     assert saved_steps(folder) == [5, 6]
 
 
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_was_not_evaluated_is_not_the_best(folder):
 def test_without_an_evaluated_checkpoint_the_best_is_the_latest(folder):
     save(folder, {1: None, 2: None})
     assert find_steps(folder, "best") == [2, 1]
-    assert best_figure(folder) is None
+    assert best_metric(folder) is None
 
 
 def test_a_step_that_is_not_there_is_an_error_that_lists_those_that_are(folder):
@@ -233,7 +233,7 @@ def test_a_damaged_figure_makes_no_worse_checkpoint_the_best_silently(
     assert find_steps(folder, "best") == [6, 4]  # to be told of
     assert is_of(restore(folder, "best"), 4)
     assert re.search(r"6 is damaged.*step 4 taken", capsys.readouterr().err)
-    assert best_figure(folder) == 1.0
+    assert best_metric(folder) == 1.0
     save(folder, {8: None, 10: None})  # though it can't be read, saving goes on
     assert saved_steps(folder) == [4, 8, 10]
 
@@ -269,7 +269,7 @@ def test_checkpoints_of_older_versions_are_read_and_rank_by_their_losses(
         assert re.search(rf"/{step} is of an older version.* not checked", line)
     assert is_of(restore(folder, resume=True), 6)
     assert params_of(folder, "best").step == 4
-    assert best_figure(folder) == 1.0
+    assert best_metric(folder) == 1.0
     save(folder, {8: 1.5, 10: None})
     assert saved_steps(folder) == [4, 8, 10]
     (folder / "4" / "metrics" / "metrics").unlink()
@@ -349,7 +349,7 @@ def test_a_save_that_fails_is_told_of_at_the_next_step(folder, monkeypatch):
 
 def test_memory_is_given_back_once_after_each_save(folder, monkeypatch):
     given = []
-    monkeypatch.setattr(f"{CHECKPOINT}.give_back_memory", lambda: given.append(True))
+    monkeypatch.setattr(f"{CHECKPOINT}.release_memory", lambda: given.append(True))
     with open_checkpoints(folder) as checkpoints:
         saved = check_saves(checkpoints, None)
         for step in (2, 4):

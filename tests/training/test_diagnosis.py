@@ -9,7 +9,7 @@ import train
 from jaxgpt.models import build_model
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.text.batches import training_source
-from jaxgpt.training.diagnosis import first_not_finite
+from jaxgpt.training.diagnosis import first_non_finite_layer
 from jaxgpt.training.monitor import read_rows
 from jaxgpt.training.objectives import next_token
 from jaxgpt.training.step import create_state
@@ -24,7 +24,7 @@ def first_in(config, spoil):
     state = create_state(build_model(config.model, "cpu"), config, mesh)
     state = state.replace(params=jax.tree_util.tree_map_with_path(spoil, state.params))
     source = training_source(TOKENS, config)
-    return first_not_finite(state, next_token, source, config, mesh)
+    return first_non_finite_layer(state, next_token, source, config, mesh)
 
 
 def put(where, layer, value, path, leaf):
@@ -110,7 +110,7 @@ def test_the_error_is_told_whatever_happens_to_its_diagnosis(blow_up, monkeypatc
     def fail(*args):
         raise RuntimeError("too much")
 
-    monkeypatch.setattr("jaxgpt.training.diagnosis.first_not_finite", fail)
+    monkeypatch.setattr("jaxgpt.training.diagnosis.first_non_finite_layer", fail)
     error, _ = blow_up()
     assert error.startswith("loss is nan at step 2; ")
     assert error.endswith("; the layers of step 2 could not be looked at (too much)")

@@ -14,7 +14,7 @@ from jaxgpt.training.evaluation import (
     estimate,
     evaluate_exactly,
 )
-from jaxgpt.training.objectives import LossSum, next_token, validation_figure
+from jaxgpt.training.objectives import LossSum, next_token, validation_metric
 
 T = TINY.model.block_size
 
@@ -134,7 +134,7 @@ def test_estimates_compare_whatever_the_seed_and_differ_between_splits(tiny_mode
     )
     assert one == other
     assert one["train_loss"] != one["val_loss"]
-    assert validation_figure(next_token(model)) == "val_loss"
+    assert validation_metric(next_token(model)) == "val_loss"
 
 
 def test_estimates_are_means_over_what_counts_of_all_that_is_reported():
@@ -145,13 +145,13 @@ def test_estimates_are_means_over_what_counts_of_all_that_is_reported():
         loss = LossSum((odd_BT * inputs_BT).sum(), odd_BT.sum())
         return loss, {"largest": LossSum(inputs_BT.max(), jax.numpy.float32(1))}
 
-    objective.figure = "largest"
+    objective.metric = "largest"
     tokens, batches = np.random.default_rng(0).integers(11, size=99), 3
     found = estimates(objective, TINY, {}, tokens, tokens, batches)
     source = evaluation_source(tokens, TINY)
     seen = np.stack([source(step, slice(None))[0] for step in range(batches)])
     assert found["train_loss"] == pytest.approx(seen[seen % 2 == 1].mean())
-    largest = found[validation_figure(objective)]  # by which the best is chosen
+    largest = found[validation_metric(objective)]  # by which the best is chosen
     assert largest == found["val_largest"] == pytest.approx(seen.max((1, 2)).mean())
 
 

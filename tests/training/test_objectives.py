@@ -62,17 +62,20 @@ def start(optimizer=SGD):
     return TrainState(zero, params, optimizer.init(params), zero)
 
 
-def with_pieces(pieces):
-    return changed(CONFIG, data={"gradient_accumulation_steps": pieces})
+def with_microbatches(microbatches):
+    return changed(CONFIG, data={"gradient_accumulation_steps": microbatches})
 
 
-def under_jit(pieces):
-    traced = jax.jit(make_train_step(objective, SGD, with_pieces(pieces)))
+def under_jit(microbatches):
+    traced = jax.jit(make_train_step(objective, SGD, with_microbatches(microbatches)))
     return traced(start(), BATCH)
 
 
-def on_8_devices(pieces):
-    config, state = with_pieces(pieces), create_state(MODEL, CONFIG, make_mesh(CONFIG))
+def on_8_devices(microbatches):
+    config, state = (
+        with_microbatches(microbatches),
+        create_state(MODEL, CONFIG, make_mesh(CONFIG)),
+    )
     stacked = jax.tree.map(lambda a: a[None], BATCH)
     mesh = make_mesh(config)
     batches = jax.device_put(stacked, jax.NamedSharding(mesh, P(None, "data")))
@@ -81,8 +84,10 @@ def on_8_devices(pieces):
     return state, jax.tree.map(lambda a: a[0], metrics)
 
 
-def in_shard_map(pieces):
-    step = make_train_step(objective, SGD, with_pieces(pieces), axis_name="data")
+def in_shard_map(microbatches):
+    step = make_train_step(
+        objective, SGD, with_microbatches(microbatches), axis_name="data"
+    )
     sharded = jax.shard_map(
         step,
         mesh=make_mesh(CONFIG),
@@ -92,19 +97,21 @@ def in_shard_map(pieces):
     return jax.jit(sharded)(start(), BATCH)
 
 
-def in_pmap(pieces):
-    step = make_train_step(objective, SGD, with_pieces(pieces), axis_name="data")
+def in_pmap(microbatches):
+    step = make_train_step(
+        objective, SGD, with_microbatches(microbatches), axis_name="data"
+    )
     shards = jax.tree.map(lambda a: a.reshape(8, B // 8, *a.shape[1:]), BATCH)
     copies = jax.tree.map(lambda a: np.stack([a] * 8), start())
     out = jax.pmap(step, axis_name="data")(copies, shards)
     return jax.tree.map(lambda a: a[3], out)
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("run", [under_jit, in_shard_map, in_pmap])
-def test_loss_gradients_and_figures_are_means_over_what_counts(run, pieces):
+def test_loss_gradients_and_figures_are_means_over_what_counts(run, microbatches):
     before = start().params
-    state, metrics = run(pieces)
+    state, metrics = run(microbatches)
     counted = BATCH["counts"] > 0
 
     def mean_loss(params):
@@ -128,12 +135,12 @@ def test_loss_gradients_and_figures_are_means_over_what_counts(run, pieces):
     )
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
-def test_compiled_for_8_devices_it_trains_as_on_one(pieces):
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_compiled_for_8_devices_it_trains_as_on_one(microbatches):
     optimizer = make_optimizer(CONFIG.optimizer, CONFIG.train.max_steps)
     alone = jax.jit(make_train_step(objective, optimizer, CONFIG))
     one, of_one = alone(start(optimizer), BATCH)
-    eight, of_eight = on_8_devices(pieces)
+    eight, of_eight = on_8_devices(microbatches)
     for ours, theirs in ((one, eight), (of_one, of_eight)):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),

@@ -5,7 +5,7 @@ import pytest
 from conftest import TINY, changed
 
 from jaxgpt.models import build_model
-from jaxgpt.parallel.mesh import make_mesh, one_device
+from jaxgpt.parallel.mesh import make_mesh, single_device_mesh
 from jaxgpt.training.record import _checksums, checksums
 from jaxgpt.training.step import abstract_state, create_state
 
@@ -13,7 +13,7 @@ from jaxgpt.training.step import abstract_state, create_state
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_checksums_do_not_depend_on_the_mesh_and_gather_nothing(mesh):
     model = build_model(TINY.model, "cpu")
-    state = create_state(model, TINY, one_device())
+    state = create_state(model, TINY, single_device_mesh())
     where = abstract_state(model, TINY, make_mesh(changed(TINY, mesh=mesh)))
     shared = jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), state, where)
     kernel = shared.params["h"]["mlp"]["c_fc"]["kernel"]

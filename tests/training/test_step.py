@@ -16,10 +16,10 @@ from jaxgpt.text.batches import training_source
 from jaxgpt.training.objectives import next_token
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.step import (
-    call_size,
     check_skipped,
     create_state,
     make_train_step,
+    steps_in_next_call,
 )
 
 STEPS = 4
@@ -52,16 +52,18 @@ def assert_same(one, other, tolerance):
     )
 
 
-@pytest.mark.parametrize("pieces", [2, 4, 8])
-def test_accumulated_pieces_train_as_the_whole_batch_with_dropout(reference, pieces):
-    data = {"gradient_accumulation_steps": pieces}
+@pytest.mark.parametrize("microbatches", [2, 4, 8])
+def test_accumulated_microbatches_train_as_the_whole_batch_with_dropout(
+    reference, microbatches
+):
+    data = {"gradient_accumulation_steps": microbatches}
     assert_same(run(changed(TINY, data=data, mesh={"data": 1})), reference, 2e-5)
 
 
 def test_pieces_that_a_cpu_chooses_train_as_the_whole_batch(reference, monkeypatch):
-    monkeypatch.setattr(defaults, "CACHED_TOKENS", 16)  # of 8 x 8: 4 pieces
+    monkeypatch.setattr(defaults, "CACHED_TOKENS", 16)  # of 8 x 8: 4 microbatches
     config = changed(TINY, mesh={"data": 1})
-    assert defaults.with_microbatches(config, make_mesh(config)).data.pieces == 4
+    assert defaults.with_microbatches(config, make_mesh(config)).data.microbatches == 4
     assert_same(run(config), reference, 2e-5)
 
 
@@ -135,9 +137,9 @@ def test_pmap_trains_as_one_device(reference):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("pieces", [1, 2])
-def test_shard_map_trains_as_one_device(reference, check_vma, pieces):
-    data = {"gradient_accumulation_steps": pieces}
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_shard_map_trains_as_one_device(reference, check_vma, microbatches):
+    data = {"gradient_accumulation_steps": microbatches}
     config = changed(TINY, data=data, mesh={"data": 4})
     sharded_step = jax.shard_map(
         mapped_step(config),
@@ -165,7 +167,7 @@ def test_no_call_runs_past_what_is_due_and_two_sizes_are_enough():
     )
     stops, step = [], 0
     while step < 23:
-        count = call_size(step, config)
+        count = steps_in_next_call(step, config)
         assert count in (1, 4)
         step += count
         stops.append(step)
