@@ -1,4 +1,4 @@
-"""The models: token ids to logits."""
+"""The models, which map token ids to logits."""
 
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ from jaxgpt.models.lecture import Bigram, LectureGPT
 
 
 def build_model(config: ModelConfig, platform: str) -> nn.Module:
-    """The model of a config, without parameters; `platform` is as in `jaxgpt.ops`."""
+    """Builds a config's model, without parameters; `platform` is as in `jaxgpt.ops`."""
     match config:
         case GPTConfig():
             return GPT(config, platform)
@@ -24,9 +24,9 @@ def build_model(config: ModelConfig, platform: str) -> nn.Module:
     raise TypeError(f"there is no model of a {type(config).__name__}")
 
 
-@cache  # as a start asks for them several times
+@cache  # because they are needed several times at startup
 def parameter_shapes(config: ModelConfig) -> Any:
-    """Shapes and dtypes of the model's parameters, without their memory."""
+    """Shapes and dtypes of the model's parameters, without allocating memory."""
     tokens_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     init = build_model(config, "cpu").init  # the same on every platform
     return jax.eval_shape(init, jax.random.key(0), tokens_BT)["params"]

@@ -1,4 +1,4 @@
-"""The decoder-only GPT: GPT-2's and nanoGPT's model.
+"""The decoder-only GPT, as in GPT-2 and nanoGPT.
 
 B batch   T time   C n_embd   V vocab
 """
@@ -16,10 +16,10 @@ from jaxgpt.ops.attention import KV, Mask
 
 
 class GPT(nn.Module):
-    """Token ids to logits of each next token.
+    """Maps token ids to logits of each next token.
 
-    The blocks' parameters have a leading axis of n_layer, and the blocks run as a scan,
-    of which `unroll` are compiled. Source: nanoGPT model.py; GPT-2, section 2.3.
+    The blocks run as a scan over parameters with a leading n_layer axis, unrolled
+    `unroll` blocks at a time. Source: nanoGPT model.py; GPT-2, section 2.3.
     """
 
     config: GPTConfig
@@ -34,18 +34,18 @@ class GPT(nn.Module):
         self.ln_f = layers.layer_norm(config)
 
     def __call__(self, tokens_BT: Array, **options: Any) -> Array:
-        """Logits of the token after each position, f32 [B, T, V]; as `hidden`."""
+        """Logits of each next token, f32 [B, T, V]. Arguments are those of `hidden`."""
         return self.logits(self.hidden(tokens_BT, **options))
 
     def hidden(
         self, tokens_BT: Array, deterministic: bool = True, rows_B: Array | None = None
     ) -> Array:
-        """What the head reads, [B, T, C].
+        """The input of the head, [B, T, C].
 
         Args:
           tokens_BT: token ids, i32. Raises ValueError if T is above block_size.
           deterministic: False applies dropout, which needs rngs={"dropout": key}.
-          rows_B: numbers of the rows in the whole batch; 0 to B - 1 if left out.
+          rows_B: indices of the rows in the whole batch; 0 to B - 1 by default.
         """
         config, axes = self.config, ("batch", "time", "embed")
         rows_B = jnp.arange(len(tokens_BT)) if rows_B is None else rows_B
@@ -59,24 +59,24 @@ class GPT(nn.Module):
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             length=config.n_layer,
-            # Outside of a loop XLA would reuse what remat is to compute again.
+            # Without a loop, XLA would reuse the forward pass and so undo remat.
             unroll=1 if config.remat else config.unroll,
         )
         x_BTC = self.drop(self._embed(tokens_BT), rows_B)
         return self.ln_f(blocks(self.h, layers.constrain(x_BTC, axes))[0])
 
     def head(self, params: Any) -> Array:
-        """The head's weights, f32 [V, C]: those of the token embedding."""
+        """The head's weights, f32 [V, C], shared with the token embedding."""
         return params["wte"]["embedding"]
 
     def logits(self, x_BTC: Array) -> Array:
-        """x times the head's weights, f32 [B, T, V]."""
+        """The logits x @ head.T, f32 [B, T, V]."""
         operands = x_BTC, self.wte.embedding.astype(x_BTC.dtype)
         logits = ops.einsum("BTC,VC->BTV", *operands, jnp.float32, self.platform)
         return layers.constrain(logits, ("batch", "time", "vocab"))
 
     def init_cache(self, rows: int) -> tuple[KV, ...]:
-        """An empty cache of each layer, for block_size tokens of each row."""
+        """An empty cache for each layer, with room for block_size tokens per row."""
         config = self.config
         shape = (rows * config.n_head, config.block_size, config.head_dim)
         empty = jnp.zeros(shape, jnp.dtype(config.compute_dtype))
@@ -89,15 +89,15 @@ class GPT(nn.Module):
         start_B: Array | None = None,
         caches: tuple[KV, ...] | None = None,
     ) -> tuple[Array, tuple[KV, ...]]:
-        """Logits of the token after each row f32 [B, V], and the caches, extended.
+        """Logits of each row's next token, f32 [B, V], and the updated caches.
 
-        Runs the same blocks one by one: params["h"] is a tuple of their parameters.
+        Applies the blocks one by one; params["h"] must be a tuple of their parameters.
 
         Args:
-          tokens_BT: token ids, i32, with padding on the right.
+          tokens_BT: token ids, i32, padded on the right.
           last_B: index of each row's last token, i32.
-          start_B: tokens of each row that the caches hold, i32; None: none.
-          caches: of each layer, with room for the new tokens.
+          start_B: tokens per row already in the caches, i32; None if they are empty.
+          caches: one per layer, with room for the new tokens; None for no cache.
         """
         T, start = tokens_BT.shape[1], 0 if start_B is None else start_B[:, None]
         positions_BT = None if start_B is None else start + jnp.arange(T)
@@ -106,7 +106,7 @@ class GPT(nn.Module):
         blocks, new = self.variables["params"]["h"], []
         for params, cache in zip(blocks, caches or (None,) * len(blocks), strict=True):
             options = {"cache": cache, "start_B": start_B}
-            if params is blocks[-1] and T > 1:  # of which one position is needed
+            if params is blocks[-1] and T > 1:  # only its last position is needed
                 mask, options["last_B"] = Mask(True, start + last_B[:, None]), last_B
             x_BTC, cache = block.apply({"params": params}, x_BTC, mask, **options)
             new.append(cache)

@@ -1,9 +1,9 @@
-"""What every model shares: attention, the feed-forward MLP, and the block of both.
+"""Layers of the GPT: linear, dropout, attention, MLP, and the Transformer block.
 
 B batch   T time   S key time   C n_embd   H heads   D head_dim   F mlp (4 C)
 
-Parameter names are nanoGPT's; `platform` is as in `jaxgpt.ops`. `rows_B`, the rows'
-numbers in the whole batch, turns dropout on; no split of a batch changes its masks.
+Parameter names are nanoGPT's; `platform` is as in `jaxgpt.ops`. Passing `rows_B`, row
+indices in the whole batch, turns on dropout; masks do not depend on how it is split.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from jaxgpt.ops.dropout import Drop
 
 INIT = nn.initializers.normal(0.02)
 
-# Names an activation's axes, which the mesh's rules map to devices.
+# Names the axes of an activation, which `jaxgpt.parallel.mesh` maps to mesh axes.
 constrain = nn.with_logical_constraint
 
 
@@ -32,19 +32,19 @@ def residual_init(config: GPTConfig) -> nn.initializers.Initializer:
 
 
 def layer_norm(config: GPTConfig) -> nn.LayerNorm:
-    """LayerNorm with PyTorch's epsilon; statistics in float32."""
+    """LayerNorm with PyTorch's epsilon and float32 statistics."""
     dtype = jnp.dtype(config.compute_dtype)
     return nn.LayerNorm(epsilon=1e-5, use_bias=config.bias, dtype=dtype)
 
 
 def take(x_BT: Array, index_B: Array) -> Array:
-    """One position of each row of x [B, T, ...]."""
+    """Selects position index_B of each row of x [B, T, ...], giving [B, 1, ...]."""
     index_B1 = index_B.reshape(-1, *(1,) * (x_BT.ndim - 1))
     return jnp.take_along_axis(x_BT, index_B1, axis=1)
 
 
 class Embed(nn.Module):
-    """A table of vectors, one for each token or position."""
+    """An embedding table with one vector per token or position."""
 
     config: GPTConfig
     platform: str
@@ -59,7 +59,7 @@ class Embed(nn.Module):
 
 
 class Linear(nn.Module):
-    """The einsum `spec` of x and a kernel, and a bias if the config has any."""
+    """Linear layer: the einsum `spec` of x and a kernel, plus a bias if configured."""
 
     config: GPTConfig
     platform: str
@@ -69,7 +69,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, part: slice = slice(None)) -> Array:
-        """`part` selects from axis K of "BTC,CKHD->BTKHD"; all of it by default."""
+        """`part` selects from axis K of "BTC,CKHD->BTKHD"; the default is all of it."""
         dtype = jnp.dtype(self.config.compute_dtype)
         kernel = self.param("kernel", self.init, self.shape)[:, part].astype(dtype)
         y = ops.einsum(self.spec, x.astype(dtype), kernel, dtype, self.platform)
@@ -81,7 +81,7 @@ class Linear(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Zeroes a fraction of `x` and scales up the rest."""
+    """Zeroes a fraction of `x` and scales up the rest; off if rows_B is None."""
 
     rate: float
 
@@ -90,7 +90,7 @@ class Dropout(nn.Module):
         return drop(x) if drop else x
 
     def of(self, rows_B: Array | None) -> Drop:
-        """What drops activations of these rows, if any are dropped."""
+        """A function that applies dropout to these rows; None if dropout is off."""
         if rows_B is None or self.rate == 0:
             return None
         key, fold_in = self.make_rng("dropout"), jax.vmap(jax.random.fold_in, (None, 0))
@@ -120,13 +120,13 @@ class Attention(nn.Module):
         cache: KV | None = None,
         start_B: Array | None = None,
     ) -> tuple[Array, KV | None]:
-        """What x gathers by attention [B, T, C], and the updated cache.
+        """The attention output for x, [B, T, C], and the updated cache.
 
         Args:
-          mask: which keys each position sees.
-          memory: `keys_and_values` of what x attends to; x itself if None.
-          cache: receives these keys and values, from slot start_B of each row on.
-          start_B: if given, x sees the cache up to itself; else these keys alone.
+          mask: which keys each position attends to.
+          memory: keys and values to attend to (`keys_and_values`); those of x if None.
+          cache: the new keys and values are written to it, from start_B of each row on.
+          start_B: if given, x attends to the cache; if None, only to the new keys.
         """
         if memory is None:
             q_BTHD, k_BSHD, v_BSHD = self._project(x_BTC, slice(0, 3))
@@ -141,7 +141,7 @@ class Attention(nn.Module):
             qkv, drop = (q_BTHD, k_BSHD, v_BSHD), self.attn_dropout.of(rows_B)
             fused = self.config.fused_attention
             out_BTHD = ops.attention(*qkv, mask, drop, self.platform, fused)
-            if self.is_mutable_collection("intermediates"):  # for maps and diagnoses
+            if self.is_mutable_collection("intermediates"):  # for maps and diagnosis
                 maps_BHTS = ops.attention_weights(q_BTHD, k_BSHD, mask, self.platform)
                 maps_BHTS = self.attn_dropout(maps_BHTS, None)
                 self.sow("intermediates", "attention", maps_BHTS)
@@ -149,7 +149,7 @@ class Attention(nn.Module):
         return self.resid_dropout(self.c_proj(out_BTHD), rows_B), cache
 
     def keys_and_values(self, memory_BSC: Array) -> list[Array]:
-        """Keys and values of a memory: computed once, attended to often."""
+        """Projects a memory to keys and values, for `memory` of `__call__`."""
         return self._project(memory_BSC, slice(1, 3))
 
     def _project(self, x_BTC: Array, part: slice) -> list[Array]:
@@ -158,7 +158,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, Linear: each position on its own."""
+    """Linear, GELU, Linear, applied to each position separately."""
 
     config: GPTConfig
     platform: str
@@ -177,7 +177,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A Transformer block: communication, then computation, each a residual branch."""
+    """A pre-norm Transformer block: attention, then an MLP, each with a residual."""
 
     config: GPTConfig
     platform: str
@@ -196,7 +196,7 @@ class Block(nn.Module):
         last_B: Array | None = None,
         **cached: Any,
     ) -> tuple[Array, KV | None]:
-        """The residual stream, or its position last_B of each row; and the cache."""
+        """The residual stream (only position last_B if given) and the updated cache."""
         h_BTC, memory = self.ln_1(x_BTC), None
         if last_B is not None:
             memory = self.attn.keys_and_values(h_BTC)

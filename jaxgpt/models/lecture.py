@@ -1,9 +1,9 @@
-"""The lecture's ladder of models, from a table of bigrams to a GPT, in its order.
+"""The models of the lecture, in order, from a bigram table to a GPT.
 
 B batch   T time   S key time   C n_embd   H heads   D head_dim   V vocab
 
-Linear layers and embeddings start as PyTorch's do by default, as in the lecture.
-`rows_B` turns dropout on, as in layers.py.
+Linear layers and embeddings use PyTorch's default initialisation, as in the lecture.
+`rows_B` turns on dropout, as in layers.py.
 
 Source: "Let's build GPT: from scratch, in code, spelled out".
 """
@@ -19,13 +19,13 @@ from jaxgpt.models.layers import Dropout
 
 
 def embedding(rows: int, features: int, name: str) -> nn.Embed:
-    """torch.nn.Embedding: a table of vectors, at first drawn from N(0, 1)."""
+    """torch.nn.Embedding: a table of vectors, initialised from N(0, 1)."""
     init = nn.initializers.normal(1.0)
     return nn.Embed(rows, features, embedding_init=init, name=name)
 
 
 def linear(inputs: int, outputs: int, name: str, bias: bool = True) -> nn.Dense:
-    """torch.nn.Linear: x W + b, both at first uniform within +-1/sqrt(inputs)."""
+    """torch.nn.Linear: x W + b, both initialised uniformly in +-1/sqrt(inputs)."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
         bound = inputs**-0.5
@@ -35,12 +35,12 @@ def linear(inputs: int, outputs: int, name: str, bias: bool = True) -> nn.Dense:
 
 
 def layer_norm(name: str) -> nn.LayerNorm:
-    """torch.nn.LayerNorm, with its epsilon."""
+    """torch.nn.LayerNorm, with its default epsilon."""
     return nn.LayerNorm(epsilon=1e-5, name=name)
 
 
 class Bigram(nn.Module):
-    """Each token predicts the next by a look into a table of logits [V, V]."""
+    """Each token looks up the logits of the next one in a table [V, V]."""
 
     config: BigramConfig
 
@@ -52,26 +52,26 @@ class Bigram(nn.Module):
         deterministic: bool = True,
         rows_B: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits of the token after each position, f32 [B, T, V].
+        """Logits of each next token, f32 [B, T, V].
 
-        Takes the arguments of `GPT.__call__`; there is no dropout to use the last two.
+        Takes the arguments of `GPT.__call__`; the last two are ignored (no dropout).
         """
         V = self.config.require_vocab_size()
         return embedding(V, V, "table")(tokens_BT)
 
 
-# The mathematical trick: four ways to average each position with all before it. Each
-# takes x [B, T, C] to its running mean [B, T, C].
+# The mathematical trick in self-attention: four ways to average each position with all
+# previous ones. Each maps x [B, T, C] to its running mean [B, T, C].
 
 
 def average_by_loop(x_BTC: jax.Array) -> jax.Array:
-    """The mean up to each position, one position after the other."""
+    """The mean up to each position, computed in a loop over positions."""
     T = x_BTC.shape[1]
     return jnp.stack([x_BTC[:, : t + 1].mean(axis=1) for t in range(T)], axis=1)
 
 
 def average_by_matrix(x_BTC: jax.Array) -> jax.Array:
-    """The same as one product with a triangular matrix whose rows sum to one."""
+    """The same by one matmul with a triangular matrix whose rows sum to one."""
     T = x_BTC.shape[1]
     weights_TS = jnp.tril(jnp.ones((T, T)))
     weights_TS /= weights_TS.sum(axis=1, keepdims=True)
@@ -79,7 +79,7 @@ def average_by_matrix(x_BTC: jax.Array) -> jax.Array:
 
 
 def average_by_softmax(x_BTC: jax.Array) -> jax.Array:
-    """The same matrix as a softmax of zeros, with the future at -inf."""
+    """The same, with the matrix as a softmax of zeros, and -inf for the future."""
     T = x_BTC.shape[1]
     past_TS = jnp.tril(jnp.ones((T, T), bool))
     weights_TS = jax.nn.softmax(jnp.where(past_TS, 0.0, -jnp.inf))
@@ -87,22 +87,22 @@ def average_by_softmax(x_BTC: jax.Array) -> jax.Array:
 
 
 def average_by_attention(x_BTC: jax.Array) -> jax.Array:
-    """The same as self-attention whose queries are zero: they like all keys alike."""
+    """The same by self-attention with zero queries, which weight all keys equally."""
     weights_BTS = attention_weights(jnp.zeros_like(x_BTC), x_BTC)
     return jnp.einsum("BTS,BSC->BTC", weights_BTS, x_BTC)
 
 
 def attention_scores(q_BTD: jax.Array, k_BSD: jax.Array) -> jax.Array:
-    """How much each query likes each key [B, T, S].
+    """The dot product of each query with each key, over sqrt(D) [B, T, S].
 
-    Divided by sqrt(D): where queries and keys have variance 1, so have the scores, and
-    their softmax is spread over many keys rather than sharpened towards one.
+    The scaling keeps the variance at 1 if queries and keys have variance 1, so that the
+    softmax is spread over many keys instead of peaking at one.
     """
     return jnp.einsum("BTD,BSD->BTS", q_BTD, k_BSD) * q_BTD.shape[-1] ** -0.5
 
 
 def attention_weights(q_BTD: jax.Array, k_BSD: jax.Array) -> jax.Array:
-    """Softmax of the scores over each position and those before it [B, T, S]."""
+    """Softmax of the scores over each position and the previous ones [B, T, S]."""
     scores_BTS = attention_scores(q_BTD, k_BSD)
     past_TS = jnp.tril(jnp.ones(scores_BTS.shape[1:], bool))
     return jax.nn.softmax(jnp.where(past_TS, scores_BTS, -jnp.inf))
@@ -126,7 +126,7 @@ class Head(nn.Module):
 
 
 class MultiHead(nn.Module):
-    """Heads side by side: `vmap` makes many of one, each with its own parameters."""
+    """Several heads in parallel: `nn.vmap` of one, each with its own parameters."""
 
     config: LectureConfig
 
@@ -145,7 +145,7 @@ class MultiHead(nn.Module):
 
 
 class FeedForwardBlock(nn.Module):
-    """Communication, then computation: each position thinks about what it was told."""
+    """Communication, then computation: attention, then a layer at each position."""
 
     config: LectureConfig
 
@@ -157,7 +157,7 @@ class FeedForwardBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The heads, and a projection of what they found back into the residual stream."""
+    """Multi-head attention, and a projection back into the residual stream."""
 
     config: LectureConfig
 
@@ -170,7 +170,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Four times as wide inside, and projected back into the residual stream."""
+    """An MLP with 4 C hidden units, projected back into the residual stream."""
 
     config: LectureConfig
 
@@ -182,7 +182,7 @@ class FeedForward(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Each half adds to what it reads, so that gradients reach the first layers."""
+    """Adds residual connections, through which gradients reach the first layers."""
 
     config: LectureConfig
 
@@ -193,7 +193,7 @@ class ResidualBlock(nn.Module):
 
 
 class LayerNormBlock(nn.Module):
-    """Each half normalises what it reads: the pre-norm block of GPT-2."""
+    """Adds LayerNorm to the input of each half: the pre-norm block of GPT-2."""
 
     config: LectureConfig
 
@@ -214,7 +214,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
 
 
 class LectureGPT(nn.Module):
-    """Every rung above the bigram: embeddings, n_layer blocks, and a linear head."""
+    """The lecture's Transformers: embeddings, n_layer blocks and a linear head."""
 
     config: LectureConfig
 
@@ -226,7 +226,7 @@ class LectureGPT(nn.Module):
         deterministic: bool = True,
         rows_B: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits of the token after each position, f32 [B, T, V].
+        """Logits of each next token, f32 [B, T, V].
 
         Takes the arguments of `GPT.__call__`. Raises ValueError if T is above
         block_size.

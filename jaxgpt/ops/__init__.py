@@ -1,9 +1,9 @@
-"""The operations that the models are made of, fast on every platform.
+"""The operations of the models, with fast implementations for each platform.
 
-A file has the plain definition of an operation, then the forms that are faster on one
-platform, then the rule that picks one; every form equals the definition up to rounding.
-`platform` names what the program will run on: "cpu", "tpu", "cuda" (NVIDIA GPUs from
-Ampere on) or "gpu" (any other).
+Each file has the plain definition of an operation, then implementations that are faster
+on some platform, then the function that picks one. All implementations equal the
+definition up to rounding. `platform` is what the program will run on: "cpu", "tpu",
+"cuda" (NVIDIA GPUs from Ampere on) or "gpu" (any other GPU).
 """
 
 from jaxgpt.ops.attention import (

@@ -1,4 +1,4 @@
-"""Attention: every query averages the values of the keys that it may see.
+"""Attention: each query averages the values of the keys visible to it.
 
 B batch   T time (queries)   S time (keys)   H heads   D head_dim   N rows, heads (B H)
 
@@ -15,21 +15,21 @@ from jax import Array
 from jaxgpt.ops.dropout import Drop
 from jaxgpt.ops.matmul import einsum
 
-# Causal queries attend in so many blocks, each to the keys up to its last query. Four
-# save 3/8 of the products: 2 CPU cores train the 10.8M model 1.2 times as fast.
+# Number of query blocks in causal attention, each of which skips all later keys. Four
+# save 3/8 of the work: 2 CPU cores train the 10.8M model 1.2 times as fast.
 BLOCKS = 4
 SMALLEST_BLOCK = 64
 
 
 @flax.struct.dataclass
 class Mask:
-    """Which keys each query sees; it must see at least one.
+    """Which keys each query attends to; there must be at least one for each query.
 
     Attributes:
-      causal: none after the query's own position.
-      positions_BT: the queries' positions among the keys, i32; 0 to T - 1 if None.
-      lengths_B: keys of each row, i32, before the padding on its right; S if None.
-      segments_BS: none of another segment than the query's, i32; needs T = S.
+      causal: whether keys after the query's own position are masked.
+      positions_BT: positions of the queries among the keys, i32; 0 to T - 1 if None.
+      lengths_B: keys in each row before the right padding, i32; S if None.
+      segments_BS: segment ids, i32; masks keys of other segments. Requires T = S.
     """
 
     causal: bool = flax.struct.field(pytree_node=False, default=True)
@@ -38,10 +38,10 @@ class Mask:
     segments_BS: Array | None = None
 
     def visible(self, T: int, S: int) -> Array:
-        """Whether each query sees each key, bool [B or 1, 1, T, S]."""
-        key_S, own_BT = jnp.arange(S), self.positions_BT
-        own_BT = jnp.arange(T)[None] if own_BT is None else own_BT
-        visible_BTS = (key_S <= own_BT[..., None]) | (not self.causal)
+        """Whether each query attends to each key, bool [B or 1, 1, T, S]."""
+        key_S, query_BT = jnp.arange(S), self.positions_BT
+        query_BT = jnp.arange(T)[None] if query_BT is None else query_BT
+        visible_BTS = (key_S <= query_BT[..., None]) | (not self.causal)
         if self.lengths_B is not None:
             visible_BTS &= key_S < self.lengths_B[:, None, None]
         if self.segments_BS is not None:
@@ -50,7 +50,7 @@ class Mask:
 
 
 def attention_weights(q_BTHD: Array, k_BSHD: Array, mask: Mask, platform: str) -> Array:
-    """Softmax of q k / sqrt(D) over the visible keys, in q's dtype [B, H, T, S]."""
+    """Softmax of q k / sqrt(D) over the visible keys, [B, H, T, S] in q's dtype."""
     scores_BHTS = einsum("BSHD,BTHD->BHTS", k_BSHD, q_BTHD, jnp.float32, platform)
     return _softmax(scores_BHTS, mask, q_BTHD)
 
@@ -65,7 +65,7 @@ def _softmax(scores_BHTS: Array, mask: Mask, q_BTHD: Array) -> Array:
 def plain_attention(
     q_BTHD: Array, k_BSHD: Array, v_BSHD: Array, mask: Mask, drop: Drop, platform: str
 ) -> Array:
-    """Averages of the values by `attention_weights`, after dropout [B, T, H, D]."""
+    """Averages the values by `attention_weights` after dropout, [B, T, H, D]."""
     weights_BHTS = attention_weights(q_BTHD, k_BSHD, mask, platform)
     weights_BHTS = drop(weights_BHTS) if drop else weights_BHTS
     return einsum("BHTS,BSHD->BTHD", weights_BHTS, v_BSHD, v_BSHD.dtype, platform)
@@ -74,7 +74,7 @@ def plain_attention(
 def _blocked_attention(
     q_BTHD: Array, k_BTHD: Array, v_BTHD: Array, mask: Mask, drop: Drop, platform: str
 ) -> Array:
-    """Causal attention, one block of queries after the other."""
+    """Causal attention, one block of queries at a time."""
     T, H = q_BTHD.shape[1:3]
     size = max(SMALLEST_BLOCK, -(-T // BLOCKS))
     starts, out = list(range(0, T, size)), []
@@ -89,10 +89,10 @@ def _blocked_attention(
 
 
 def _prefixes(x_BTHD: Array, starts: list[int], platform: str) -> list[Array]:
-    """All positions up to the end of each block, [B, S, H, D]."""
+    """Returns for each block all positions up to its end, [B, S, H, D]."""
     if platform != "cpu":
         return [x_BTHD[:, :end] for end in (*starts[1:], None)]
-    # A slice's gradient is zero-padded: adding those up takes 10% of a CPU's step.
+    # The gradient of a slice is zero-padded; summing those costs 10% of a CPU step.
     blocks = jnp.split(x_BTHD, starts[1:], axis=1)
     return [jnp.concatenate(blocks[: i + 1], axis=1) for i in range(len(starts))]
 
@@ -106,7 +106,7 @@ def attention(
     platform: str,
     fused: bool = True,
 ) -> Array:
-    """`plain_attention` by the fastest form; without `fused` cuDNN's is left out."""
+    """`plain_attention`, by the fastest implementation; cuDNN only if `fused`."""
     qkv, head_dim = (q_BTHD, k_BSHD, v_BSHD), q_BTHD.shape[-1]
     fits = q_BTHD.dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
     in_order = mask.positions_BT is None and mask.segments_BS is None
@@ -114,11 +114,11 @@ def attention(
     if platform == "cuda" and fused and fits and in_order and not drop:
         cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
         return cudnn(*qkv, is_causal=mask.causal, key_value_seq_lengths=mask.lengths_B)
-    form = _blocked_attention if mask.causal and in_order else plain_attention
-    return form(*qkv, mask, drop, platform)
+    attend = _blocked_attention if mask.causal and in_order else plain_attention
+    return attend(*qkv, mask, drop, platform)
 
 
-# A cache of one layer's keys and values, [N, S, D] each: XLA copies one of more axes.
+# One layer's cached keys and values, [N, S, D] each. XLA would copy a 4D cache.
 KV = tuple[Array, Array]
 
 
@@ -128,12 +128,12 @@ def _merge_batch_and_heads(x_BTHD: Array) -> Array:
 
 
 def update_cache(cache: KV, new: KV, start_B: Array) -> KV:
-    """The cache with each row's new keys and values [B, T, H, D] from start_B on."""
+    """Writes new keys and values [B, T, H, D] into each row, starting at start_B."""
     write = partial(jax.lax.dynamic_update_slice_in_dim, axis=-2)
 
     def write_rows(old_NSD: Array, new_BTHD: Array) -> Array:
         rows, new_NTD = len(start_B), _merge_batch_and_heads(new_BTHD)
-        if rows == 1:  # XLA would copy the cache for a scatter of one row
+        if rows == 1:  # for a scatter of one row, XLA would copy the cache
             return write(old_NSD, new_NTD, start_B[0])
         old, new = (a.reshape(rows, -1, *a.shape[1:]) for a in (old_NSD, new_NTD))
         return jax.vmap(write)(old, new, start_B).reshape(old_NSD.shape)
@@ -142,7 +142,7 @@ def update_cache(cache: KV, new: KV, start_B: Array) -> KV:
 
 
 def cached_attention(q_BTHD: Array, cache: KV, mask: Mask, platform: str) -> Array:
-    """`plain_attention` to the keys and values of a cache, without dropout."""
+    """`plain_attention` over cached keys and values, without dropout."""
     (B, T, H, D), (k_NSD, v_NSD), q_NTD = (
         q_BTHD.shape,
         cache,

@@ -1,6 +1,6 @@
-"""Cross-entropy, also of a head whose logits are too many to keep.
+"""Cross-entropy of logits, or of a head whose logits would not fit in memory at once.
 
-B batch   T time   C n_embd   V vocab   N chunks of the time
+B batch   T time   C n_embd   V vocab   N chunks of positions
 """
 
 from functools import partial
@@ -14,8 +14,8 @@ from jax import Array
 
 from jaxgpt.ops.matmul import einsum
 
-# Logits of one row in memory at a time. GPT-2's 50,257 at each of 1,024 positions would
-# be 200 MB a row, several times over.
+# Maximum logits per row in memory at once. Without chunks, GPT-2 would need 200 MB per
+# row (1,024 positions x 50,257 tokens), several times over.
 CHUNK_LOGITS = 2**23
 
 
@@ -29,7 +29,7 @@ def head_losses(
 ) -> Array:
     """`cross_entropy` of the logits x @ table.T, one chunk of positions at a time.
 
-    x is what the head reads, in the compute dtype; the table has its weights, f32.
+    x is the input of the head, in the compute dtype; the table is its weights, f32.
     """
     V, table = len(table_VC), _padded(table_VC.astype(x_BTC.dtype), platform)
 
@@ -44,7 +44,7 @@ def head_losses(
 def head_loss(x_BTC: Array, table_VC: Array, targets_BT: Array, platform: str) -> Array:
     """The sum of `head_losses`, f32 scalar.
 
-    Each chunk's gradient is computed with its loss: no logits are kept, or made twice.
+    Computes each chunk's gradient with its loss; logits are not stored or recomputed.
     """
     return head_losses(x_BTC, table_VC, targets_BT, platform).sum()
 
@@ -59,7 +59,7 @@ def _loss_and_gradients(
         x_BTC, chunk_targets_BT = chunk
         logits_BTV = _logits(x_BTC, table, V, platform)
         loss = cross_entropy(logits_BTV, chunk_targets_BT).sum()
-        # The loss has the same logsumexp; `jax.nn.softmax` would read all logits again.
+        # XLA reuses the loss's logsumexp; jax.nn.softmax would read all logits again.
         log_sum_BT1 = jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
         grad_BTV = jnp.exp(logits_BTV - log_sum_BT1)
         grad_BTV -= jax.nn.one_hot(chunk_targets_BT, len(table))
@@ -83,13 +83,13 @@ head_loss.defvjp(_loss_and_gradients, _scale)
 
 
 def _padded(table_VC: Array, platform: str) -> Array:
-    """Adds rows up to a multiple of 64 for GPUs' fast products, as nanoGPT does."""
+    """On GPUs, pads V to a multiple of 64 for fast matmuls, as in nanoGPT."""
     missing = -len(table_VC) % 64 if platform in ("cuda", "gpu") else 0
     return jnp.pad(table_VC, ((0, missing), (0, 0)))
 
 
 def _logits(x_BTC: Array, table_VC: Array, V: int, platform: str) -> Array:
-    """The product with the table, -inf in the rows that pad it."""
+    """The logits x @ table.T, with -inf for padding rows of the table."""
     logits_BTV = einsum("BTC,VC->BTV", x_BTC, table_VC, jnp.float32, platform)
     if len(table_VC) > V:
         logits_BTV = jnp.where(jnp.arange(len(table_VC)) < V, logits_BTV, -jnp.inf)
@@ -97,10 +97,10 @@ def _logits(x_BTC: Array, table_VC: Array, V: int, platform: str) -> Array:
 
 
 def _chunks(array: Array, vocab_size: int) -> Array:
-    """Splits into [N, B, T / N, ...], of every N-th position each: devices share it."""
+    """Splits into strided chunks [N, B, T / N, ...], so that devices share each one."""
     B, T, *rest = array.shape
-    counts = (n for n in range(1, T) if T % n == 0)
-    fitting = (n for n in counts if T // n * vocab_size <= CHUNK_LOGITS)
+    divisors = (n for n in range(1, T) if T % n == 0)
+    fitting = (n for n in divisors if T // n * vocab_size <= CHUNK_LOGITS)
     count = next(fitting, T)
     return jnp.moveaxis(array.reshape(B, T // count, count, *rest), 2, 0)
 

@@ -7,9 +7,9 @@ from jax import Array
 
 
 def plain_gelu(x: Array) -> Array:
-    """x times the normal distribution function of x, by erf as in PyTorch.
+    """x times the standard normal CDF of x, computed with erf as in PyTorch.
 
-    JAX's own, by erfc, takes a CPU 2.6 times as long.
+    `jax.nn.gelu` uses erfc, which takes 2.6 times as long on a CPU.
     """
     wide = x.astype(jnp.float32)
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
@@ -17,7 +17,7 @@ def plain_gelu(x: Array) -> Array:
 
 def gelu(x: Array, kind: str, platform: str) -> Array:
     """GELU: "exact" is `plain_gelu`, "tanh" is GPT-2's approximation of it."""
-    if kind == "tanh" or platform == "tpu":  # which then moves 5% fewer bytes a step
+    if kind == "tanh" or platform == "tpu":  # moves 5% fewer bytes per step on a TPU
         return nn.gelu(x, approximate=kind == "tanh")
-    # GPUs keep only the input for the gradient, not float32 values of its size.
+    # On GPUs, store only the input for the gradient, not float32 intermediates.
     return plain_gelu(x) if platform == "cpu" else jax.checkpoint(plain_gelu)(x)

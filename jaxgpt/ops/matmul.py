@@ -1,6 +1,6 @@
-"""Products of two arrays of one dtype, summed in float32.
+"""Matrix multiplication of two arrays of one dtype, accumulated in float32.
 
-B batch   T time   K parts   H heads   D head_dim
+B batch   T time   K projections (q, k, v)   H heads   D head_dim
 """
 
 from functools import partial
@@ -13,22 +13,22 @@ from jax import Array
 
 
 def plain_einsum(spec: str, a: Array, b: Array, dtype: Any) -> Array:
-    """`jnp.einsum`, summed in float32 and returned in `dtype`."""
+    """`jnp.einsum`, accumulated in float32 and returned in `dtype`."""
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def einsum(spec: str, a: Array, b: Array, dtype: Any, platform: str) -> Array:
-    """`plain_einsum`, whose gradient is rounded to the operands' dtype before use.
+    """`plain_einsum`, with the incoming gradient cast to the operands' dtype.
 
-    JAX alone would multiply bfloat16 operands by a gradient of float32.
+    By default JAX would multiply bfloat16 operands by a float32 gradient.
     """
     # XLA:CPU orders contracted axes alphabetically; relabel them to avoid a transpose.
     letters = dict.fromkeys(filter(str.isalpha, spec))
     names = str.maketrans("".join(letters), ascii_lowercase[: len(letters)])
-    if platform == "cpu":  # whose products of bfloat16 return float32
+    if platform == "cpu":  # where bfloat16 matmuls return float32
         return plain_einsum(spec.translate(names), a, b, dtype)
-    # Devices that share a sum then exchange their parts of it in `dtype`.
+    # If the contraction is sharded, devices then exchange partial sums in `dtype`.
     return jnp.einsum(spec.translate(names), a, b, preferred_element_type=dtype)
 
 
@@ -51,8 +51,8 @@ einsum.defvjp(_forward, _backward)
 
 
 def unpack_qkv(qkv_BTKHD: Array, platform: str) -> list[Array]:
-    """The K arrays [B, T, H, D] that one product has made, as queries, keys, values."""
+    """Splits the output of a fused projection into K arrays [B, T, H, D]."""
     K = qkv_BTKHD.shape[2]
-    if platform == "cpu":  # where zero-padded gradients of slices take time to add up
+    if platform == "cpu":  # where summing the zero-padded gradients of slices is slow
         return [a[:, :, 0] for a in jnp.split(qkv_BTKHD, K, axis=2)]
     return [qkv_BTKHD[:, :, i] for i in range(K)]

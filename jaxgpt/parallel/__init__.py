@@ -1,1 +1,1 @@
-"""How devices share the work, and what depends on which devices they are."""
+"""Parallelism over devices and processes, and defaults that depend on the device."""

@@ -1,4 +1,4 @@
-"""Defaults that depend on the devices: what is fast on one is slow on another."""
+"""Defaults that depend on the device, where no one setting is fast on all of them."""
 
 import dataclasses
 from typing import Any
@@ -10,55 +10,55 @@ from jaxgpt.config import Config, ModelConfig
 from jaxgpt.models import parameter_shapes
 from jaxgpt.start import float32_matmul_flags
 
-# Tokens of a microbatch on each CPU device. Activations of so many stay in the cache:
-# on 2 cores the 10.8M model trains 1.5 times as fast as with all of 8192.
+# Tokens in a microbatch of each CPU device, sized so that activations fit the cache: on
+# 2 cores the 10.8M model trains 1.5 times as fast as with all 8192 at once.
 CACHED_TOKENS = 1024
 
 
 def platform_of(device: Any) -> str:
-    """What a program for the device is compiled for, as in `jaxgpt.ops`.
+    """The platform that programs for the device are compiled for, as in `jaxgpt.ops`.
 
     Args:
-      device: a `jax.Device`, or a mesh of devices that are all alike.
+      device: a `jax.Device`, or a mesh of devices of one kind.
     """
     if isinstance(device, Mesh):
         device = device.devices.flat[0]
     if device.platform in ("cpu", "tpu"):
         return device.platform
     nvidia = device.device_kind.startswith("NVIDIA")
-    # cuDNN's attention needs Ampere, whose compute capability is 8.0.
+    # cuDNN's attention needs Ampere, which has compute capability 8.0, or newer.
     return "cuda" if nvidia and float(device.compute_capability) >= 8 else "gpu"
 
 
 def default_preset() -> str:
-    """Name of the Tiny Shakespeare preset that suits the devices JAX has found."""
+    """Name of the Tiny Shakespeare preset for JAX's default backend."""
     return "shakespeare-char" + ("-cpu" if jax.default_backend() == "cpu" else "")
 
 
 def prefers_one_device(device: jax.Device, model: ModelConfig) -> bool:
-    """Whether a model is too large for a copy on each CPU device, which share memory.
+    """Whether the model is too large to replicate on CPU devices, which share memory.
 
-    On 2 cores a step of GPT-2's blocks (85M) with 2 rows of 512 took one device 2.7 s
-    and 4.3 GB, two 3.0 s and 6.2 GB.
+    On 2 cores, a step of GPT-2's blocks (85M) with 2 rows of 512 took 2.7 s and 4.3 GB
+    on one device, 3.0 s and 6.2 GB on two.
     """
     size = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model)))
     return device.platform == "cpu" and size > 50e6
 
 
 def with_microbatches(config: Config, mesh: Mesh) -> Config:
-    """The config with gradient_accumulation_steps settled where it is -1."""
+    """Replaces gradient_accumulation_steps=-1 by the default for the mesh's devices."""
     data, microbatches = config.data, config.data.microbatches
     if data.gradient_accumulation_steps == -1 and platform_of(mesh) == "cpu":
-        rows = data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])  # of each
-        most = max(1, CACHED_TOKENS // config.model.block_size)
+        rows = data.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+        max_rows = max(1, CACHED_TOKENS // config.model.block_size)
         divisors = (n for n in range(1, rows + 1) if rows % n == 0)
-        microbatches = next(n for n in divisors if rows // n <= most)
+        microbatches = next(n for n in divisors if rows // n <= max_rows)
     data = dataclasses.replace(data, gradient_accumulation_steps=microbatches)
     return dataclasses.replace(config, data=data)
 
 
 def train_jit_options(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """How `jax.jit` is to compile the train steps, whatever it is that they train."""
+    """Arguments of `jax.jit` for the train steps of any objective."""
     float32 = getattr(config.model, "compute_dtype", "float32") == "float32"
     options = float32_matmul_flags() if float32 and platform_of(mesh) == "cpu" else None
     return {"donate_argnums": 0, "compiler_options": options}

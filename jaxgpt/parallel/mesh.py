@@ -1,9 +1,9 @@
-"""How devices share the work: the mesh, and one table of rules for the parameters.
+"""The device mesh, and the rules that shard parameters and activations over it.
 
-The mesh has three axes. Over "data" the devices share the rows of a batch. Over "fsdp"
-they do too, and each keeps only its part of every matrix and of its moments; a layer's
-matrices are gathered when their turn comes. Over "tensor" they share the heads and the
-MLP's channels of the same rows, and the positions everywhere else.
+The mesh has three axes. "data" shards the rows of a batch. "fsdp" shards them too, and
+also every matrix and its moments; each layer's matrices are gathered when the layer
+runs. "tensor" shards the heads and MLP channels, and elsewhere the positions, of the
+same rows.
 
 Source: Rajbhandari et al. 2020 (ZeRO) for fsdp; Shoeybi et al. 2019 (Megatron-LM) and
 Korthikanti et al. 2022 (sequence parallelism) for tensor.
@@ -31,8 +31,8 @@ from jaxgpt.parallel.defaults import prefers_one_device
 
 AXES = ("data", "fsdp", "tensor")
 
-# How each parameter is cut, by the end of its path; the first rule that fits counts.
-# Vectors are small: a device holds them whole, but for what belongs to its own heads.
+# The sharding of each parameter, by the end of its path; the first match applies.
+# Vectors are small, so they are replicated, except biases of sharded heads or channels.
 RULES: tuple[tuple[str, P], ...] = (
     ("wte/embedding", P(None, ("fsdp", "tensor"))),  # V C
     ("wpe/embedding", P(None, ("fsdp", "tensor"))),  # T C
@@ -43,13 +43,13 @@ RULES: tuple[tuple[str, P], ...] = (
     ("mlp/c_fc/bias", P(None, "tensor")),  # L F
     ("mlp/c_proj/kernel", P(None, "tensor", "fsdp")),  # L F C
     (r"c_proj/bias|ln_\w/(scale|bias)", P()),
-    # The lecture's own models are small: every device holds them whole.
+    # The lecture's own models are small, so they are replicated.
     (r"(table|token_embedding|position_embedding)/embedding", P()),
     (r"(block_\d+|lm_head)/.*", P()),
 )
 
-# How activations are cut, by the names that the models give to their axes. Heads and
-# channels come before positions: an axis of the mesh cuts but one of an activation's.
+# The sharding of activations, by the names that models give to their axes. A mesh axis
+# shards only one axis of an activation, so heads and channels come before positions.
 ACTIVATIONS = (
     ("batch", ("data", "fsdp")),
     ("heads", "tensor"),
@@ -63,28 +63,28 @@ def make_mesh(
     log: Callable[[str], None] = print,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Arranges devices as `config.mesh` says; log hears of idle ones.
+    """Arranges devices in a mesh as `config.mesh` specifies, and logs idle ones.
 
     Args:
-      devices: all that JAX has found if left out; of one CPU's only the first, where
-        the model is large and the config leaves it open.
+      devices: by default all that JAX finds, or only the first one for a large model
+        on CPU devices of one process, if `config.mesh` has its default values.
 
-    Raises ValueError if there are not as many, or what they share does not divide.
+    Raises ValueError if there are too few, or if the work does not divide evenly.
     """
     if devices is None:
         devices = jax.devices()
         undecided = config.mesh == MeshConfig() and jax.process_count() == 1
         if undecided and devices[1:] and prefers_one_device(devices[0], config.model):
-            log(f"using 1 of {len(devices)} CPU devices: each would hold a copy")
+            log(f"using 1 of {len(devices)} CPU devices, to store the model only once")
             devices = devices[:1]
     shape, rows = _mesh_shape(config, len(devices)), config.data.microbatch_size
     count = math.prod(shape)
     used = devices[:count]
     if idle := {d.process_index for d in devices} - {d.process_index for d in used}:
         raise ValueError(
-            f"{count} of {len(devices)} devices share {rows} rows at once, which "
-            f"leaves process {min(idle)} without one; give more rows, or start fewer "
-            "processes"
+            f"{count} of {len(devices)} devices are used for {rows} rows at once, "
+            f"which leaves process {min(idle)} without a device; use a larger "
+            "batch_size or fewer processes"
         )
     if count < len(devices):
         log(f"using {count} of {len(devices)} devices, for {rows} rows at once")
@@ -95,20 +95,20 @@ def make_mesh(
 
 
 def _mesh_shape(config: Config, devices: int) -> tuple[int, ...]:
-    """Sizes of the mesh's axes; one of -1 takes as many devices as can share its part.
+    """Sizes of the mesh's axes, where -1 becomes the largest size that divides evenly.
 
-    So fsdp takes those that divide the rows and n_embd, then data those that divide the
-    rows.
+    fsdp is resolved first and must divide the rows and n_embd; then data, which must
+    divide the rows.
     """
     shape = {axis: getattr(config.mesh, axis) for axis in AXES}
     rows, block_size = config.data.microbatch_size, config.model.block_size
-    for axis, shared in (("fsdp", getattr(config.model, "n_embd", 0)), ("data", 0)):
+    for axis, width in (("fsdp", getattr(config.model, "n_embd", 0)), ("data", 0)):
         if shape[axis] == -1:
-            taken = math.prod(size for size in shape.values() if size != -1)
-            sharing = taken // shape["tensor"]
+            used = math.prod(size for size in shape.values() if size != -1)
+            row_shards = used // shape["tensor"]
             shape[axis] = 1
-            for n in range(2, devices // taken + 1):
-                if rows % (sharing * n) == 0 and shared % (shape["tensor"] * n) == 0:
+            for n in range(2, devices // used + 1):
+                if rows % (row_shards * n) == 0 and width % (shape["tensor"] * n) == 0:
                     shape[axis] = n
     requested = " x ".join(f"mesh.{axis}={size}" for axis, size in shape.items())
     if math.prod(shape.values()) > devices:
@@ -117,37 +117,37 @@ def _mesh_shape(config: Config, devices: int) -> tuple[int, ...]:
         raise ValueError(
             f"{rows} sequences at once (batch_size / gradient_accumulation_steps) do "
             f"not divide over mesh.data={shape['data']} x mesh.fsdp={shape['fsdp']} "
-            "devices; make them a multiple of it"
+            "devices; use a multiple of the number of devices"
         )
     if block_size % shape["tensor"]:
         raise ValueError(
             f"block_size={block_size} does not divide over mesh.tensor="
-            f"{shape['tensor']} devices; make it a multiple of it"
+            f"{shape['tensor']} devices; use a multiple of mesh.tensor"
         )
     return tuple(shape.values())
 
 
 def single_device_mesh(backend: str | None = None) -> Mesh:
-    """A mesh of this process's first device alone."""
+    """A mesh of this process's first device."""
     return Mesh(np.reshape(jax.local_devices(backend=backend)[:1], (1, 1, 1)), AXES)
 
 
 def host_mesh() -> Mesh:
-    """A mesh of one device in the host's memory, which is the larger one."""
+    """A mesh of one CPU device, because host memory is larger than device memory."""
     try:
         return single_device_mesh("cpu")
-    except RuntimeError:  # JAX_PLATFORMS leaves it out
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         return single_device_mesh()
 
 
 def model_mesh(config: Config, mesh: MeshConfig) -> Mesh:
-    """The devices that share one model, where there are no rows to share.
+    """The mesh to shard the parameters over, where there is no batch to shard.
 
     Raises ValueError if `mesh.data` is not 1, and as `make_mesh` does.
     """
     if mesh.data != 1:
         raise ValueError(
-            f"mesh.data={mesh.data} shares no work here; give mesh.fsdp or mesh.tensor"
+            f"mesh.data={mesh.data} has no effect here; use mesh.fsdp or mesh.tensor"
         )
     rows = mesh.fsdp if mesh.fsdp > 0 else jax.device_count()
     data = dataclasses.replace(
@@ -158,39 +158,39 @@ def model_mesh(config: Config, mesh: MeshConfig) -> Mesh:
 
 
 def data_parallel_mesh(
-    model: ModelConfig, params: Any, rows: int, least: int
+    model: ModelConfig, params: Any, rows: int, min_rows: int
 ) -> Mesh | None:
-    """The devices that share the rows of generation, each with all parameters.
+    """The mesh to shard rows over in generation, with parameters replicated.
 
-    None where it would be one: where each is to have `least` rows, where devices share
-    the parameters already, and for a large model on a CPU, which would hold it twice.
+    None if fewer than two devices would get `min_rows` rows each, if the parameters are
+    sharded already, or if the model is large and on a CPU, whose devices share memory.
     """
     device, *others = jnp.asarray(jax.tree.leaves(params)[0]).devices()
     if others or prefers_one_device(device, model):
         return None
     devices = jax.local_devices(backend=device.platform)
-    most = min(len(devices), rows // least)
-    count = max((n for n in range(1, most + 1) if rows % n == 0), default=1)
+    max_count = min(len(devices), rows // min_rows)
+    count = max((n for n in range(1, max_count + 1) if rows % n == 0), default=1)
     return Mesh(np.reshape(devices[:count], (-1, 1, 1)), AXES) if count > 1 else None
 
 
 def with_shardings(shapes: Any, mesh: Mesh) -> Any:
-    """The shapes of parameters or moments with their placements, by `shardings`."""
+    """Adds the sharding of each parameter or moment to its shape."""
     where = shardings(shapes, mesh)
-    return jax.tree.map(lambda leaf, at: leaf.update(sharding=at), shapes, where)
+    return jax.tree.map(lambda leaf, s: leaf.update(sharding=s), shapes, where)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The placement of each parameter or moment of a tree, by the table of rules.
+    """The sharding of each parameter or moment in a tree, by RULES.
 
-    Raises ValueError that names a parameter without a rule, or one with a dimension
-    that does not divide over its devices. Scalars are held by every device.
+    Scalars are replicated. Raises ValueError that names a parameter without a rule, or
+    with a dimension that does not divide evenly over its devices.
     """
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
+    def sharding_of(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        fitting = (s for form, s in RULES if re.fullmatch(f"(.*/)?({form})", name))
-        spec = next(fitting, None) if leaf.ndim else P()
+        matches = (spec for end, spec in RULES if re.fullmatch(f"(.*/)?({end})", name))
+        spec = next(matches, None) if leaf.ndim else P()
         if spec is None:
             raise ValueError(
                 f"no rule says how to shard {name}; add one to {__name__}.RULES"
@@ -202,25 +202,25 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
                 raise ValueError(
                     f"{name} {list(leaf.shape)}: {size} does not divide over "
                     + " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
-                    + "; give fewer devices to that axis"
+                    + "; use fewer devices on that axis"
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Placement of what every device holds in full."""
+    """The sharding of arrays that every device holds in full."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Placement of batches, whose rows are along `axis`."""
+    """The sharding of batches whose rows are along `axis`."""
     return NamedSharding(mesh, P(*[None] * axis, ("data", "fsdp")))
 
 
 @contextmanager
 def activation_sharding(mesh: Mesh) -> Iterator[None]:
-    """What is traced in this context cuts its activations as the mesh asks for."""
+    """Context in which traced models shard their activations over the mesh."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(ACTIVATIONS):
         yield

@@ -1,7 +1,7 @@
-"""The processes of a run: how they find each other, agree, and write things once.
+"""Multi-process runs: connects the processes, and lets them agree and synchronise.
 
-On a TPU pod or a cluster each host runs the same script, with its own part of the
-devices; all call the same compiled programs in the same order.
+On a TPU pod or a cluster, each host runs the same script with its own devices. All
+processes must call the same compiled programs in the same order.
 """
 
 import os
@@ -21,25 +21,25 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# How many tasks mpirun or srun has started, this one among them.
+# Environment variables with the number of tasks that mpirun or srun has started.
 _TASKS = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def join_processes(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Joins the run's other processes, where there are any; before JAX starts.
+    """Connects to the other processes of the run, if any; call before JAX starts.
 
-    JAX finds those of a TPU pod, of `srun` and of `mpirun` by itself.
+    JAX finds them by itself on a TPU pod and under `srun` or `mpirun`.
 
     Args:
-      coordinator_address: HOST:PORT of process 0, the same for all.
-      num_processes: of the run.
-      process_id: of this one, from 0.
+      coordinator_address: HOST:PORT of process 0, the same for all processes.
+      num_processes: number of processes in the run.
+      process_id: index of this process, from 0.
 
-    Raises ValueError if only some are given, or they can't be.
+    Raises ValueError if only some arguments are given, or if they are invalid.
     """
-    # It would take SIGTERM from us, and Orbax and we can't both ask it in turns.
+    # The service would take over SIGTERM, and only one of Orbax and jaxgpt can poll it.
     jax.config.update("jax_enable_preemption_service", False)
     initialize = partial(
         jax.distributed.initialize,
@@ -59,8 +59,8 @@ def join_processes(
                 f"--num-processes {num_processes}"
             )
         print(
-            f"process {process_id} of {num_processes} waits up to 5 minutes for the "
-            f"others at {coordinator_address}",
+            f"process {process_id} of {num_processes} is waiting up to 5 minutes for "
+            f"the others at {coordinator_address}",
             file=sys.stderr,
         )
         initialize(*given, cluster_detection_method="deactivate")
@@ -77,30 +77,30 @@ def join_processes(
                 "--coordinator-address, --num-processes and --process-id"
             ) from error
     elif find_spec("libtpu") and not os.environ.get("TPU_SKIP_MDS_QUERY"):  # on a TPU
-        with suppress(ValueError):  # not in Google's cloud, where JAX finds the others
+        with suppress(ValueError):  # outside Google Cloud, JAX can't find the others
             initialize()
 
 
 def several_processes() -> bool:
-    """Whether this is one of several processes of a run."""
+    """Whether the run has several processes."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once every process of the run is here."""
+    """Blocks until every process of the run has reached this call."""
     if several_processes():
         multihost_utils.sync_global_devices(name)
 
 
 def any_failed(failed: bool) -> bool:
-    """Whether any process has failed at this point, which all must reach."""
+    """Whether `failed` is true in any process; all must call it at the same point."""
     return bool(max_over_processes(failed))
 
 
 def max_over_processes(number: int) -> jax.Array | int:
-    """The highest number that any process gives: soon, on every one of them.
+    """Maximum of `number` over all processes, which all must call at the same point.
 
-    All must call it at the same point; it returns at once.
+    It returns without waiting; only reading the result waits for the other processes.
     """
     if not several_processes():
         return number
@@ -112,10 +112,10 @@ def max_over_processes(number: int) -> jax.Array | int:
 
 
 def make_agree() -> Callable[[int], int]:
-    """Makes `agree(number)`: the highest number that any process gave the call before.
+    """Makes `agree(number)`, the maximum over all processes, one call late.
 
-    All make each call at the same point, and none waits. One process alone agrees with
-    itself at once.
+    Each call returns the result of the previous one (at first 0), so that none waits;
+    all processes must make it at the same point. A single process gets its own number.
     """
     before: jax.Array | int = 0
 
@@ -135,6 +135,6 @@ def check_same_settings(settings: Any) -> None:
         for process, other in enumerate(every):
             if not np.array_equal(other, every[0]):
                 raise ValueError(
-                    f"process {process} has other settings or another corpus than "
-                    "process 0; start all with the same command line but --process-id"
+                    f"process {process} has different settings or a different corpus "
+                    "from process 0; start all with the same flags except --process-id"
                 )

@@ -1,1 +1,1 @@
-"""Batches become better parameters."""
+"""Training: the train step, objectives, evaluation, checkpoints and metrics."""

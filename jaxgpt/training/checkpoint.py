@@ -1,8 +1,8 @@
-"""Checkpoints through Orbax: the best and the latest two, saved in the background.
+"""Checkpoints with Orbax: keeps the best and the latest two, saves in the background.
 
-A checkpoint has two parts: `params`, which generation reads alone, and `progress`, what
-a resume needs besides. Its record has a checksum of every array: one that is restored
-with another is never used.
+A checkpoint has two parts: `params`, which is all that generation reads, and
+`progress`, which resuming needs too. Its record has a checksum of every array, and a
+checkpoint whose restored arrays do not match is never used.
 """
 
 import math
@@ -34,19 +34,19 @@ CHECKPOINTS = "checkpoints"
 
 
 class _DamageError(ValueError):
-    """A checkpoint is not as it was saved."""
+    """A checkpoint that is unreadable, or differs from what was saved."""
 
 
 @contextmanager
 def open_checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
-    """The checkpoints in `folder`, to add to; leaves once all are saved.
+    """Opens the checkpoints in `folder` for saving; on exit, waits for pending saves.
 
-    Makes the folder, and clears it of saves cut off. Raises OSError if a save fails.
+    Creates the folder and deletes partial saves. Raises OSError if a save fails.
     """
     options = ocp.CheckpointManagerOptions(
         preservation_policy=_BestAndLatestTwo(folder),
         cleanup_tmp_directories=True,
-        lightweight_initialize=True,  # metadata of damaged checkpoints is not read
+        lightweight_initialize=True,  # does not read metadata, which may be damaged
     )
     checkpoints = ocp.CheckpointManager(folder.absolute(), options=options)
     try:
@@ -58,14 +58,14 @@ def open_checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
 
 @dataclass(frozen=True)
 class _BestAndLatestTwo(checkpoint_managers.PreservationPolicy):
-    """What Orbax keeps; the last but one too, as the last might turn out damaged."""
+    """Has Orbax keep the best and the latest two, as the last may turn out damaged."""
 
     folder: Path
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         *before, last = checkpoints
         metrics = _metrics(self.folder, [info.step for info in before], math.inf)
-        metrics[last.step] = last.metrics["figure"]  # whose record is not written yet
+        metrics[last.step] = last.metrics["figure"]  # its record is not written yet
         kept = {_best_first(metrics)[0], *list(metrics)[-2:]}
         return [step in kept for step in metrics]
 
@@ -73,16 +73,15 @@ class _BestAndLatestTwo(checkpoint_managers.PreservationPolicy):
 def save_state(
     checkpoints: ocp.CheckpointManager, state: TrainState, metric: float | None
 ) -> None:
-    """Starts to save `state`; returns once the arrays are copied.
+    """Starts saving `state` in the background; returns once the arrays are copied.
 
     Args:
-      checkpoints: as `open_checkpoints` gives them.
-      state: of training; of parameters only where its opt_state is None.
-      metric: the objective's validation metric of these very parameters, lower is
-        better; None if they were not evaluated, and the checkpoint then never counts as
-        the best.
+      checkpoints: the manager from `open_checkpoints`.
+      state: the training state; if its opt_state is None, only parameters are saved.
+      metric: validation metric of these parameters, lower is better; None if they were
+        not evaluated, in which case the checkpoint ranks behind all that were.
 
-    Raises OSError if the save before has failed.
+    Raises OSError if the previous save failed.
     """
     step, parts = int(state.step), _parts(state)
     args = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
@@ -91,10 +90,10 @@ def save_state(
         if not checkpoints.save(
             step,
             args=ocp.args.Composite(**args),
-            metrics=record,  # which only the policy reads
+            metrics=record,  # only for the preservation policy
             custom_metadata=record,
         ):
-            raise ValueError(f"there is a checkpoint of a step after {step}")
+            raise ValueError(f"there is already a checkpoint later than step {step}")
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -106,53 +105,53 @@ def _parts(state: TrainState) -> dict[str, Any]:
 
 
 def check_saves(checkpoints: ocp.CheckpointManager, saved: int | None) -> int | None:
-    """The newest step that is saved; gives back a save's memory if it is not `saved`.
+    """Returns the latest saved step; if it is not `saved`, frees the save's memory.
 
-    Raises OSError if a save in the background has failed; waits for none.
+    Does not wait for a running save. Raises OSError if a background save has failed.
     """
     with _clear_save_errors():
         if checkpoints.is_saving_in_progress():
             return saved
-        checkpoints.wait_until_finished()  # raises what the save has left
-    if (newest := checkpoints.latest_step()) != saved:
+        checkpoints.wait_until_finished()  # raises the error of a failed save
+    if (latest := checkpoints.latest_step()) != saved:
         release_memory()
-    return newest
+    return latest
 
 
 @contextmanager
 def _clear_save_errors() -> Iterator[None]:
-    """Turns what a failed save raises into an error that says what to do."""
+    """Turns the error of a failed save into an OSError that says what to do."""
     try:
         yield
     except Exception as error:
         lost = (RuntimeError, TimeoutError, AssertionError)
         if several_processes() and isinstance(error, lost):
-            raise  # it is of the run's other processes, and not of files
+            raise  # caused by another process, not by files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"a checkpoint could not be saved ({reason}); those from before are kept. "
-            "Make room, if that is it, and go on with --resume"
+            f"a checkpoint could not be saved ({reason}); earlier ones are kept. If "
+            "the disk is full, free some space, then continue with --resume"
         ) from error
 
 
 def restore_state(
     folder: Path, which: str | int, abstract: TrainState, *, resume: bool = False
 ) -> TrainState:
-    """Reads a checkpoint, placed as `abstract` is.
+    """Reads a checkpoint, sharded like `abstract`.
 
-    A damaged one is told of, and instead of the best or the latest the next best, or
-    the one before, is taken. Where none was evaluated, the best is the latest.
+    A damaged "best" or "latest" checkpoint is logged, and the next best or the previous
+    one is used instead. If none was evaluated, the best is the latest.
 
     Args:
-      folder: of the checkpoints.
+      folder: the directory of checkpoints.
       which: "best", "latest" or a step.
-      abstract: shapes, dtypes and shardings. If its opt_state is None, parameters only
-        are read; the result's is None if only they were saved.
-      resume: requires an opt_state, and renames damaged checkpoints, so that their
-        steps can be saved again.
+      abstract: shapes, dtypes and shardings. If its opt_state is None, only parameters
+        are read. The returned opt_state is None if only parameters were saved.
+      resume: requires an opt_state, and renames damaged checkpoints so that their steps
+        can be saved again.
 
-    Raises ValueError that lists the steps there are, or what is wrong with them, or
-    that names the first parameter of another shape.
+    Raises FileNotFoundError if there is no checkpoint, or ValueError that lists the
+    existing steps, the damage, or the first parameter whose shape differs.
     """
     faults = {}
     for step in find_steps(folder, which):
@@ -162,9 +161,9 @@ def restore_state(
         except _DamageError as error:
             faults[step] = str(error)
     else:
-        other = f"move {folder} away to begin at step 0" if resume else "take another"
+        other = f"move {folder} away to start at step 0" if resume else "use another"
         listed = "; ".join(faults.values())
-        raise ValueError(f"{listed}; bring it back from a copy, or {other}")
+        raise ValueError(f"{listed}; restore it from a copy, or {other}")
     saved = folder / str(step)
     if resume and "progress" not in parts:
         raise ValueError(
@@ -172,25 +171,25 @@ def restore_state(
             "with --init-from"
         )
     progress = parts.get("progress", {"step": jnp.asarray(step), "opt_state": None})
-    if (inside := progress["step"]) != step:
-        raise ValueError(f"{saved} is of step {inside}; give it its name back")
+    if (saved_step := progress["step"]) != step:
+        raise ValueError(f"{saved} contains step {saved_step}; rename it to match")
     for damaged, fault in faults.items():
         renamed = folder / f"{damaged}.damaged"
-        instead = f"set aside as {renamed.name}" if resume else "left out"
-        log_line(f"{fault}; it is {instead}, and step {step} taken instead")
+        action = f"renamed to {renamed.name}" if resume else "skipped"
+        log_line(f"{fault}; it was {action}, and step {step} is used instead")
         if resume and is_first_process():
-            shutil.rmtree(renamed, ignore_errors=True)  # the same step's, of before
+            shutil.rmtree(renamed, ignore_errors=True)  # an earlier one of this step
             (folder / str(damaged)).rename(renamed)
     wait_for_all("restored")
     return TrainState(params=parts["params"], **progress)
 
 
 def _restore(saved: Path, parts: dict[str, Any]) -> dict[str, Any]:
-    """Those of the parts that were saved; raises _DamageError in every process."""
+    """Reads the saved ones of `parts`; all processes raise _DamageError together."""
     with _same_outcome_everywhere(saved):
         record = read_record(saved)
     check_shapes(record["shapes"], shapes(parts["params"]), str(saved))
-    handler, restored = ocp.StandardCheckpointHandler(), {}  # which waits for no other
+    handler, restored = ocp.StandardCheckpointHandler(), {}  # without process barriers
     with _same_outcome_everywhere(saved):
         for name in [name for name in parts if name in record["parts"]]:
             restore_args, part = (
@@ -199,46 +198,46 @@ def _restore(saved: Path, parts: dict[str, Any]) -> dict[str, Any]:
             )
             restored[name] = handler.restore(part, args=restore_args)
     if "checksums" not in record:
-        log_line(f"{saved} is of an older version, and was not checked for damage")
+        log_line(f"{saved} is from an older version; it was not checked for damage")
         return restored
     for name, number in checksums(restored).items():
         if number != record["checksums"].get(name):
-            raise _DamageError(f"{saved} is damaged ({name} is not what was saved)")
+            raise _DamageError(f"{saved} is damaged (checksum mismatch in {name})")
     return restored
 
 
 @contextmanager
 def _same_outcome_everywhere(saved: Path) -> Iterator[None]:
-    """Turns what fails in one process into a _DamageError in every one."""
+    """Turns an error in any process into a _DamageError in every process."""
     failed = None
     try:
         yield
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-        raise  # which is not the files' fault
+        raise  # not caused by damage
     except Exception as error:
         failed = error
     if any_failed(failed is not None):
         reason = str(failed or "another process can't read it")
-        reason = reason.split(":")[0]  # where TensorStore goes on with its drivers
+        reason = reason.split(":")[0]  # without TensorStore's details of its drivers
         raise _DamageError(f"{saved} is damaged ({reason})") from failed
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps of all checkpoints, whole or not."""
-    paths = folder.iterdir() if folder.exists() else ()  # an error if it is a file
+    """The steps of all checkpoints, damaged or not."""
+    paths = folder.iterdir() if folder.exists() else ()  # raises if it is a file
     return sorted(int(p.name) for p in paths if p.name.isdecimal() and p.is_dir())
 
 
 def find_steps(folder: Path, which: str | int) -> list[int]:
-    """The step of checkpoint "best", "latest" or a number, then those to try after it.
+    """The step of checkpoint "best", "latest" or a number, then the fallbacks in order.
 
-    The best begin with those whose metric can't be read, so that this is told. Raises
-    ValueError that lists the steps there are.
+    For "best", those with an unreadable metric come first, so that they are reported.
+    Raises FileNotFoundError if there are none, ValueError that lists those there are.
     """
     if not (steps := saved_steps(folder)):
         raise FileNotFoundError(
-            f"{folder} has no checkpoint yet; train for longer, or start again with "
-            "--resume"
+            f"{folder} has no checkpoint yet; train for longer, or continue the run "
+            "with --resume"
         )
     if which == "latest":
         return steps[::-1]
@@ -251,7 +250,7 @@ def find_steps(folder: Path, which: str | int) -> list[int]:
 
 
 def best_metric(folder: Path) -> float | None:
-    """The lowest validation metric of the checkpoints, None if none was evaluated."""
+    """The lowest validation metric of all checkpoints; None if none was evaluated."""
     best = min(_metrics(folder, saved_steps(folder), math.inf).values())
     return best if best < math.inf else None
 

@@ -1,4 +1,4 @@
-"""A step that blew up: the first layer whose values are not finite."""
+"""Diagnosis of a non-finite step: finds the first layer with non-finite outputs."""
 
 import dataclasses
 from collections import Counter
@@ -30,24 +30,24 @@ def diagnose_non_finite(
     config: Config,
     mesh: Mesh,
 ) -> Iterator[None]:
-    """Has a FloatingPointError say in which layer of its step it began.
+    """Adds the first layer with non-finite outputs to a FloatingPointError's message.
 
-    The state, which no step has changed since, is the one before that step.
+    `state` returns the state before the failed step; no later step has changed it.
     """
     try:
         yield
     except FloatingPointError as error:
-        log_line(f"{error}; looking for the layer where it began")
+        log_line(f"{error}; looking for the first layer with non-finite outputs")
         step = f"step {int(state().step) + 1}"
         try:
             layer = first_non_finite_layer(state(), objective, source, config, mesh)
-        except Exception as failure:  # the error itself must be told
-            told = f"the layers of {step} could not be looked at ({failure})"
+        except Exception as failure:  # must not hide the error itself
+            result = f"the layers of {step} could not be checked ({failure})"
         else:
-            told = f"the outputs of every layer in {step} are finite"
+            result = f"the outputs of every layer in {step} are finite"
             if layer:
-                told = f"the outputs of {layer} in {step} are the first that are not"
-        raise FloatingPointError(f"{error}; {told}") from error
+                result = f"the first non-finite outputs in {step} are those of {layer}"
+        raise FloatingPointError(f"{error}; {result}") from error
 
 
 def first_non_finite_layer(
@@ -57,12 +57,12 @@ def first_non_finite_layer(
     config: Config,
     mesh: Mesh,
 ) -> str:
-    """Names the first layer whose outputs are not finite in the step after `state`.
+    """Names the first layer with non-finite outputs in the step after `state`, or "".
 
-    "" if there is none. `objective` makes one of a model, as `next_token` does, and
-    `source` has the training batches. Every process of the run must call it.
+    `objective` makes an objective from a model, as `next_token` does; `source` has the
+    training batches. Every process of the run must call it.
     """
-    # Remat would hide the layers' values.
+    # Under remat, the layers' values can't be inspected.
     changed: dict[str, Any] = {"remat": False} if hasattr(config.model, "remat") else {}
     model = dataclasses.replace(config.model, **changed)
     losses = objective(build_model(model, platform_of(mesh)))
@@ -83,22 +83,22 @@ def first_non_finite_layer(
 def _first_layer(
     objective: Objective, params: Any, batch: Batch, context: Context
 ) -> str:
-    """The first layer whose output is not finite; runs one operation after another."""
+    """The first layer whose output is not finite, found by running without jit."""
     calls: Counter[str] = Counter()
     found: list[str] = []
 
-    def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def check(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         out = call(*args, **kwargs)
         arrays = jax.tree.leaves(out)
         traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
         if context.method_name == "__call__" and not (traced or found):
             path = ".".join(context.module.path)
             if not all(bool(jnp.isfinite(array).all()) for array in arrays):
-                layer = f"h.{calls[path]}."  # of the GPT's, which share a module
+                layer = f"h.{calls[path]}."  # the GPT's layers share one module
                 found.append(path.replace("h.", layer, 1) or "the model")
             calls[path] += 1
         return out
 
-    with jax.disable_jit(), nn.intercept_methods(look):
+    with jax.disable_jit(), nn.intercept_methods(check):
         objective(params, batch, context)
     return found[0] if found else ""

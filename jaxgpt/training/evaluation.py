@@ -1,4 +1,4 @@
-"""The loss on text: a quick estimate during training, and the exact figure.
+"""The loss on a text: a quick estimate during training, and the exact value.
 
 B batch   T time
 """
@@ -21,12 +21,12 @@ from jaxgpt.parallel.mesh import activation_sharding, replicated, shardings
 from jaxgpt.text.batches import Source
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
 
-# Parameters and a batch, which every process gives in full, to what all of them get.
+# Maps parameters and a batch (in full on every process) to results on every process.
 EvalStep = Callable[[Any, Batch], Any]
 
 
 def compile_estimate(objective: Objective, mesh: Mesh) -> EvalStep:
-    """Makes what gives an objective's loss and figures of a batch, without dropout."""
+    """Makes the `EvalStep` of an objective's loss and metrics, without dropout."""
 
     def metrics(params: Any, batch: Batch) -> dict[str, LossSum]:
         rows_B = jnp.arange(len(jax.tree.leaves(batch)[0]))
@@ -37,7 +37,7 @@ def compile_estimate(objective: Objective, mesh: Mesh) -> EvalStep:
 
 
 def compile_losses(model: nn.Module, mesh: Mesh) -> EvalStep:
-    """Makes what gives each next token's loss in nats, f32 [B, T], without dropout."""
+    """Makes the `EvalStep` of next-token losses, f32 [B, T] in nats; no dropout."""
 
     def losses(params: Any, batch: Batch) -> jax.Array:
         (inputs_BT, targets_BT), apply = batch, partial(model.apply, {"params": params})
@@ -53,7 +53,7 @@ def _compile(function: EvalStep, mesh: Mesh) -> EvalStep:
     jitted = jax.jit(function, out_shardings=replicated(mesh))
 
     def eval_step(params: Any, batch: Batch) -> Any:
-        params = jax.device_put(params, shardings(params, mesh))  # if need be
+        params = jax.device_put(params, shardings(params, mesh))  # if not yet sharded
         with activation_sharding(mesh):
             return jitted(params, shard_batch(mesh, batch))
 
@@ -63,13 +63,13 @@ def _compile(function: EvalStep, mesh: Mesh) -> EvalStep:
 def estimate(
     eval_step: EvalStep, sources: dict[str, Source], params: Any, batches: int
 ) -> dict[str, float]:
-    """Means of an objective's loss and figures over `batches` batches of each source.
+    """Means of an objective's loss and metrics over `batches` batches of each source.
 
     Args:
-      eval_step: as `compile_estimate` makes it.
-      sources: by name: of "val" there are `val_loss` and so on.
-      params: the model's.
-      batches: of each source.
+      eval_step: the result of `compile_estimate`.
+      sources: by name, which prefixes the metrics: "val" gives `val_loss` and so on.
+      params: the model's parameters.
+      batches: number per source. Raises ValueError if a metric's total weight is 0.
     """
     means = {}
     for name, source in sources.items():
@@ -80,8 +80,8 @@ def estimate(
         for metric, loss in total.items():
             if not loss.weight:
                 raise ValueError(
-                    f"nothing counts for {name}_{metric} in {batches} batches; give "
-                    "more --train.eval-iters"
+                    f"{name}_{metric} has weight 0 in {batches} batches; increase "
+                    "--train.eval-iters"
                 )
             means[f"{name}_{metric}"] = float(loss.mean())
     return means
@@ -92,11 +92,11 @@ class Evaluation:
     """The exact loss on a text.
 
     Attributes:
-      tokens: predictions it averages.
-      nats_per_token: the mean loss.
-      standard_error: of that mean, in nats, from the spread between stretches of
-        block_size predictions, since those within one correlate; None where there is
-        but one. Longer stretches still correlate a little, so it is a lower bound.
+      tokens: number of predictions.
+      nats_per_token: their mean loss.
+      standard_error: of that mean, in nats, from the variance between segments of
+        block_size predictions, since losses within one correlate; None if there is only
+        one. A lower bound, because losses correlate a little between segments too.
     """
 
     tokens: int
@@ -111,19 +111,19 @@ def evaluate_exactly(
     config: Config,
     stride: int | None = None,
 ) -> Evaluation:
-    """The loss on `tokens`, each but the first predicted exactly once.
+    """The loss on `tokens`, predicting each one but the first exactly once.
 
-    Windows of block_size predictions start every `stride` tokens, and of each the last
-    `stride` predictions count (of the first all). So each has at least block_size -
-    stride tokens before it, but for the text's first. The batch size does not change
-    the result (but for rounding).
+    Windows of block_size predictions start every `stride` tokens. The last `stride` of
+    each count, and all of the first, so that each prediction has at least block_size -
+    stride tokens of context, except at the start of the text. The batch size does not
+    change the result, except for rounding.
 
     Args:
-      eval_step: as `compile_losses` makes it.
+      eval_step: the result of `compile_losses`.
       params: the model's parameters.
-      tokens: of one split [tokens], at least two.
-      config: of the model, and of how many rows run at once.
-      stride: block_size if left out: the windows then do not overlap.
+      tokens: token ids of one split [tokens], at least two.
+      config: gives block_size and the number of rows per batch.
+      stride: block_size by default, so that windows do not overlap.
 
     Raises ValueError if `stride` is not from 1 to block_size, and FloatingPointError if
     the loss is not finite.
@@ -135,7 +135,7 @@ def evaluate_exactly(
     starts = np.arange(0, max(len(tokens) - 1 - T, 0) + stride, stride)
     batches = _windows(tokens, starts, config.data.microbatch_size, T)
     count, position = len(tokens) - 1, 0
-    sums = np.zeros(-(-count // T))  # of each stretch of T losses, in the text's order
+    sums = np.zeros(-(-count // T))  # of each segment of T losses, in text order
     for loss_BT in _each(eval_step, params, batches):
         losses = loss_BT[:, T - stride :].ravel()
         if position == 0:
@@ -149,7 +149,7 @@ def evaluate_exactly(
 def _windows(
     tokens: np.ndarray, starts: np.ndarray, batch_size: int, block_size: int
 ) -> Iterator[Batch]:
-    """Yields the windows from `starts` on, in batches that padding fills up."""
+    """Yields batches of the windows at `starts`, and repeats some to fill the last."""
     for first in range(0, len(starts), batch_size):
         starts_B = np.resize(starts[first : first + batch_size], batch_size)
         positions = starts_B[:, None] + np.arange(block_size + 1)
@@ -158,16 +158,15 @@ def _windows(
 
 
 def _summary(sums: np.ndarray, size: int, count: int) -> Evaluation:
-    """Mean and standard error of `count` losses, from the sums of each `size` of them.
+    """Mean and standard error of `count` losses, given the sum of each `size` of them.
 
-    The mean is a ratio, of the sums to their sizes (the last may be smaller), and its
-    variance that of a ratio. Source: Cochran, "Sampling Techniques" (1977), chapter 6.
+    The last segment may be smaller, so the variance is that of a ratio estimator.
+    Source: Cochran, "Sampling Techniques" (1977), chapter 6.
     """
     mean, error, n = sums.sum() / count, None, len(sums)
     if not np.isfinite(mean):
         raise FloatingPointError(
-            f"the loss is {mean}: the parameters are no longer of use; take an earlier "
-            "checkpoint"
+            f"the loss is {mean}: the parameters are invalid; use an earlier checkpoint"
         )
     if n > 1:
         sizes = np.minimum(size, count - size * np.arange(n))
@@ -177,10 +176,10 @@ def _summary(sums: np.ndarray, size: int, count: int) -> Evaluation:
 
 
 def _each(eval_step: EvalStep, params: Any, batches: Iterable[Batch]) -> Iterator[Any]:
-    """Yields what `eval_step` gives of each batch, f64 on the host.
+    """Yields the result of `eval_step` for each batch, f64 on the host.
 
-    Reads it one batch late, so that the device never waits; no later, since XLA's CPU
-    client can deadlock with more than 32 programs under way on several devices.
+    Reads each result one batch late, so that the device never waits; no later, because
+    XLA's CPU client can deadlock with more than 32 programs in flight on many devices.
     """
     running: list[Any] = []
     to_host = partial(jax.tree.map, partial(np.asarray, dtype=np.float64))

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, progress and the loss curve."""
+"""Reports on a run while it trains: metrics.jsonl, progress and the loss curve."""
 
 import json
 import math
@@ -19,15 +19,15 @@ from jaxgpt.files import is_first_process, log_line, replace_file
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 _STEP_METRICS = ("loss", "learning_rate", "grad_norm")
-_POINTS = 2000  # across the curve
+_POINTS = 2000  # maximum number of points in the curve of training losses
 
 
 class Monitor(AbstractContextManager):
-    """Writes the rows of metrics.jsonl and shows them, as a context.
+    """Context that writes metrics.jsonl and shows progress.
 
-    Progress is a bar on a terminal, plain lines elsewhere. Rows are on disk once
-    `flush` returns, so that a checkpoint saved after it never outlives its rows. Of
-    several processes the first writes and shows; all check that the figures are finite.
+    Progress is a bar on a terminal, and plain lines elsewhere. Rows are on disk once
+    `flush` returns, so a checkpoint saved after that never has missing rows. Only the
+    first process writes and shows anything; all check that values are finite.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Monitor(AbstractContextManager):
         started: float,
         skipped: int = 0,
     ):
-        """Goes on with the run's rows up to `resumed_step`; None begins anew.
+        """Keeps the run's rows up to `resumed_step`, or starts anew if it is None.
 
         Args:
-          started: when this session began, by `time.monotonic`.
-          skipped: steps that the run has left out so far.
+          started: start time of this process, by `time.monotonic`.
+          skipped: number of steps skipped by the run so far.
         """
         self._curve = run_dir / CURVE
         self._path = run_dir / METRICS if is_first_process() else Path(os.devnull)
@@ -82,14 +82,14 @@ class Monitor(AbstractContextManager):
     def train(
         self, first: int, metrics: Mapping[str, jax.Array], started: float
     ) -> None:
-        """Takes the metrics of a call's steps, and logs those of the call before.
+        """Takes the metrics of a dispatch, and logs those of the previous dispatch.
 
-        So the device works on one call while the other's metrics are read.
+        The device thus runs one dispatch while the metrics of the other are read.
 
         Args:
-          first: updates completed before the call.
-          metrics: of N steps, as the train step reports them, each [N].
-          started: when the call was made, by `time.monotonic`.
+          first: updates completed before the dispatch.
+          metrics: the train step's metrics of N steps, each [N].
+          started: time of the dispatch, by `time.monotonic`.
         """
         self._log_pending()
         self._pending = (first, metrics, started)
@@ -97,20 +97,20 @@ class Monitor(AbstractContextManager):
     def flush(self) -> None:
         """Logs all metrics taken so far; returns once their rows are on disk.
 
-        Raises FloatingPointError that names the step of a value that is not finite,
-        where no more of them may be skipped.
+        Raises FloatingPointError that names the step with a non-finite value, if no
+        more steps may be skipped.
         """
         self._log_pending()
         self._sync()
 
     def eval(self, step: int, figures: Mapping[str, float]) -> None:
-        """Logs an evaluation after `step` updates, and draws the curve.
+        """Logs an evaluation after `step` updates, and draws the loss curve.
 
-        Its row too is on disk when this returns.
+        Returns once its row is on disk.
 
         Args:
           step: completed updates.
-          figures: as `estimate` gives them, of the splits "train" and "val".
+          figures: the result of `estimate` for the splits "train" and "val".
         """
         self._log_pending()
         check_finite(step, figures)
@@ -118,7 +118,7 @@ class Monitor(AbstractContextManager):
         self._sync()
         shown = (f"{name.replace('_', ' ')} {n:.4f}" for name, n in figures.items())
         self._say(f"step {step}: {', '.join(shown)}")
-        if step and is_first_process():  # before it there is no curve
+        if step and is_first_process():  # at step 0 there is no curve yet
             plot_losses(self._path, self._curve)
 
     def done(self, step: int, val_loss: float) -> None:
@@ -139,12 +139,12 @@ class Monitor(AbstractContextManager):
             return
         first, metrics, started = self._pending
         self._pending = None
-        metrics = jax.device_get(metrics)  # waits for the call
+        metrics = jax.device_get(metrics)  # waits for the dispatch
         end = time.monotonic()
         rate = float(metrics["tokens"].sum()) / (end - max(started, self._last_end))
         self._last_end = end
         others = metrics.keys() - {*_STEP_METRICS, "tokens", "skipped"}
-        names = (*_STEP_METRICS, *sorted(others))  # of the objective
+        names = (*_STEP_METRICS, *sorted(others))  # others are the objective's
         for i, skipped in enumerate(metrics["skipped"].tolist()):
             step, values = first + 1 + i, {n: float(metrics[n][i]) for n in names}
             bad = non_finite(values) if skipped > self._skipped else {}
@@ -169,7 +169,7 @@ class Monitor(AbstractContextManager):
     def _write(self, event: str, step: int, **values: float) -> None:
         elapsed = time.monotonic() - self._started
         row = {"event": event, "step": step, **values, "elapsed_seconds": elapsed}
-        row |= dict.fromkeys(non_finite(values))  # JSON has no infinity
+        row |= dict.fromkeys(non_finite(values))  # null, as JSON has no inf or NaN
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
@@ -181,7 +181,7 @@ class Monitor(AbstractContextManager):
 
 
 def non_finite(values: Mapping[str, float]) -> dict[str, float]:
-    """Those of the values that are no finite numbers."""
+    """The values that are not finite."""
     return {name: value for name, value in values.items() if not math.isfinite(value)}
 
 
@@ -189,13 +189,13 @@ def check_finite(step: int, values: Mapping[str, float]) -> None:
     """Raises FloatingPointError that names the step if a value is not finite."""
     for name, value in non_finite(values).items():
         raise FloatingPointError(
-            f"{name} is {value} at step {step}; the checkpoints from before are "
-            "kept. Resume with a lower --optimizer.learning-rate, or start over"
+            f"{name} is {value} at step {step}; earlier checkpoints are kept. Resume "
+            "with a lower --optimizer.learning-rate, or start over"
         )
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of metrics.jsonl, without torn lines; none without the file."""
+    """Yields the rows of metrics.jsonl, if it exists, without partial lines."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -207,9 +207,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def rewind(path: Path, step: int) -> dict[str, Any] | None:
-    """Drops torn lines, rows past `step` and the end of an earlier session.
+    """Deletes partial lines, rows after `step`, and "done" rows from metrics.jsonl.
 
-    Returns the last row kept, if any.
+    Returns the last row kept, or None.
     """
     last = None
 
@@ -226,13 +226,13 @@ def rewind(path: Path, step: int) -> dict[str, Any] | None:
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
-    """Draws the losses of the steps and of the evaluations as a PNG.
+    """Plots the losses of steps and of evaluations to a PNG file.
 
     Args:
-      metrics: metrics.jsonl, with an evaluation.
-      picture: to draw.
+      metrics: path of metrics.jsonl, which must have an evaluation.
+      picture: path to write.
     """
-    from matplotlib.figure import Figure  # half a second, and only needed here
+    from matplotlib.figure import Figure  # takes 0.5 s, and only needed here
 
     steps, evals = [], []
     for row in read_rows(metrics):

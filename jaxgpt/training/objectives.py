@@ -1,13 +1,13 @@
-"""What training minimises: an objective turns a batch into sums of losses.
+"""Objectives, which training minimises: functions of a batch that return loss sums.
 
 B batch   T time
 
-An objective returns its loss, and what else it reports by name, each as a sum over what
-counts and how much that was. Sums add up over microbatches and devices, and only then
-are divided: nothing is a mean of means, whatever counts where.
+An objective returns its loss and its other metrics by name, each as a weighted sum and
+the sum of the weights. Both are added up over microbatches and devices before they are
+divided, so that nothing is a mean of means, even if the weights differ.
 
-`best` is the checkpoint whose loss on the validation split is lowest; or another figure
-that the objective reports, if its attribute `figure` has the name of that figure.
+The `best` checkpoint has the lowest loss on the validation split, or the lowest value
+of another metric, if the objective has an attribute `metric` that names it.
 """
 
 from collections.abc import Callable
@@ -20,31 +20,31 @@ from jax import Array
 
 from jaxgpt import ops
 
-Batch = Any  # a pytree of arrays whose axis 0 has the rows
+Batch = Any  # a pytree of arrays with rows on axis 0
 
 
 class LossSum(NamedTuple):
-    """A loss summed over what counts.
+    """A sum of losses and its weight.
 
     Attributes:
       total: the sum, f32 scalar.
-      weight: how much counts (tokens, examples), f32 scalar.
+      weight: the number of tokens or examples in the sum, f32 scalar.
     """
 
     total: Array
     weight: Array
 
     def mean(self) -> Array:
-        """Of all that counts; NaN where nothing does."""
+        """The mean loss; NaN if the weight is 0."""
         return self.total / self.weight
 
 
 class Context(NamedTuple):
-    """What an objective knows besides parameters and batch.
+    """The inputs of an objective besides parameters and batch.
 
     Attributes:
-      key: of dropout; None, as in evaluations, for none.
-      rows_B: numbers of the rows in the whole batch, i32, which key their masks.
+      key: the dropout key; None turns dropout off, as in evaluations.
+      rows_B: indices of the rows in the whole batch, i32, which seed dropout masks.
     """
 
     key: Array | None
@@ -55,14 +55,14 @@ Objective = Callable[[Any, Batch, Context], tuple[LossSum, dict[str, LossSum]]]
 
 
 def validation_metric(objective: Objective) -> str:
-    """Which figure of an evaluation chooses the best checkpoint; lower is better."""
+    """Name of the evaluation metric that picks the best checkpoint; lower is better."""
     return f"val_{getattr(objective, 'metric', 'loss')}"
 
 
 def next_token(model: nn.Module) -> Objective:
-    """The loss of each next token, in nats.
+    """Makes the objective of next-token prediction: cross-entropy in nats.
 
-    Its batches are inputs and targets, i32 [B, T] each; every target counts.
+    A batch is inputs and targets, i32 [B, T] each; the weight is the number of targets.
     """
 
     def objective(

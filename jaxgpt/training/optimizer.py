@@ -1,4 +1,4 @@
-"""AdamW with warmup, cosine decay and clipping: nanoGPT's optimizer in optax."""
+"""AdamW with warmup, cosine decay and gradient clipping: nanoGPT's, in optax."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,9 +12,9 @@ _NOT_DECAYED = ("bias", "scale")
 
 
 def learning_rate_schedule(config: OptimizerConfig, max_steps: int) -> optax.Schedule:
-    """Linear warmup, then a cosine from learning_rate to min_lr at max_steps.
+    """Linear warmup, then cosine decay from learning_rate to min_lr at max_steps.
 
-    Maps completed updates to the next update's rate. Source: nanoGPT train.py, get_lr.
+    Maps completed updates to the next learning rate. Source: nanoGPT train.py, get_lr.
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (config.warmup_steps + 1),
@@ -28,7 +28,7 @@ def learning_rate_schedule(config: OptimizerConfig, max_steps: int) -> optax.Sch
 def decay_mask(params: Any) -> Any:
     """True for matrices and embeddings, False for biases and LayerNorm scales.
 
-    By name: stacked layers give every parameter one axis more than it has.
+    Decided by name, since stacking the layers gives all parameters an extra axis.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in _NOT_DECAYED, params
@@ -36,12 +36,12 @@ def decay_mask(params: Any) -> Any:
 
 
 class Optimizer(NamedTuple):
-    """A `optax.GradientTransformation` that tells its learning rate.
+    """An `optax.GradientTransformation` that also reports its learning rate.
 
     Attributes:
-      init: parameters to the optimizer's state.
-      update: gradients, state and parameters to updates and the state.
-      learning_rate: the state to the next update's rate.
+      init: maps parameters to the optimizer's state.
+      update: maps gradients, state and parameters to updates and the new state.
+      learning_rate: maps the state to the learning rate of the next update.
     """
 
     init: optax.TransformInitFn
@@ -50,7 +50,7 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizer(config: OptimizerConfig, max_steps: int) -> Optimizer:
-    """AdamW after clipping, by its schedule. Source: torch.optim.AdamW."""
+    """Gradient clipping, then scheduled AdamW. Source: torch.optim.AdamW."""
     schedule = learning_rate_schedule(config, max_steps)
     adamw = optax.adamw(
         schedule,

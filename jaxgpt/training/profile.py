@@ -12,10 +12,10 @@ from jaxgpt.files import is_first_process, log_line
 
 @contextmanager
 def profiled(folder: Path, calls: int) -> Iterator[Callable[[Any], None]]:
-    """Traces `calls` dispatches from the second on, the first being slower, if any.
+    """Traces `calls` dispatches, starting with the second, as the first is slower.
 
-    Yields a function to be given what each dispatch has returned. The trace is for
-    TensorBoard and for Perfetto; of several processes it is the first's.
+    Yields a function to call with the result of each dispatch. The trace can be opened
+    in TensorBoard and Perfetto. Only the first process is traced.
     """
     done, calls = 0, calls if is_first_process() else 0
 

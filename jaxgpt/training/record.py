@@ -1,4 +1,4 @@
-"""The record of a checkpoint: what its arrays were when it was saved, and how good."""
+"""The record of a checkpoint: shapes and checksums of its arrays, and its metric."""
 
 import json
 import math
@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-_METADATA = "_CHECKPOINT_METADATA"  # Orbax's, in which the record is custom_metadata
-_DIGESTS = "digests.json"  # of the files of checkpoints from before there were records
+_METADATA = "_CHECKPOINT_METADATA"  # Orbax's; the record is its custom_metadata
+_DIGESTS = "digests.json"  # file digests, in old checkpoints that have no record
 
 
 def make_record(parts: dict[str, Any], metric: float) -> dict[str, Any]:
-    """The record of a checkpoint with these parts, trees of arrays, as JSON has it.
+    """Makes the JSON record of a checkpoint from its parts, which are array trees.
 
-    The validation metric is infinite if there is none.
+    The validation metric is infinite if the parameters were not evaluated.
     """
     record = {
         "figure": metric,
@@ -29,10 +29,10 @@ def make_record(parts: dict[str, Any], metric: float) -> dict[str, Any]:
 
 
 def read_record(saved: Path) -> dict[str, Any]:
-    """The record of the checkpoint in the folder `saved`.
+    """Reads the record of the checkpoint in the folder `saved`.
 
-    It has no checksums if the checkpoint is from before there were any. Raises
-    ValueError if it is missing or damaged.
+    Records of checkpoints from older versions have no checksums. Raises ValueError if
+    the record is missing or damaged.
     """
     try:
         if (saved / _DIGESTS).exists():
@@ -44,7 +44,7 @@ def read_record(saved: Path) -> dict[str, Any]:
         return record
     except PermissionError:
         raise
-    except Exception as error:  # of many kinds
+    except Exception as error:  # a damaged record may raise anything
         raise ValueError(f"its record in {_METADATA} can't be read") from error
 
 
@@ -64,7 +64,7 @@ def _crc32(record: dict[str, Any]) -> int:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """A number for each array of the tree, which is the same for every sharding."""
+    """A checksum of each array in the tree; it does not depend on the sharding."""
     found = jax.device_get(_checksums(_named(tree)))
     return {name: int(number) for name, number in found.items()}
 
@@ -75,10 +75,10 @@ def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _checksum(array: jax.Array) -> jax.Array:
-    """A scalar, u32, that differs if any one element does.
+    """A u32 scalar that changes if any one element changes.
 
-    A bijection mixes each element's bits, plus a multiple of its index, and the sum is
-    modulo 2**32. Unmixed, zeros, as which lost chunks are read, have the sum of ones.
+    Sums, modulo 2**32, a bijective hash of each element's bits plus a multiple of its
+    index. Unhashed, zeros (as lost chunks are read) could have the same sum as ones.
 
     Source: Appleby, MurmurHash3 (fmix32).
     """
@@ -93,7 +93,7 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 def shapes(tree: Any) -> dict[str, list[int]]:
-    """The shape of each array of the tree, by its name."""
+    """The shape of each array in the tree, by name."""
     return {name: list(leaf.shape) for name, leaf in _named(tree).items()}
 
 
@@ -108,12 +108,12 @@ def _named(tree: Any) -> dict[str, Any]:
 def check_shapes(
     found: dict[str, list[int]], expected: dict[str, list[int]], checkpoint: str
 ) -> None:
-    """Raises ValueError that names the first parameter of another shape.
+    """Raises ValueError that names the first parameter whose shape differs.
 
     Args:
-      found: the checkpoint's `shapes`.
-      expected: those by the config.
-      checkpoint: its name.
+      found: the `shapes` in the checkpoint.
+      expected: the `shapes` according to the config.
+      checkpoint: name of the checkpoint, for the message.
     """
     for name in sorted(found.keys() | expected.keys()):
         there, here = (
@@ -122,6 +122,6 @@ def check_shapes(
         )
         if there != here:
             raise ValueError(
-                f"checkpoint {checkpoint} is of another config: {name} is {there} "
-                f"there, {here} by config.json; bring that run's own config.json back"
+                f"checkpoint {checkpoint} was saved with another config: {name} is "
+                f"{there} there, {here} by config.json; restore its own config.json"
             )

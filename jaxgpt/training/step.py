@@ -1,6 +1,6 @@
 """The train step: a pure function of the state and a batch.
 
-B batch   N steps in one call
+B batch   N steps in one dispatch
 """
 
 from collections.abc import Callable
@@ -25,14 +25,14 @@ from jaxgpt.training.optimizer import Optimizer, make_optimizer
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes.
+    """The state of training.
 
     Attributes:
       step: completed updates, i32 scalar.
       params: the model's parameters, f32.
       opt_state: AdamW's moments and counts.
-      skipped: updates left out, since their loss or gradients were not finite, i32
-        scalar; `step` counts them too.
+      skipped: updates skipped because loss or gradients were not finite, i32 scalar;
+        they are included in `step`.
     """
 
     step: jax.Array
@@ -42,7 +42,7 @@ class TrainState:
 
 
 def _keys(config: Config, seed: jax.Array | int | None = None) -> jax.Array:
-    """The keys of initialisation and of dropout."""
+    """The keys for initialisation and dropout."""
     return jax.random.split(jax.random.key(config.train.seed if seed is None else seed))
 
 
@@ -55,18 +55,18 @@ def _initial(model: nn.Module, config: Config, params: Any = None) -> TrainState
     return TrainState(zero, params, optimizer.init(params), zero)
 
 
-@cache  # as a start asks for it several times
+@cache  # because it is needed several times at startup
 def abstract_state(model: nn.Module, config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without its memory."""
+    """Shapes, dtypes and shardings of the state, without allocating memory."""
     return with_shardings(jax.eval_shape(partial(_initial, model, config)), mesh)
 
 
 def create_state(
     model: nn.Module, config: Config, mesh: Mesh, params: Any = None
 ) -> TrainState:
-    """The state before the first update, of `train.seed` or of the given parameters.
+    """The state before the first update, from `train.seed` or the given parameters.
 
-    Each device makes its own part.
+    Each device computes its own shard.
     """
     where = jax.tree.map(attrgetter("sharding"), abstract_state(model, config, mesh))
     return jax.jit(partial(_initial, model, config), out_shardings=where)(params)
@@ -79,32 +79,32 @@ def make_train_step(
     axis_name: str | None = None,
     seed: jax.Array | int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Makes `train_step(state, batch) -> state, metrics`: one update.
+    """Makes `train_step(state, batch) -> state, metrics`, which does one update.
 
-    It is pure, and runs under `jit`, with or without shardings, as it is. Inside `pmap`
-    or `shard_map` give the mapped axis's name: every device then sees its share of the
-    rows, in order.
+    The function is pure and runs under `jit`, with or without shardings. Inside `pmap`
+    or `shard_map`, pass the name of the mapped axis; each device must then have its
+    shard of the rows, in order.
 
-    The batch is cut into `data.gradient_accumulation_steps` microbatches, which run one
-    after the other. Gradients, and what the objective reports, are summed over
-    microbatches and devices, and divided once by how much counts. Dropout depends on
-    (seed, step, layer, row) only, so neither the cut nor the devices change it.
+    The batch is split into `data.gradient_accumulation_steps` microbatches that run one
+    after another. Gradients and metrics are summed over microbatches and devices, then
+    divided once by their total weight. Dropout depends only on (seed, step, layer,
+    row), not on how the batch is split.
 
-    Where nothing counts in a whole batch, or loss or gradient norm is not finite,
-    parameters and moments stay as they are; the latter step is skipped. After more than
-    `train.max_skipped_steps` of them the state stays what it was before the last,
-    whatever comes, so that the host may look at it at leisure.
+    If the loss or gradient norm is not finite, the step is skipped: parameters and
+    moments stay unchanged, as they do if the batch has weight 0. Once more than
+    `train.max_skipped_steps` steps are skipped, later steps change nothing, so that the
+    host can still inspect the state before the last skipped step.
 
     The metrics are scalars of the whole batch: `loss` (before the update) and the
-    objective's other metrics, means over what counts; `tokens`, how much counts for the
-    loss; `grad_norm` (before clipping), `learning_rate`, and `skipped`, the state's.
+    objective's other metrics, which are weighted means; `tokens`, the weight of the
+    loss; `grad_norm` (before clipping), `learning_rate`, and the state's `skipped`.
 
     Args:
-      objective: what is minimised.
-      optimizer: as `make_optimizer` makes it.
-      config: of which the sections `data` and `train` are read.
-      axis_name: of `pmap` or `shard_map`.
-      seed: stands in for `train.seed`, so that `vmap` can train with several at once.
+      objective: the objective to minimise.
+      optimizer: the result of `make_optimizer`.
+      config: only its sections `data` and `train` are read.
+      axis_name: the mapped axis of `pmap` or `shard_map`, if any.
+      seed: replaces `train.seed`, so that `vmap` can train with several seeds at once.
     """
     limit = config.train.max_skipped_steps
 
@@ -113,21 +113,21 @@ def make_train_step(
         rows_B = jnp.arange(len(jax.tree.leaves(batch)[0]))
         if axis_name:
             rows_B += jax.lax.axis_index(axis_name) * len(rows_B)
-            # Else shard_map sums the gradients of replicated parameters by itself.
+            # Otherwise shard_map itself sums the gradients of replicated parameters.
             params = jax.lax.pcast(params, axis_name, to="varying")
         grads, loss, reported = sum_gradients(
             objective, key, params, batch, rows_B, config.data.microbatches, axis_name
         )
-        counts = loss.weight > 0
-        grads = jax.tree.map(lambda g: g / jnp.where(counts, loss.weight, 1), grads)
+        weighted = loss.weight > 0
+        grads = jax.tree.map(lambda g: g / jnp.where(weighted, loss.weight, 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
-        going_on = state.skipped <= limit
-        skipped = state.skipped + (going_on & counts & ~finite)
+        active = state.skipped <= limit
+        skipped = state.skipped + (active & weighted & ~finite)
         params, opt_state = jax.tree.map(
-            partial(jnp.where, going_on & finite & counts),
+            partial(jnp.where, active & finite & weighted),
             (params, opt_state),
             (state.params, state.opt_state),
         )
@@ -148,7 +148,7 @@ def make_train_step(
 def step_key(
     config: Config, step: jax.Array | int, seed: jax.Array | int | None = None
 ) -> jax.Array:
-    """The key of the dropout of the update after `step` updates."""
+    """The dropout key of the update after `step` updates."""
     _, dropout_key = _keys(config, seed)
     return jax.random.fold_in(dropout_key, step)
 
@@ -162,10 +162,10 @@ def sum_gradients(
     microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[Any, LossSum, dict[str, LossSum]]:
-    """The gradient of the summed loss, the loss and the metrics of the whole batch.
+    """Gradients, loss and metrics of the whole batch, summed and not yet divided.
 
-    Microbatches are strided slices of the batch, so that a batch sharded over devices
-    stays where it is.
+    Microbatches are strided slices of the batch, so that a sharded batch does not move
+    between devices.
     """
 
     def losses(params: Any, batch: Batch, rows_B: jax.Array) -> tuple[jax.Array, Any]:
@@ -185,10 +185,10 @@ def sum_gradients(
         )
         first = jax.tree.map(lambda a: a[0], parts)
         _, reported = jax.eval_shape(losses, params, *first)
-        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), reported)
+        zero_sums = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), reported)
         if axis_name:
-            nothing = jax.lax.pcast(nothing, axis_name, to="varying")
-        zeros = jax.tree.map(jnp.zeros_like, params), nothing
+            zero_sums = jax.lax.pcast(zero_sums, axis_name, to="varying")
+        zeros = jax.tree.map(jnp.zeros_like, params), zero_sums
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, sums(*part)), None
@@ -201,19 +201,19 @@ def sum_gradients(
 
 
 def check_skipped(state: TrainState, config: Config) -> None:
-    """Raises ValueError if the state has skipped more steps than it may."""
+    """Raises ValueError if the state has more skipped steps than the config allows."""
     skipped, limit = int(state.skipped), config.train.max_skipped_steps
     if skipped > limit:
         raise ValueError(
             f"the run has skipped {skipped} steps that were not finite, more than "
-            f"--train.max-skipped-steps {limit}; give a higher one"
+            f"--train.max-skipped-steps {limit}; increase it"
         )
 
 
 def steps_in_next_call(step: int, config: TrainConfig) -> int:
-    """Updates in the next call: steps_per_call, or 1 if so many would pass an interval.
+    """Updates in the next dispatch: steps_per_call, or 1 if that crosses a boundary.
 
-    So two programs serve all intervals, and no call runs past something that is due.
+    Boundaries are evaluations, checkpoints and max_steps; two programs serve them all.
     """
     intervals = (config.eval_interval, config.checkpoint_interval)
     due = min(step - step % interval + interval for interval in intervals)
@@ -224,16 +224,16 @@ def steps_in_next_call(step: int, config: TrainConfig) -> int:
 def trace_train_steps(
     objective: Objective, config: Config, mesh: Mesh, state: TrainState, batches: Batch
 ) -> jax.stages.Traced:
-    """Several train steps as one call, to lower and compile; devices need not be here.
+    """Traces several train steps as one program; the devices need not be present.
 
-    Compiled, it is `train_steps(state, batches) -> state, metrics` with metrics [N],
-    and takes over the memory of the state it is given.
+    Lowered and compiled, it is `train_steps(state, batches) -> state, metrics`, with
+    metrics [N]. It donates the buffers of the state.
 
     Args:
-      objective: what is minimised.
-      config: of the run.
-      mesh: of the run.
-      state: as `abstract_state` or `create_state` give it.
+      objective: the objective to minimise.
+      config: the run's config.
+      mesh: the run's mesh.
+      state: the result of `abstract_state` or `create_state`.
       batches: leaves [N, B, ...], or their shapes and shardings.
     """
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
