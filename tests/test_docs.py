@@ -31,6 +31,8 @@ from jaxgpt.text.pretrained import save_nanogpt_meta
 SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 LECTURE = (ROOT / "docs" / "lecture.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PRESETS_PAGE = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+PYTORCH = (ROOT / "docs" / "pytorch.md").read_text(encoding="utf-8")
 RESULTS = json.loads((ROOT / "docs" / "lecture.json").read_text(encoding="utf-8"))
 
 SHORTER = {
@@ -77,7 +79,8 @@ def test_every_command_of_the_lectures_page_works(call, tmp_path, monkeypatch):
     torch_gpt2.make(tmp_path / "gpt2")  # stands for the hub's
     on_the_page = commands(LECTURE, "train.py", "generate.py", "jaxgpt")
     assert len(on_the_page) > 10
-    for words in on_the_page + commands(README, "jaxgpt"):
+    on_others = dict.fromkeys(map(tuple, commands(README + PYTORCH, "jaxgpt")))
+    for words in [*on_the_page, *on_others]:  # those on both pages once
         name = " ".join(words[: 1 + (words[0] == "jaxgpt")])
         shorter = SHORTER.get(name, "").split()
         short_ladder_misses = int(name == "jaxgpt lecture")
@@ -130,7 +133,8 @@ def test_the_lectures_page_shows_each_rungs_own_sample_and_loss(result):
         assert f"{result['val_loss']:.2f}" in section
     summary = (PRESETS[result["rung"]].__doc__ or "").splitlines()[0]
     assert f"val {result['val_loss']:.2f}." in summary
-    assert re.search(rf"`{result['rung']}` .*\| {result['val_loss']:.2f} \|", README)
+    row = rf"`{result['rung']}` .*\| {result['val_loss']:.2f} \|"
+    assert re.search(row, PRESETS_PAGE)
 
 
 def test_the_picture_of_attention_is_of_the_prompt_above_it():

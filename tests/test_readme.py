@@ -7,8 +7,11 @@ from conftest import ROOT
 from jaxgpt.cli import parse_arguments
 from jaxgpt.presets import PRESETS
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-TRAIN = re.findall(r"python train\.py([^#`\n]*)", README)
+README, PRESETS_PAGE, SCALING = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/presets.md", "docs/scaling.md")
+)
+TRAIN = re.findall(r"python train\.py([^#`\n]*)", README + SCALING)
 
 
 @pytest.mark.parametrize("flags", sorted(set(TRAIN)))
@@ -28,7 +31,7 @@ def test_every_train_command_is_understood(tiny_run, flags):
 
 
 def test_every_preset_is_told():
-    assert re.findall(r"^\| `([\w.-]+)` \|", README, re.MULTILINE) == list(PRESETS)
+    assert re.findall(r"^\| `([\w.-]+)` \|", PRESETS_PAGE, re.M) == list(PRESETS)
 
 
 def test_the_python_example_runs(smoke, capsys):

@@ -45,7 +45,7 @@ needs_libtpu = pytest.mark.skipif(
 PLANNED = changed(PRESETS["smoke"](), model={"n_layer": 1, "vocab_size": 65})
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 def plan_of(topology, **sections):
@@ -127,11 +127,11 @@ def test_a_plan_without_libtpu_says_what_to_install(monkeypatch):
     ("preset", "topology"),
     [("gpt2-124m", "v5e:2x4"), ("gpt3-175b", "v5p:8x8x8")],
 )
-def test_the_readmes_plans_fit(preset, topology):
+def test_the_plans_of_the_page_on_scaling_fit(preset, topology):
     out, _ = finish(start_script("train.py", preset, "--plan", topology), timeout=900)
     assert "it fits" in out
     rows = {line[:19].strip(): line[19:] for line in out.splitlines()}
-    told = README.split(f"| `{preset}` on `{topology}` |")[1].splitlines()[0]
+    told = SCALING.split(f"| `{preset}` on `{topology}` |")[1].splitlines()[0]
     least = re.match(r"(.* s): at most (.* tokens/s)", rows["roofline step time"])
     temporary = rows["temporary memory"].removesuffix(" per device")
     for figure in (temporary, rows["FLOPs per step"], *least.groups()):
