@@ -1,4 +1,4 @@
-"""What each head of each layer attends to, as a picture.
+"""Attention maps: which positions each head of each layer attends to.
 
 L layers   H heads   T time   S key time
 """
@@ -22,16 +22,16 @@ def attention(
     """Draws the attention maps of every layer and head over a prompt's tokens.
 
     Args:
-        run_dir: as train.py --out-dir made it
-        prompt: text to look at; the model sees its last block_size tokens
+        run_dir: run directory, as written by train.py --out-dir
+        prompt: text to show; the model sees its last block_size tokens
         checkpoint: best (lowest val loss), latest, or a step
-        out: picture to write (PNG); attention.png in the run directory if left out
+        out: PNG file to write; attention.png in the run directory by default
     """
     run = load_run(run_dir, checkpoint)
     tokenizer = text_tokenizer(run)
     ids, window = encode_prompt(tokenizer, prompt), run.config.model.block_size
     if not len(ids):
-        raise ValueError("--prompt is empty; give the text to look at")
+        raise ValueError("--prompt is empty; give the text to show")
     if len(ids) > window:
         log_line(f"the prompt has {len(ids)} tokens; the model sees the last {window}")
         ids = ids[-window:]
@@ -43,10 +43,9 @@ def attention(
 
 
 def attention_maps(model: nn.Module, params: Any, tokens_T: np.ndarray) -> np.ndarray:
-    """How much of each position S goes to each position T, f32 [L, H, T, S].
+    """The attention weights of every layer and head, f32 [L, H, T, S].
 
-    The token ids are from 1 to block_size. Raises ValueError if the model has no
-    attention.
+    Takes 1 to block_size token ids. Raises ValueError if the model has no attention.
     """
     _, variables = model.apply(
         {"params": params}, jnp.asarray(tokens_T)[None], mutable="intermediates"
@@ -55,24 +54,24 @@ def attention_maps(model: nn.Module, params: Any, tokens_T: np.ndarray) -> np.nd
         raise ValueError(
             f"a {model.config.architecture} model has no attention to show"
         )
-    # In the order of the layers; the GPT's are stacked along an axis of their own.
+    # In the order of the layers; the GPT stacks its layers along a leading axis.
     sown = flatten_dict(variables["intermediates"]).values()
     layers = [maps.reshape(-1, *maps.shape[-4:]) for (maps,) in sown]
     return np.concatenate(layers).astype(np.float32)[:, 0]
 
 
 def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
-    """Draws a grid of maps, layers downwards and heads across, as a PNG.
+    """Draws a grid of maps as a PNG, with a row per layer and a column per head.
 
     Args:
-      weights_LHTS: each row T sums to one.
-      tokens: texts of the T positions.
+      weights_LHTS: attention weights; each sums to one over S.
+      tokens: the text of each of the T tokens.
     """
-    import matplotlib  # half a second, and only needed here
+    import matplotlib  # takes half a second, needed only here
     from matplotlib.figure import Figure
 
     L, H, T, _ = weights_LHTS.shape
-    side = min(max(1.6, 0.16 * T), 6.5, 40 / H)  # of a map, in inches
+    side = min(max(1.6, 0.16 * T), 6.5, 40 / H)  # side of a map, in inches
     figure = Figure(figsize=(H * side + 1.2, L * side + 0.8), layout="constrained")
     panels = figure.subplots(L, H, squeeze=False)
     past_TS = np.tril(np.ones((T, T), bool))
@@ -82,10 +81,10 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
         image = axes.imshow(weights_TS, cmap=colours, vmin=0, vmax=1)
         axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
         axes.set(xticks=[], yticks=[])
-    # A space is shown as an open box, a newline as it is escaped.
+    # Spaces are shown as open boxes, newlines as escape sequences.
     labels = [repr(token.replace(" ", "\N{OPEN BOX}"))[1:-1] for token in tokens]
     points = min(0.75 * 72 * side / T, 8)
-    if points >= 4:  # else none could be read
+    if points >= 4:  # smaller text would be illegible
         style = {"fontsize": points, "family": "monospace", "parse_math": False}
         for axes in panels[-1]:
             axes.set_xticks(range(T), labels, **style)

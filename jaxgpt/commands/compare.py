@@ -1,4 +1,4 @@
-"""JAX beside PyTorch: the same weights, the same batches, every difference."""
+"""Compares JAX with PyTorch, given the same weights and batches."""
 
 import dataclasses
 import math
@@ -33,28 +33,28 @@ def compare(
     seed: int = 1337,
     json: FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Runs the same weights in JAX and in PyTorch, and compares every number.
+    """Runs the same weights in JAX and in PyTorch, and compares the results.
 
-    The weights are those of --hf, --nanogpt or --run-dir, or else a random GPT-2's. The
-    exit status is 0 if all that is judged is within its tolerance, and 1 if not. For a
-    model of GPT-2's size give few --steps and --greedy-tokens, and a --length.
+    The weights are those of --hf, --nanogpt or --run-dir, by default of a random GPT-2.
+    The exit status is 0 if everything judged is within its tolerance, and 1 if not. For
+    a model of GPT-2's size, give few --steps and --greedy-tokens, and a --length.
 
     Args:
-        hf: directory of Hugging Face's GPT-2, or its name on the hub
-        nanogpt: ckpt.pt of nanoGPT
-        run_dir: as train.py --out-dir made it
-        checkpoint: of --run-dir: best (lowest val loss), latest, or a step
-        steps: AdamW updates, with warmup, decay and clipping; 0 makes none
-        batch_size: rows of each batch, of random tokens
-        length: tokens of each row; block_size if left out
-        greedy_tokens: tokens that both write; 3 x block_size if left out, 0 for none
-        seed: of the random weights and tokens
+        hf: directory of a Hugging Face GPT-2, or its name on the hub
+        nanogpt: nanoGPT's ckpt.pt
+        run_dir: run directory, as written by train.py --out-dir
+        checkpoint: checkpoint of --run-dir: best (lowest val loss), latest, or a step
+        steps: AdamW updates, with warmup, decay and clipping; 0 for none
+        batch_size: rows per batch of random tokens
+        length: tokens per row; block_size by default
+        greedy_tokens: tokens to decode greedily; 3 x block_size by default, 0 for none
+        seed: seed of the random weights and tokens
         json: print one JSON object
     """
     if sum(source is not None for source in (hf, nanogpt, run_dir)) > 1:
-        raise ValueError("--hf, --nanogpt and --run-dir exclude each other; choose one")
+        raise ValueError("give only one of --hf, --nanogpt and --run-dir")
     if checkpoint != "best" and run_dir is None:
-        raise ValueError(f"--checkpoint {checkpoint} is one of --run-dir's; give that")
+        raise ValueError(f"--checkpoint {checkpoint} needs --run-dir; give both")
     if hf is not None:
         source, folder = hf, huggingface.find_model(hf)
         config, params = huggingface.read_huggingface(folder)
@@ -69,7 +69,7 @@ def compare(
         config, params = check_gpt(run.config.model, "GPT-2"), run.params
         reference = torch_parity.gpt2_of_params(config, params)
     else:
-        source, config = f"a random GPT-2 of seed {seed}", RANDOM
+        source, config = f"a random GPT-2 (seed {seed})", RANDOM
         params, reference = torch_parity.random_gpt2(config, seed)
     log_line(f"comparing {source} with transformers' GPT-2, in float32")
     checks: list[torch_parity.Check] = []
@@ -97,25 +97,25 @@ def compare(
 
 
 def _row(check: torch_parity.Check) -> dict[str, Any]:
-    """The check as JSON has it, which knows no NaN and no infinity."""
+    """The check for JSON, which has no NaN or infinity: they become null."""
     row = dataclasses.asdict(check) | {"passed": check.passed}
-    odd = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    return row | dict.fromkeys(odd)
+    nulls = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return row | dict.fromkeys(nulls)
 
 
 def _table(checks: list[torch_parity.Check]) -> Table:
-    shown = Table(title="How far JAX and PyTorch differ")
-    shown.add_column(no_wrap=True)
+    table = Table(title="Differences between JAX and PyTorch")
+    table.add_column(no_wrap=True)
     for heading in ("largest", "relative", "judged"):
-        shown.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True)
     for section, group in groupby(checks, lambda check: check.section):
-        shown.add_section()
-        shown.add_row(f"[bold]{section}")
+        table.add_section()
+        table.add_row(f"[bold]{section}")
         for check in group:
             name, verdict = check.name.removeprefix("transformer."), "not judged"
             if check.tolerance is not None:
                 sign = "≤" if check.passed else "[bold red]>"
                 verdict = f"{check.error:.1e} {sign} {check.tolerance:.2g}"
             errors = f"{check.absolute:.1e}", f"{check.relative:.1e}"
-            shown.add_row(f"  {name}", *errors, verdict)
-    return shown
+            table.add_row(f"  {name}", *errors, verdict)
+    return table

@@ -1,4 +1,4 @@
-"""Foreign weights become a run, and a run foreign weights: import and export."""
+"""Imports PyTorch weights as a run, and exports a run for PyTorch."""
 
 import dataclasses
 import shutil
@@ -37,18 +37,18 @@ def import_(
     tokenizer: str | None = None,
     overwrite: FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Makes a run of weights from PyTorch, to sample, evaluate and train further.
+    """Imports PyTorch weights as a run, to sample from, evaluate and train further.
 
     Args:
-        format: whose weights they are
-        source: ckpt.pt, or a directory of Hugging Face's GPT-2, or its name on the hub
-        run_dir: run directory to make
-        meta: meta.pkl of nanoGPT's data directory, which has the characters
-        tokenizer: gpt2, or a path to a saved one; for weights that come without
+        format: format of the weights
+        source: ckpt.pt, or the directory of a Hugging Face GPT-2, or its name on the hub
+        run_dir: run directory to create
+        meta: meta.pkl of nanoGPT's data directory, with the character vocabulary
+        tokenizer: gpt2, or a path to a saved tokenizer, for weights that have none
         overwrite: replace the run in run-dir
     """
     if meta and tokenizer:
-        raise ValueError("--meta and --tokenizer exclude each other; choose one")
+        raise ValueError("give only one of --meta and --tokenizer")
     if format == "nanogpt":
         config, state, val_loss = nanogpt.read_nanogpt(Path(source), log_line)
     else:
@@ -65,28 +65,28 @@ def import_(
         try:
             found = huggingface.read_tokenizer(folder)
         except ValueError as error:
-            raise ValueError(f"{error}; --tokenizer takes another instead") from error
+            raise ValueError(f"{error}; give another with --tokenizer") from error
     vocab_size = config.model.require_vocab_size()
     if found and not fits(found, vocab_size):
         raise ValueError(
-            f"the tokenizer has {found.vocab_size} tokens, and the embedding table "
-            f"{vocab_size} rows; give the one that the model was trained with"
+            f"the tokenizer has {found.vocab_size} tokens, but the embedding table has "
+            f"{vocab_size} rows; give the tokenizer that the model was trained with"
         )
     if found:
-        its_own = str(run_dir.resolve() / TOKENIZER)
-        data = dataclasses.replace(config.data, tokenizer=its_own)
+        tokenizer_path = str(run_dir.resolve() / TOKENIZER)
+        data = dataclasses.replace(config.data, tokenizer=tokenizer_path)
         config = dataclasses.replace(config, data=data)
     with claim_run(run_dir, resume=False, overwrite=overwrite):
         tmp_path = run_dir / f"{CHECKPOINTS}{TMP_SUFFIX}"
         shutil.rmtree(tmp_path, ignore_errors=True)
         with open_checkpoints(tmp_path) as checkpoints:
             save_state(checkpoints, state, val_loss)
-        clear_run(run_dir)  # only now that the new one is there
+        clear_run(run_dir)  # only once the new one is complete
         tmp_path.rename(run_dir / CHECKPOINTS)
         save_config(run_dir, config, found)
     if not found:
         log_line(
-            "it has no tokenizer, which text needs; import it again with --meta "
+            "the run has no tokenizer, which text needs; import it again with --meta "
             "meta.pkl, --tokenizer gpt2 or --tokenizer DIR"
         )
     print(run_dir)
@@ -101,23 +101,23 @@ def export(
     dataset: str | None = None,
     overwrite: FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Writes a run's model for PyTorch: what nanoGPT or transformers load.
+    """Exports a run's model to a file that nanoGPT or transformers can load.
 
     Args:
-        format: who shall load it
-        run_dir: as train.py --out-dir made it
-        target: nanoGPT's ckpt.pt, or a directory for Hugging Face
+        format: format to write
+        run_dir: run directory, as written by train.py --out-dir
+        target: ckpt.pt for nanoGPT, or a directory for Hugging Face
         checkpoint: best (lowest val loss), latest, or a step
-        dataset: nanoGPT's data directory for the run's characters; else the run's name
+        dataset: name of nanoGPT's data directory; the run's name by default
         overwrite: replace the target
     """
     if dataset and format == "huggingface":
-        raise ValueError("--dataset is nanoGPT's; leave it out")
+        raise ValueError("--dataset applies only to nanogpt; leave it out")
     if (target / CHECKPOINTS).exists():
         raise FileExistsError(f"{target} is a run; give another directory")
     filled = any(target.iterdir()) if target.is_dir() else target.exists()
     if filled and not overwrite:
-        raise FileExistsError(f"{target} is there already; --overwrite replaces it")
+        raise FileExistsError(f"{target} already exists; replace it with --overwrite")
     if format == "huggingface":
         run = load_run(run_dir, checkpoint, host_mesh())
         huggingface.write_huggingface(
@@ -132,11 +132,11 @@ def export(
 def _export_nanogpt(
     run_dir: Path, checkpoint: str, target: Path, dataset: str | None, overwrite: bool
 ) -> None:
-    """Writes ckpt.pt, and for characters the meta.pkl that nanoGPT samples with."""
+    """Writes ckpt.pt and, for a character tokenizer, nanoGPT's meta.pkl."""
     config, state, val_loss = load_state(run_dir, checkpoint)
     tokenizer, meta = saved_tokenizer(run_dir), target.with_name("meta.pkl")
     if isinstance(tokenizer, CharTokenizer) and meta.exists() and not overwrite:
-        raise FileExistsError(f"{meta} is there already; --overwrite replaces it")
+        raise FileExistsError(f"{meta} already exists; replace it with --overwrite")
     if not dataset and config.data.sha256 == tinyshakespeare.SHA256:
         dataset = "shakespeare_char"
     dataset = dataset or run_dir.resolve().name
@@ -145,8 +145,8 @@ def _export_nanogpt(
         pretrained.save_nanogpt_meta(meta, tokenizer)
         log_line(f"for nanoGPT's sample.py, put {meta} into its data/{dataset}/")
     elif tokenizer and tokenizer.vocab_size != pretrained.GPT2_VOCAB_SIZE:
-        log_line("nanoGPT's sample.py can't read its tokenizer, only GPT-2's")
+        log_line("nanoGPT's sample.py can't read this tokenizer, only GPT-2's")
     if getattr(config.model, "gelu", "exact") == "tanh":
         log_line(
-            "nanoGPT has the exact GELU, not this model's tanh: logits will differ"
+            "nanoGPT uses the exact GELU, not this model's tanh: logits will differ"
         )

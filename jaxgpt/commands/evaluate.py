@@ -1,4 +1,4 @@
-"""The exact loss of a run on its corpus, or on other text."""
+"""Evaluates the exact loss of a run on its corpus or on other text."""
 
 import dataclasses
 import math
@@ -26,17 +26,17 @@ def evaluate(
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008 # it is frozen
 ) -> int:
-    """Exact loss on a split: every token but the first predicted exactly once.
+    """Reports the exact loss on a split: each token but the first is predicted once.
 
     Args:
-        run_dir: as train.py --out-dir made it
+        run_dir: run directory, as written by train.py --out-dir
         checkpoint: best (lowest val loss), latest, or a step
-        split: which part of the text: the first 90%, or the last 10%
-        stride: slide by N tokens, and count the last N of each window; else no overlap
-        batch_size: windows at once, over all devices; the result does not depend on it
-        data_path: other text than the run's: files, or a directory of token files
+        split: part of the text: train is the first 90%, val the last 10%
+        stride: slide windows by N tokens, count the last N of each; no overlap by default
+        batch_size: windows per batch, over all devices; does not affect the result
+        data_path: text other than the run's: files, or a directory of token files
         json: print one JSON object
-        mesh: how the devices here share the work; fsdp and tensor share the parameters
+        mesh: mesh of this machine's devices; fsdp and tensor shard the parameters
     """
     config = load_config(run_dir)
     data = dataclasses.replace(
@@ -44,7 +44,7 @@ def evaluate(
     )
     if data_path:
         data = dataclasses.replace(data, path=data_path, sha256="")
-    # The devices are this machine's, not those of the one that trained.
+    # The mesh is for this machine's devices, not for those that trained the run.
     config = dataclasses.replace(config, data=data, mesh=mesh)
     devices = make_mesh(config, log_line)
     run = load_run(run_dir, checkpoint, devices)

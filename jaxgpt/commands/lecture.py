@@ -1,6 +1,6 @@
-"""Climbs the lecture's ladder: trains every rung, and compares with its figures.
+"""Trains every rung of the lecture's ladder, and checks losses against its figures.
 
-S seeds   N steps in one call
+S seeds   N steps per dispatch
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ class Rung:
     """A preset and the validation losses to compare with, in nats per token.
 
     Attributes:
-      lecture: as the lecturer reads it off, from random batches.
-      pytorch: exact, of the same model in PyTorch with two seeds, where measured.
+      lecture: the loss read off in the lecture, an estimate from random batches.
+      pytorch: exact losses of the same model in PyTorch with two seeds, if measured.
     """
 
     preset: str
@@ -83,23 +83,23 @@ def lecture(
     steps_scale: float = 1.0,
     seeds: tuple[int, ...] = (1337, 1338, 1339),
 ) -> int:
-    """Trains every rung of the lecture's ladder, and compares with its figures.
+    """Trains every rung of the lecture's ladder, and checks losses against its figures.
 
     The exit status is 0 if the mean loss of every rung agrees.
 
     Args:
-        out_dir: for lecture.json and lecture.png; runs/lecture, or runs/lecture-trial
-        scaled: climb the last rung too; a CPU takes half a day a seed
-        steps_scale: part of the lecture's steps to train for; below 1 it is a trial
-        seeds: each rung is trained once with each of them, all at the same time
+        out_dir: for lecture.json and .png; runs/lecture or runs/lecture-trial by default
+        scaled: train the last rung too, which takes a CPU half a day per seed
+        steps_scale: fraction of the lecture's steps to train for; below 1, a trial
+        seeds: seeds to train each rung with, all at the same time
     """
     if not 0 < steps_scale <= 1:
         raise ValueError(f"--steps-scale {steps_scale} must be above 0, up to 1")
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {seeds} must be one or more, all different")
+        raise ValueError(f"--seeds {seeds} must be one or more distinct seeds")
     for seed in seeds:
         check_seed(seed)
-    trial = steps_scale < 1  # which must not replace the real thing
+    trial = steps_scale < 1  # must not overwrite the full results
     out_dir = out_dir or Path("runs", "lecture-trial" if trial else "lecture")
     out_dir.mkdir(parents=True, exist_ok=True)
     results_path, picture_path = out_dir / "lecture.json", out_dir / "lecture.png"
@@ -128,7 +128,7 @@ def climb(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any
         config.train,
         max_steps=max_steps,
         eval_interval=interval,
-        checkpoint_interval=interval,  # none is saved, but no call runs past one
+        checkpoint_interval=interval,  # none is saved, but a dispatch ends there
         steps_per_call=min(config.train.steps_per_call, interval),
     )
     config = dataclasses.replace(config, train=train, mesh=MeshConfig(data=1))
@@ -169,13 +169,13 @@ def climb(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any
 def train_seeds(
     model: nn.Module, config: Config, mesh: Mesh, corpus: Corpus, seeds: Sequence[int]
 ) -> Iterator[tuple[int, Any]]:
-    """Trains the model once with each seed, all at once: `vmap` of the train step.
+    """Trains the model with all seeds at once, by `vmap` of the train step.
 
     Each seed gets the initialisation, batches and dropout of `train.py --train.seed`;
-    what becomes of them differs by rounding alone.
+    the results differ only by rounding.
 
-    Yields, every `eval_interval` updates and at the end, their number and the
-    parameters [S, ...], which are gone once the next are asked for.
+    Yields the step and the parameters [S, ...] every `eval_interval` updates and at the
+    end. The parameters are donated to the next dispatch once the iterator advances.
     """
     objective, seeds_S = next_token(model), jnp.array(seeds, jnp.uint32)
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
@@ -209,7 +209,7 @@ def _stacked(trees: list[Any]) -> Any:
 
 
 def table(results: list[dict[str, Any]]) -> Table:
-    """The results beside the lecture's figures; prints as Markdown."""
+    """A table of the results and the lecture's figures, which prints as Markdown."""
     grid = Table("rung", box=box.MARKDOWN)
     figures = "parameters, seconds, val loss, lecture, difference, PyTorch, verdict"
     for name in figures.split(", "):
@@ -229,8 +229,8 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 
 def plot(results: list[dict[str, Any]], seeds: Sequence[int], path: Path) -> None:
-    """Draws each rung's validation loss as a PNG: the seeds' mean and their spread."""
-    from matplotlib.figure import Figure  # half a second, and only needed here
+    """Plots each rung's validation loss as a PNG: the mean and range over seeds."""
+    from matplotlib.figure import Figure  # takes half a second, needed only here
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()

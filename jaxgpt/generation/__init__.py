@@ -1,1 +1,1 @@
-"""Parameters become text: the KV cache's decoding loop, sampling, streaming."""
+"""Text generation: decoding with a KV cache, sampling and streaming."""

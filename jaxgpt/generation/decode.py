@@ -1,10 +1,11 @@
-"""Parameters become tokens: the lecture's `generate`, with a KV cache.
+"""Autoregressive decoding: the lecture's `generate`, with a KV cache.
 
-The model always sees the last block_size tokens. While they all fit, the cache makes a
-token cost one position. Beyond that every position shifts, nothing cached holds, and
-the whole window is read again for each token, as the lecture does.
+The model always sees the last block_size tokens. Until the text fills this window, the
+KV cache lets each step compute a single position. After that every step shifts all
+positions and invalidates the cache, so it recomputes the whole window, as the lecture
+does.
 
-B batch   T time (block_size)   V vocab   N tokens in one call
+B batch   T time (block_size)   V vocab   N tokens per dispatch
 """
 
 import operator
@@ -26,25 +27,25 @@ from jaxgpt.ops.attention import KV
 from jaxgpt.parallel.mesh import batch_sharding, data_parallel_mesh, replicated
 
 TOKENS_PER_CALL = 16
-# Devices share the rows where each has so many to draw with the cache, or any number
-# without it. On 2 cores 64 rows of the 10.8M model then take 25 ms a token, not 34, 16
-# no less than before, and 8 beyond the window 169 ms, not 201.
+# Rows are sharded over devices if each gets this many with the cache, or one without.
+# On 2 cores this takes 64 rows of the 10.8M model from 34 to 25 ms per token, gains
+# nothing for 16 rows, and takes 8 rows beyond the window from 201 to 169 ms.
 MIN_ROWS_PER_DEVICE = 8
 _SMALLEST_BUCKET = 16
 
 
 @flax.struct.dataclass
 class DecodingState:
-    """A batch of texts as they are drawn; every array has its rows on axis 0.
+    """The state of a batch of sequences; axis 0 of every array is the row.
 
     Attributes:
       tokens_BT: the last block_size tokens of each row, padded on the right, i32.
-      length_B: how many they are, i32.
-      key_B: of each row; its n-th token is drawn with fold_in(key, n).
-      drawn_B: tokens drawn so far, i32.
-      finished_B: whether the row has drawn an end token; it then stays as it is.
-      caches: each layer's keys and values of what precedes the last token, which the
-        next step overwrites; None where the whole window is read for each token.
+      length_B: number of these tokens before the padding, i32.
+      key_B: PRNG key of each row; its n-th token is sampled with fold_in(key, n).
+      drawn_B: number of tokens sampled so far, i32.
+      finished_B: whether the row has sampled an end token; it then no longer changes.
+      caches: keys and values of each layer for the tokens before the last, whose slot
+        the next step writes; None if each step recomputes the whole window.
     """
 
     tokens_BT: Array
@@ -64,22 +65,20 @@ def prefill(
     key_B: Array,
     cached: bool,
 ) -> DecodingState:
-    """The state of rows that have drawn nothing yet.
+    """Processes the prompts; returns the state before the first token is sampled.
 
     Args:
-      params: with the layers `unstack_layers`.
-      prompts_BT: token ids, i32, padded on the right; one row may stand for all.
-      length_B: tokens of each prompt, from 1 to T.
-      cached: whether to keep the keys and values of what has been read.
+      params: parameters as `unstack_layers` returns them.
+      prompts_BT: token ids, i32, padded on the right; a single row serves all keys.
+      length_B: number of tokens in each prompt, from 1 to T.
+      cached: whether to keep the keys and values of the prompts.
     """
     (B, T), rows = prompts_BT.shape, len(key_B)
     tokens_BT = jnp.pad(prompts_BT, ((0, 0), (0, model.config.block_size - T)))
     caches = None
     if cached:
-        reading = prompts_BT, length_B - 1, None, model.init_cache(B)
-        _, caches = model.apply(
-            {"params": params}, *reading, method="next_token_logits"
-        )
+        inputs = prompts_BT, length_B - 1, None, model.init_cache(B)
+        _, caches = model.apply({"params": params}, *inputs, method="next_token_logits")
     tokens_BT, length_B, caches = jax.tree.map(
         lambda a: jnp.tile(a, (rows // B, *(1,) * (a.ndim - 1))),
         (tokens_BT, jnp.asarray(length_B), caches),
@@ -95,18 +94,19 @@ def decode_step(
     params: Any,
     state: DecodingState,
 ) -> tuple[DecodingState, tuple[Array, Array]]:
-    """Reads each row's last token, and draws the next.
+    """Samples the next token of each row.
 
-    Returns the state, and of each row the token and its log-probability, by the model
-    alone, in nats. A finished row repeats its end token, with 0.
+    Returns the new state, each row's token i32 [B], and its log-probability f32 [B] in
+    nats, before temperature, top_k and top_p. A finished row repeats its end token,
+    with a log-probability of 0.
     """
     tokens_BT, length_B, finished_B = state.tokens_BT, state.length_B, state.finished_B
     caches, last_B, T = state.caches, length_B - 1, tokens_BT.shape[1]
     last_token_B1 = take(tokens_BT, last_B)
     variables = {"params": params}
     if caches is not None:
-        reading = last_token_B1, jnp.zeros_like(last_B), last_B, caches
-        logits_BV, caches = model.apply(variables, *reading, method="next_token_logits")
+        inputs = last_token_B1, jnp.zeros_like(last_B), last_B, caches
+        logits_BV, caches = model.apply(variables, *inputs, method="next_token_logits")
     elif hasattr(model, "next_token_logits"):
         logits_BV, _ = model.apply(
             variables, tokens_BT, last_B, method="next_token_logits"
@@ -119,7 +119,7 @@ def decode_step(
     token_B = jnp.where(finished_B, last_token_B1[:, 0], token_B)
     log_prob_B = jnp.where(finished_B, 0, log_prob_B)
 
-    # A full window loses its first token.
+    # A full window drops its first token.
     kept_BT = jnp.where((length_B == T)[:, None], jnp.roll(tokens_BT, -1, 1), tokens_BT)
     new_BT = jnp.arange(T) == jnp.minimum(length_B, T - 1)[:, None]
     appended_BT = jnp.where(new_BT, token_B[:, None], kept_BT)
@@ -143,10 +143,10 @@ def decode(
     state: DecodingState,
     count: Array,
 ) -> tuple[DecodingState, Array, Array]:
-    """Takes `count` steps, at most TOKENS_PER_CALL (N).
+    """Runs `count` decoding steps, at most TOKENS_PER_CALL (N), in one dispatch.
 
-    Returns the state, and tokens i32 [B, N] and log-probabilities f32 [B, N], of which
-    the first `count` are drawn.
+    Returns the new state, and tokens i32 [B, N] and log-probabilities f32 [B, N], whose
+    first `count` columns are valid.
     """
 
     def step(i: Array, carry: Any) -> Any:
@@ -161,10 +161,10 @@ def decode(
 
 @jax.jit
 def unstack_layers(params: Any) -> Any:
-    """The parameters with each layer's on their own, where a model stacks them.
+    """Splits stacked layer parameters, if any, into a tuple with a tree per layer.
 
-    XLA would cut them out of the stack for every token, which takes 3 times as long.
-    They are a copy: while text is generated, the layers take twice their memory.
+    XLA would slice each layer from the stack for every token, which takes 3 times as
+    long. The result is a copy: during generation the layers take twice their memory.
     """
     stack = params.get("h", ())
     if isinstance(stack, tuple):
@@ -183,28 +183,28 @@ def generate_tokens(
     seed: int = 1337,
     end_tokens: tuple[int, ...] = (),
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Continues each prompt, and yields new tokens a few at a time, the first alone.
+    """Continues each prompt; yields new tokens a few at a time, the first one alone.
 
-    Compiles once for each batch size, sampling config and power of two that the longest
-    prompt fits into. A prompt that all rows share is read once. This process's devices
-    draw a share of the rows each, where there are enough (`data_parallel_mesh`).
+    Compiles once for each batch size, sampling config and length of the longest prompt,
+    rounded up to a power of two. A prompt that all rows share is processed once. Rows
+    are sharded over this process's devices if there are enough (`data_parallel_mesh`).
 
     Args:
-      prompts: B lists of token ids, of any lengths from 1; the model sees the last
+      prompts: B lists of token ids, each with at least one; the model sees the last
         block_size of each.
-      max_new_tokens: to draw in all for each prompt.
+      max_new_tokens: number of tokens to generate for each prompt.
       seed: row b's tokens are a function of its prompt, (seed, b) and the model.
-      end_tokens: a row ends with the first of these that it draws, which it repeats
-        while others go on; generation ends when all rows have.
+      end_tokens: a row ends with the first of these that it samples, and repeats it
+        while other rows continue; generation ends when all rows have ended.
 
-    Yields tokens i32 [B, n] and their log-probabilities f32 [B, n], as `decode_step`
-    has them; the n sum to max_new_tokens, or less if all rows end. Raises ValueError on
-    a prompt that is empty or has ids outside the vocabulary, and a top_k above it.
+    Yields tokens i32 [B, n] and log-probabilities f32 [B, n], as `decode_step` returns
+    them; the n sum to max_new_tokens, or less if all rows end. Raises ValueError if a
+    prompt is empty or has ids outside the vocabulary, or top_k is above vocab_size.
     """
     sampling = sampling or SamplingConfig()
     V, T = model.config.vocab_size, model.config.block_size
     if sampling.top_k is not None and sampling.top_k > V:
-        raise ValueError(f"top_k={sampling.top_k} is above vocab_size={V}")
+        raise ValueError(f"top_k={sampling.top_k} is above vocab_size={V}; lower it")
     check_seed(seed)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -225,9 +225,9 @@ def generate_tokens(
     cached = hasattr(model, "init_cache") and longest < T
     state = prefill(model, params, prompts_BT, length_B, key_B, cached)
     params, state = _shard_rows(model, params, state)
-    drawn, going_on_B = 0, np.ones(len(prompts), bool)
-    while drawn < max_new_tokens and going_on_B.any():
-        longest = drawn + int(np.max(length_B * going_on_B))
+    drawn, active_B = 0, np.ones(len(prompts), bool)
+    while drawn < max_new_tokens and active_B.any():
+        longest = drawn + int(np.max(length_B * active_B))
         if state.caches is not None and longest > T:
             state = state.replace(caches=None)  # type: ignore[attr-defined]
             params, state = _shard_rows(model, params, state)
@@ -239,15 +239,15 @@ def generate_tokens(
         yield tokens, log_probs
         drawn += count
         if end_tokens:
-            going_on_B = ~np.asarray(state.finished_B)
+            active_B = ~np.asarray(state.finished_B)
 
 
 def _shard_rows(
     model: nn.Module, params: Any, state: DecodingState
 ) -> tuple[Any, DecodingState]:
-    """Spreads the rows over this process's devices, where there are enough."""
-    least = 1 if state.caches is None else MIN_ROWS_PER_DEVICE
-    mesh = data_parallel_mesh(model.config, params, len(state.length_B), least)
+    """Shards the rows over this process's devices if there are enough rows."""
+    min_rows = 1 if state.caches is None else MIN_ROWS_PER_DEVICE
+    mesh = data_parallel_mesh(model.config, params, len(state.length_B), min_rows)
     if mesh is None:
         return params, state
     return jax.device_put((params, state), (replicated(mesh), batch_sharding(mesh)))

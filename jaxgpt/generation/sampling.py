@@ -1,6 +1,6 @@
-"""Logits become a token.
+"""Sampling of the next token from logits.
 
-B batch   V vocab
+B batch   V vocab   K top_k
 """
 
 import jax
@@ -12,11 +12,11 @@ from jaxgpt.config import SamplingConfig
 def sample(
     logits_BV: jax.Array, keys_B: jax.Array, config: SamplingConfig
 ) -> jax.Array:
-    """Draws one token per row, i32 [B].
+    """Samples one token per row, i32 [B].
 
     Args:
       logits_BV: f32.
-      keys_B: a key per row, so that a row's tokens do not depend on the others.
+      keys_B: one PRNG key per row, so that a row's token does not depend on the others.
     """
     return jnp.argmax(scores(logits_BV, keys_B, config), axis=-1).astype(jnp.int32)
 
@@ -24,14 +24,14 @@ def sample(
 def scores(
     logits_BV: jax.Array, keys_B: jax.Array, config: SamplingConfig
 ) -> jax.Array:
-    """Scores whose largest is the drawn token, f32 [B, V]; -inf where it cannot be.
+    """Scores whose argmax is the sampled token, f32 [B, V]; -inf for excluded tokens.
 
-    Source: the Gumbel-max trick. Adding Gumbel noise to logits and taking the largest
-    draws from their softmax.
+    Source: the Gumbel-max trick. The argmax of logits plus Gumbel noise is a sample
+    from their softmax.
     """
     if config.temperature == 0:
         return logits_BV
-    logits_BV -= logits_BV.max(axis=-1, keepdims=True)  # so that none overflows
+    logits_BV -= logits_BV.max(axis=-1, keepdims=True)  # avoids overflow
     temperature = max(config.temperature, float(jnp.finfo(jnp.float32).tiny))
     logits_BV = filter_logits(logits_BV / temperature, config)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
@@ -39,7 +39,7 @@ def scores(
 
 
 def filter_logits(logits_BV: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Sets to -inf what top_k and then top_p leave out; ties with the last stay in.
+    """Sets logits outside top_k, then top_p, to -inf; ties with the last are kept.
 
     Source: Fan et al. 2018, section 5.4 (top-k); Holtzman et al. 2020, section 3.1
     (top-p, the nucleus).

@@ -1,4 +1,4 @@
-"""A run becomes text, as it is drawn."""
+"""Text generation from a run, all at once or streamed."""
 
 import codecs
 import itertools
@@ -13,7 +13,7 @@ from jaxgpt.text.tokenizer import encode_prompt
 def generate(run: Run, prompt: str, **options: object) -> list[str]:
     """Continues `prompt`; takes the options of `stream_text`.
 
-    Returns the continuations without the prompt, one for each sample.
+    Returns one continuation per sample, without the prompt.
     """
     new_texts = stream_text(run, prompt, **options)  # type: ignore[arg-type]
     return ["".join(texts) for texts in zip(*new_texts, strict=True)]
@@ -29,24 +29,24 @@ def stream_text(
     seed: int = 1337,
     stop: str = "",
 ) -> Iterator[list[str]]:
-    """Continues `prompt`, and yields new text of each sample a few tokens at a time.
+    """Continues `prompt`; yields the new text of each sample a few tokens at a time.
 
     Args:
-      prompt: empty stands for the tokenizer's `start`; the model sees its last tokens.
-        In it <|endoftext|> is a token, as nanoGPT reads it, where the tokenizer has it.
-      stop: a sample ends before this text, once it is drawn; empty never ends one. It
-        ends before the tokenizer's end of a document, too.
+      prompt: empty means the tokenizer's `start`; the model sees its last block_size
+        tokens. <|endoftext|> is read as the end-of-text token, if any, as in nanoGPT.
+      stop: a sample ends before the first occurrence of this text; empty disables it.
+        A sample also ends before the tokenizer's end-of-text token.
 
-    Yields lists of num_samples strings. A character whose tokens are not all drawn yet
-    waits for them; bytes that never become one are U+FFFD, as in `decode`. Raises
-    ValueError where an argument is out of range, a character is not in the vocabulary,
-    or the run has no tokenizer.
+    Yields lists of num_samples strings. A character is held back until all its tokens
+    are sampled; bytes that never complete one become U+FFFD, as in `decode`. Raises
+    ValueError if an argument is out of range, a character is not in the vocabulary, or
+    the run has no tokenizer.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1")
     tokenizer = text_tokenizer(run)
     ids = encode_prompt(tokenizer, prompt or tokenizer.start).tolist()
-    tokenizer.encode(stop)  # which it could never meet, were a character unknown
+    tokenizer.encode(stop)  # raises if a character is unknown: it could never match
     end = tokenizer.end_of_text
     drawn_tokens = generate_tokens(
         run.model,
@@ -69,7 +69,7 @@ def stream_text(
             text = pending[row] + utf8.decode(tokenizer.decode_bytes(drawn))
             texts[row], pending[row], stopped = _split_at_stop(text, stop)
             if stopped:
-                utf8.reset()  # what it holds comes after the stop
+                utf8.reset()  # its pending bytes come after `stop`
             done[row] = stopped or len(drawn) < len(tokens[row])
         yield texts
         if all(done):
@@ -80,7 +80,7 @@ def stream_text(
 
 
 def _split_at_stop(text: str, stop: str) -> tuple[str, str, bool]:
-    """Splits off what may be the beginning of `stop`; tells whether it came whole."""
+    """The text before `stop`, a suffix that may begin it, and whether it was found."""
     if stop and stop in text:
         return text[: text.index(stop)], "", True
     for length in range(min(len(stop) - 1, len(text)), 0, -1):

@@ -1,11 +1,11 @@
-"""Weights from and to PyTorch: nanoGPT's checkpoints, Hugging Face's GPT-2, parity."""
+"""Exchange of weights with nanoGPT and Hugging Face, and parity with PyTorch."""
 
 import importlib
 from types import ModuleType
 
 
 def required(package: str) -> ModuleType:
-    """Imports torch or transformers; raises ImportError that says how to get them."""
+    """Imports torch or transformers; raises ImportError with how to install them."""
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2: a directory of config.json, safetensors and a tokenizer.
+"""Hugging Face's GPT-2: a directory with config.json, safetensors and a tokenizer.
 
 Source: transformers, models/gpt2 (configuration_gpt2.py, modeling_gpt2.py).
 """
@@ -24,7 +24,7 @@ from jaxgpt.text.pretrained import tokenizer_in
 from jaxgpt.text.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
-# What a GPT-2 may set otherwise in its config, and our model cannot.
+# Options of GPT-2's config for which our model supports only these values.
 _FIXED = {
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -34,10 +34,10 @@ _FIXED = {
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-# Which file has which tensor, where there are several.
+# Maps each tensor to its file, if the weights are split over several files.
 _INDEX = f"{_WEIGHTS}.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-# What would be mixed with an exported model if it lay there before.
+# Files of a previous model that an exported model must not be mixed with.
 _OF_ANOTHER_MODEL = (
     *(_INDEX, "model-*-of-*.safetensors", "generation_config.json", *_TOKENIZER_FILES),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -45,21 +45,21 @@ _OF_ANOTHER_MODEL = (
 
 
 def find_model(source: str) -> Path:
-    """The directory of a model, or of the hub's model of that name, fetched once.
+    """The directory of a local model, or of a model on the hub, downloaded once.
 
-    Raises OSError if there is neither, and soon where the hub cannot be reached.
+    Raises OSError if there is neither, within seconds if the hub can't be reached.
     """
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists():
         raise NotADirectoryError(f"{source} is a file; give the directory of a model")
-    import huggingface_hub  # slow to import, and only needed here
+    import huggingface_hub  # slow to import, needed only here
 
     reason: Exception | None = None
     try:
         download(huggingface_hub.hf_hub_url(source, _CONFIG))
     except HTTPError:
-        pass  # the hub is there, and its own client tells best what it minds
+        pass  # the hub is reachable; its own client reports the error better
     except (OSError, ValueError, HTTPException) as error:
         reason = error
     try:
@@ -70,7 +70,7 @@ def find_model(source: str) -> Path:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"{source} is no directory here, and the hub gave no model of that name: "
+            f"{source} is not a local directory and can't be downloaded from the hub: "
             + str(reason or error).partition("\n")[0]
         ) from error
     return Path(folder)
@@ -80,7 +80,7 @@ def read_huggingface(folder: Path) -> tuple[GPTConfig, Any]:
     """Reads the model in a directory.
 
     Returns the config, whose dropout is GPT-2's `resid_pdrop`, and the parameters, f32.
-    Raises OSError or ValueError that says what is missing or does not fit.
+    Raises OSError or ValueError that names what is missing or does not match.
     """
     config, paths = _read_config(folder / _CONFIG), _weight_files(folder)
     try:
@@ -88,25 +88,25 @@ def read_huggingface(folder: Path) -> tuple[GPTConfig, Any]:
         tensors = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
 
         def read(name: str) -> np.ndarray:
-            tensor = tensors.pop(name)  # the last one closes the files
+            tensor = tensors.pop(name)  # dropping the last one closes the files
             if (dtype := tensor.get_dtype()) not in _FLOATS:
-                raise ValueError(f"{name} is of {dtype}, not {' or '.join(_FLOATS)}")
+                raise ValueError(f"{name} has type {dtype}, not {' or '.join(_FLOATS)}")
             return tensor[:]
 
         shapes = {name: tensor.get_shape() for name, tensor in tensors.items()}
         return config, state_dict.from_state_dict(shapes, read, config, out_in=False)
     except SafetensorError as error:
         raise ValueError(
-            f"{folder} has damaged weights, fetch or write them again: {error}"
+            f"{folder} has damaged weights; download or export them again: {error}"
         ) from error
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """Reads the tokenizer in a model's directory, or None where there is none.
+    """Reads the tokenizer in a model's directory; None if there is none.
 
-    Raises ValueError if it is neither GPT-2's kind nor one of characters.
+    Raises ValueError if it is neither GPT-2's byte-level BPE nor a character tokenizer.
     """
     path = folder / "tokenizer.json"
     if path.is_file() and (characters := _exported_characters(path)):
@@ -117,10 +117,10 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 def write_huggingface(
     folder: Path, config: ModelConfig, params: Any, tokenizer: Tokenizer | None
 ) -> None:
-    """Writes what transformers' AutoModelForCausalLM and AutoTokenizer load.
+    """Writes a directory for transformers' AutoModelForCausalLM and AutoTokenizer.
 
-    A GPT without biases gets biases of zero, which GPT-2 cannot do without. The folder
-    is made if need be. Raises ValueError if GPT-2 is no such model.
+    A GPT without biases gets biases of zero, since GPT-2 always has biases. The folder
+    is created if needed. Raises ValueError if the model is not a GPT.
     """
     config = state_dict.check_gpt(config, "GPT-2")
     tensors = state_dict.to_state_dict(params, config, out_in=False)
@@ -140,7 +140,7 @@ def write_huggingface(
 
 
 def gpt2_settings(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
-    """The config of transformers' GPT-2 that is a model of ours."""
+    """Returns the settings of transformers' GPT2Config that match our config."""
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -166,7 +166,7 @@ def _write_text(path: Path, text: str) -> None:
 
 def _read_config(path: Path) -> GPTConfig:
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is no model: it has no {path.name}")
+        raise FileNotFoundError(f"{path.parent} is not a model: it has no {path.name}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         for name, ours in {"model_type": "gpt2", **_FIXED}.items():
@@ -175,7 +175,7 @@ def _read_config(path: Path) -> GPTConfig:
         activation = found.get("activation_function", "gelu_new")
         if activation not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"activation_function={activation} is none of {known}")
+            raise ValueError(f"activation_function={activation} is not one of {known}")
         return GPTConfig(
             block_size=found["n_positions"],
             vocab_size=found["vocab_size"],
@@ -187,9 +187,7 @@ def _read_config(path: Path) -> GPTConfig:
             gelu=ACTIVATIONS[activation],  # type: ignore[arg-type] # it is one of two
         )
     except KeyError as error:
-        raise ValueError(
-            f"{path} is not a config of GPT-2: it has no {error}"
-        ) from error
+        raise ValueError(f"{path} is not a GPT-2 config: it has no {error}") from error
     except (AttributeError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -198,15 +196,16 @@ def _weight_files(folder: Path) -> list[Path]:
     names, index = [_WEIGHTS], folder / _INDEX
     if not (folder / _WEIGHTS).is_file() and index.is_file():
         try:
-            homes = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted({Path(name).name for name in homes.values()})  # all in here
-        except Exception as error:  # of many kinds, for JSON of another form
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            # The name alone, so that an index leads to no other folder.
+            names = sorted({Path(name).name for name in files.values()})
+        except Exception as error:  # malformed JSON raises many kinds of errors
             raise ValueError(f"{index} is damaged: {error}") from error
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} has no {name}; weights in another format can be written as "
-                "safetensors by transformers' save_pretrained"
+                f"{folder} has no {name}; convert weights in another format to "
+                "safetensors with transformers' save_pretrained"
             )
     return [folder / name for name in names]
 
@@ -229,7 +228,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> Non
 
 
 def _characters_as_words(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
-    """The character tokenizer in the library's terms: each character a word."""
+    """The character tokenizer as a word-level one, in which a character is a word."""
     ids = {character: i for i, character in enumerate(tokenizer.characters)}
     words = tokenizers.Tokenizer(models.WordLevel(ids))
     any_character = tokenizers.Regex(r"[\s\S]")
@@ -239,7 +238,7 @@ def _characters_as_words(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
 
 
 def _exported_characters(path: Path) -> str:
-    """The characters of a CharTokenizer that was exported; of another file, none."""
+    """The characters of an exported CharTokenizer; empty for any other file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         model, split = content["model"], content["pre_tokenizer"]["type"] == "Split"
@@ -249,4 +248,4 @@ def _exported_characters(path: Path) -> str:
         ids = {character: i for i, character in enumerate(characters)}
         return characters if model["vocab"] == ids else ""
     except Exception:
-        return ""  # load_tokenizer tells what is wrong with it
+        return ""  # load_tokenizer reports what is wrong with it

@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints, ckpt.pt: read them, and write what nanoGPT resumes from.
+"""Reads nanoGPT's checkpoints (ckpt.pt), and writes ones that nanoGPT can resume.
 
 Source: nanoGPT train.py, and model.py (`configure_optimizers`).
 """
@@ -19,8 +19,8 @@ from jaxgpt.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxgpt.training.step import TrainState
 
 _MODEL = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
-_OLD_DEFAULTS = {"bias": True, "dropout": 0.0}  # nanoGPT's, for files without them
-# nanoGPT's names of our settings, by section.
+_OLD_DEFAULTS = {"bias": True, "dropout": 0.0}  # nanoGPT's, for older files
+# nanoGPT's names for our settings, by config section.
 _SETTINGS = {
     "data": {"gradient_accumulation_steps": "gradient_accumulation_steps"},
     "optimizer": {
@@ -45,24 +45,24 @@ _NO_LOSS_YET = 1e9  # nanoGPT's best_val_loss before its first evaluation
 def read_nanogpt(
     path: Path, log: Callable[[str], None]
 ) -> tuple[Config, TrainState, float | None]:
-    """Reads a ckpt.pt; its optimizer state too, where it has one.
+    """Reads a ckpt.pt, including its optimizer state if it has one.
 
     Args:
-      path: of the file. It is read as tensors and plain values; no code in it is run.
-      log: called with a line on what cannot be taken over.
+      path: the file. Only tensors and plain values are read; no code in it is run.
+      log: called with a line for each part that can't be imported.
 
-    Returns the config, with nanoGPT's settings for training; the state, whose opt_state
-    is None if the checkpoint has none; and the best validation loss, if it tells.
-    Raises ImportError without torch, OSError or ValueError if it is no such checkpoint.
+    Returns the config, with nanoGPT's training settings; the state, whose opt_state is
+    None if the checkpoint has none; and the best validation loss, or None if unknown.
+    Raises ImportError without torch, OSError or ValueError for any other file.
     """
     torch = required("torch")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a ckpt.pt of nanoGPT")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of many kinds, for a file that is damaged
+    except Exception as error:  # a damaged file raises many kinds of errors
         raise ValueError(
-            f"{path} is not a checkpoint of PyTorch, is cut short, or holds more than "
+            f"{path} is not a PyTorch checkpoint, is truncated, or contains more than "
             "tensors and plain values; no code in it was run"
         ) from error
     try:
@@ -74,9 +74,9 @@ def read_nanogpt(
         val_loss = float(checkpoint.get("best_val_loss", _NO_LOSS_YET))
     except KeyError as error:
         raise ValueError(
-            f"{path} is not a checkpoint of nanoGPT: it has no {error}"
+            f"{path} is not a nanoGPT checkpoint: it has no {error}"
         ) from error
-    except Exception as error:  # of many kinds, for values of other types
+    except Exception as error:  # values of the wrong type raise many kinds of errors
         raise ValueError(f"{path}: {error}") from error
     state = TrainState(step, params, opt_state)
     return config, state, val_loss if 0 <= val_loss < _NO_LOSS_YET else None
@@ -92,13 +92,13 @@ def write_nanogpt(
     """Writes a ckpt.pt that nanoGPT's sample.py and `train.py --init_from=resume` load.
 
     Args:
-      path: of the file.
-      config: of the run; its model must be a GPT.
-      state: its opt_state may be None: nanoGPT then begins with fresh moments.
-      val_loss: the best so far, in nats per token.
+      path: the file to write.
+      config: the run's config; its model must be a GPT.
+      state: if its opt_state is None, nanoGPT starts with fresh moments.
+      val_loss: the best validation loss so far, in nats per token.
       dataset: nanoGPT looks for the vocabulary in data/DATASET/meta.pkl.
 
-    Raises ImportError without torch, ValueError if nanoGPT has no such model.
+    Raises ImportError without torch, ValueError if the model is not a GPT.
     """
     torch = required("torch")
     model = state_dict.check_gpt(config.model, "nanoGPT")
@@ -119,35 +119,35 @@ def write_nanogpt(
 def _config(
     args: dict[str, Any], settings: dict[str, Any], log: Callable[[str], None]
 ) -> Config:
-    """Our config; settings for training that nanoGPT leaves out keep our defaults."""
+    """Our config; training settings missing from nanoGPT's keep our defaults."""
     args = _OLD_DEFAULTS | args
     model = GPTConfig(**{name: args[name] for name in _MODEL})
     decays = settings.get("decay_lr", True)
     end, last = (settings.get(name) for name in ("lr_decay_iters", "max_iters"))
     if end != last and decays:
         log(
-            f"its lr_decay_iters={end} is not taken over: here the learning rate "
-            f"reaches min_lr at max_steps={last}"
+            f"lr_decay_iters={end} is not imported: here the learning rate reaches "
+            f"min_lr at max_steps={last}"
         )
     try:
         sections: dict[str, dict[str, Any]] = {
             section: {names[name]: settings[name] for name in names if name in settings}
             for section, names in _SETTINGS.items()
         }
-        if "batch_size" in settings:  # of one microbatch
+        if "batch_size" in settings:  # nanoGPT's is the size of a microbatch
             count = int(settings.get("gradient_accumulation_steps", 1))
             sections["data"]["batch_size"] = int(settings["batch_size"]) * count
         if not decays:
             constant = {"min_lr": settings["learning_rate"], "warmup_steps": 0}
             sections["optimizer"] |= constant
         return dataclasses.replace(Config.from_dict(sections), model=model)
-    except Exception as error:  # of many kinds, for values of other types
-        log(f"its settings for training are not taken over: {error}")
+    except Exception as error:  # values of the wrong type raise many kinds of errors
+        log(f"the training settings are not imported: {error}")
         return Config(model=model)
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """The config under nanoGPT's names."""
+    """The config's settings under nanoGPT's names."""
     settings: dict[str, Any] = {
         name: getattr(getattr(config, section), ours)
         for section, names in _SETTINGS.items()
@@ -163,7 +163,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _params(tensors: dict[str, Any], config: GPTConfig) -> Any:
-    """A tree like the parameters, of tensors that are [out, in]."""
+    """Converts [out, in] tensors to a tree like the parameters."""
     return state_dict.from_state_dict(
         {name: getattr(tensor, "shape", ()) for name, tensor in tensors.items()},
         lambda name: tensors[name].detach().float().numpy(),  # NumPy has no bfloat16
@@ -173,7 +173,7 @@ def _params(tensors: dict[str, Any], config: GPTConfig) -> Any:
 
 
 def _tensors(tree: Any, config: GPTConfig) -> dict[str, Any]:
-    """A tree like the parameters as tensors of their own, [out, in]."""
+    """Copies a tree like the parameters to [out, in] tensors."""
     torch = required("torch")
     arrays = state_dict.to_state_dict(tree, config, out_in=True)
     return {name: torch.tensor(array) for name, array in arrays.items()}
@@ -182,7 +182,7 @@ def _tensors(tree: Any, config: GPTConfig) -> dict[str, Any]:
 def _groups(config: GPTConfig) -> tuple[list[str], list[str]]:
     """Names of the parameters that nanoGPT's AdamW decays, and of the others.
 
-    It numbers them in this order.
+    Its state numbers the parameters in this order.
     """
     shapes = state_dict.torch_shapes(config)
     decayed = [name for name, shape in shapes.items() if len(shape) > 1]
@@ -196,7 +196,7 @@ def _read_optimizer(
     step: jax.Array,
     log: Callable[[str], None],
 ) -> Any:
-    """AdamW's state in optax's form, or None; log hears why one is left."""
+    """AdamW's state in optax's form, or None; logs why a state is not imported."""
     model = state_dict.check_gpt(config.model, "nanoGPT")
     names = [name for group in _groups(model) for name in group]
     try:
@@ -208,19 +208,19 @@ def _read_optimizer(
             for kind in ("exp_avg", "exp_avg_sq")
         )
         count = jnp.asarray(int(states[0]["step"]), jnp.int32)
-    except Exception as error:  # of many kinds, for values of other types
-        log(f"its optimizer state is not taken over, it is not nanoGPT's: {error}")
+    except Exception as error:  # values of the wrong type raise many kinds of errors
+        log(f"the optimizer state is not imported, since it is not nanoGPT's: {error}")
         return None
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
     return optax.tree.set(
         jax.eval_shape(optimizer.init, params),
         ScaleByAdamState=optax.ScaleByAdamState(count, mu, nu),
-        count=step,  # the schedule's: of iterations, some of which AdamW may skip
+        count=step,  # the schedule counts iterations, including any AdamW skipped
     )
 
 
 def _write_optimizer(config: Config, state: TrainState) -> dict[str, Any]:
-    """The `state_dict` of torch's AdamW."""
+    """The optimizer state as the `state_dict` of torch's AdamW."""
     torch = required("torch")
     model = state_dict.check_gpt(config.model, "nanoGPT")
     groups, optimizer = _groups(model), config.optimizer

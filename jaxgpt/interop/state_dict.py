@@ -1,7 +1,7 @@
-"""The GPT's parameters under the names and in the shapes that PyTorch has for them.
+"""The GPT's parameters under PyTorch's names and in PyTorch's shapes.
 
-nanoGPT and Hugging Face's GPT-2 name them alike, layer by layer. Their matrices differ:
-nanoGPT's `nn.Linear` keeps [out, in], GPT-2's `Conv1D` [in, out], which is ours.
+nanoGPT and Hugging Face's GPT-2 use the same names, layer by layer. Matrices differ:
+nanoGPT's `nn.Linear` stores [out, in], GPT-2's `Conv1D` [in, out], as our model does.
 """
 
 import re
@@ -15,12 +15,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxgpt.config import GPTConfig, ModelConfig
 from jaxgpt.models import parameter_shapes
 
-_MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # buffers, no parameters
-_WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"  # one and the same tensor
+_MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # buffers, not parameters
+_WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"  # one tied tensor
 
 
 def check_gpt(config: ModelConfig, program: str) -> GPTConfig:
-    """The config, as a GPT's; raises ValueError if `program` has no such model."""
+    """Returns the config; raises ValueError, naming `program`, if it is not a GPT's."""
     if not isinstance(config, GPTConfig):
         kind = getattr(config, "architecture", "other")
         raise ValueError(f"{program} has no {kind} model, only a gpt")
@@ -30,7 +30,7 @@ def check_gpt(config: ModelConfig, program: str) -> GPTConfig:
 def torch_shapes(
     config: GPTConfig, *, out_in: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters, in the order of PyTorch's `named_parameters`."""
+    """Shapes by PyTorch's name, in the order of its `named_parameters`."""
     C = config.n_embd
     block = {
         "ln_1": (C,),
@@ -56,19 +56,19 @@ def torch_shapes(
 def to_state_dict(
     params: Any, config: GPTConfig, *, out_in: bool
 ) -> dict[str, np.ndarray]:
-    """A tree like the GPT's parameters (gradients, moments) as PyTorch's tensors.
+    """Converts a tree like the GPT's parameters (gradients, moments) for PyTorch.
 
     Args:
       params: the tree, f32.
-      out_in: keep matrices as [out, in], as nanoGPT does.
+      out_in: return matrices as [out, in], as nanoGPT stores them.
 
-    Returns arrays by name, without the head, which is the token embedding. They are
-    views of the tree's where they can be.
+    Returns arrays by PyTorch's name, without the head, which is the token embedding.
+    They are views of the tree's arrays where possible.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     tensors = {}
     for name, shape in torch_shapes(config).items():
-        path, layer = _place(name)
+        path, layer = _path_and_layer(name)
         array = leaves[path][layer].reshape(shape)
         tensors[name] = array.T if out_in and path[-1] == "kernel" else array
     return tensors
@@ -81,17 +81,17 @@ def from_state_dict(
     *,
     out_in: bool,
 ) -> Any:
-    """The inverse: the GPT's parameters, f32.
+    """The inverse of `to_state_dict`: returns the GPT's parameters, f32.
 
     Args:
-      shapes: of the tensors that there are, by PyTorch's name. Prefixes that
-        `torch.compile` adds, or that Hugging Face leaves out, make no difference.
-      read: reads the tensor of one of these names; one is read at a time.
-      out_in: matrices are [out, in].
+      shapes: shape of each tensor, by PyTorch's name. Prefixes that `torch.compile`
+        adds or that Hugging Face omits make no difference.
+      read: returns the tensor of a name; one tensor is read at a time.
+      out_in: whether matrices are [out, in].
 
-    Raises ValueError that names what is missing, too much, or of another shape.
+    Raises ValueError that names a missing, unexpected or wrongly shaped tensor.
     """
-    if config.n_layer > len(shapes):  # and might be more than memory has names for
+    if config.n_layer > len(shapes):  # else their names alone might exhaust memory
         raise ValueError(
             f"n_layer={config.n_layer}, but there are only {len(shapes)} tensors"
         )
@@ -107,38 +107,38 @@ def from_state_dict(
         for path, leaf in flatten_dict(parameter_shapes(config)).items()
     }
     for name in expected:
-        path, layer = _place(name)
+        path, layer = _path_and_layer(name)
         array = read(found[name])
         array = array.T if out_in and path[-1] == "kernel" else array
-        with np.errstate(over="ignore"):  # a float64 may be infinite as float32
+        with np.errstate(over="ignore"):  # a float64 may overflow float32
             leaves[path][layer] = array.reshape(leaves[path][layer].shape)
     table = leaves["wte", "embedding"]
     if head and not np.array_equal(read(head), table, equal_nan=True):
         raise ValueError(
-            f"{head} is not the token embedding: a GPT with a head of its own is not "
-            "supported, only one that shares the embedding's weights"
+            f"{head} is not the token embedding; only a GPT whose head shares the "
+            "embedding's weights is supported"
         )
-    del table  # so that each array is freed when it is on the device
+    del table  # so that each host array is freed once it is on the device
     return unflatten_dict({path: jnp.asarray(leaves.pop(path)) for path in [*leaves]})
 
 
 def plain_name(name: str) -> str:
-    """The name without what torch.compile adds, and with what the hub leaves out."""
+    """The name without torch.compile's prefix, and with the one that the hub omits."""
     name = name.removeprefix("_orig_mod.")
     known = name.startswith(("transformer.", "lm_head."))
     return name if known else f"transformer.{name}"
 
 
 def split_layer(name: str) -> tuple[list[str], Any]:
-    """The words of a module's name, and its layer, which indexes the stacked blocks."""
+    """Splits a module's name into words and the layer, an index into stacked blocks."""
     words = name.split(".")
     return words, int(words.pop(1)) if words[0] == "h" else ...
 
 
-def _place(name: str) -> tuple[tuple[str, ...], Any]:
-    """Our path of one of PyTorch's parameters, and its layer, as `split_layer` has it.
+def _path_and_layer(name: str) -> tuple[tuple[str, ...], Any]:
+    """Our path of a PyTorch parameter, and its layer as in `split_layer`.
 
-    Our names of the weights are Flax's.
+    Weights have Flax's names in our model.
     """
     (*modules, kind), layer = split_layer(name.removeprefix("transformer."))
     if kind == "weight":

@@ -1,6 +1,6 @@
-"""The same weights and batches in JAX and in PyTorch, and how far the two part.
+"""Parity with PyTorch: runs the same weights and batches in both, and compares.
 
-The other side is transformers' GPT-2, trained with torch's AdamW as nanoGPT does.
+The PyTorch model is transformers' GPT-2, trained with torch's AdamW as nanoGPT does.
 
 B batch   T time   V vocab
 """
@@ -36,18 +36,18 @@ from jaxgpt.training.objectives import Batch, next_token
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.step import create_state, make_train_step
 
-# Tolerances in float32: of norms (activations, gradients), of the largest difference
-# (logits) and in nats (losses). Where the root mean square of the logits is above 1,
-# those of the logits and of the first loss grow with it.
+# Tolerances in float32: of relative norms (activations, gradients, parameters), of the
+# largest difference (logits) and in nats (losses). LOGITS and LOSS are multiplied by
+# the root mean square of the logits if that is above 1.
 NORM = 1e-5
 LOGITS = 2e-5
 LOSS = 1e-6
 STEP_LOSS = 1e-4
 FINAL_PARAMETERS = 1e-3
-# A gradient is judged as if its norm were at least this much of the global one.
+# A gradient's norm counts as at least this fraction of the global gradient norm.
 SMALLEST_NORM = 1e-3
-# A bfloat16 has 8 bits: each layer rounds several times, by up to 2**-9 of the number,
-# and independent errors add up as the root of their count.
+# bfloat16 has 8 bits of precision: each layer rounds several times, by up to 2**-9 of a
+# number, and independent errors add up as the square root of their count.
 BFLOAT16_PER_ROOT_LAYER = 2**-7
 _PROMPT_LENGTH = 8
 _LAYERS = ("drop", "h", "attn", "mlp", "ln_f")  # modules whose outputs are compared
@@ -55,13 +55,13 @@ _LAYERS = ("drop", "h", "attn", "mlp", "ln_f")  # modules whose outputs are comp
 
 @dataclass(frozen=True)
 class Check:
-    """How far one quantity parts.
+    """The difference between JAX and PyTorch in one quantity.
 
     Attributes:
       absolute: largest absolute difference.
-      relative: norm of the difference, over the norm of PyTorch's.
-      error: the figure that is judged: one of the two, or a scaled one.
-      tolerance: what `error` may be; None if it is not judged.
+      relative: norm of the difference, divided by the norm of PyTorch's value.
+      error: the figure that is judged: `absolute`, `relative` or a scaled variant.
+      tolerance: largest accepted `error`; None if the quantity is not judged.
     """
 
     section: str
@@ -73,12 +73,12 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is a number within the tolerance, if there is one."""
+        """Whether the error is within the tolerance, if there is one; NaN is not."""
         return self.tolerance is None or self.error <= self.tolerance
 
 
 def random_gpt2(config: GPTConfig, seed: int) -> tuple[Any, Any]:
-    """Parameters as transformers draws them for a GPT-2, and that GPT-2."""
+    """Returns random parameters, initialised by transformers' GPT-2, and that model."""
     required("torch").manual_seed(seed)
     reference = _gpt2(config)
     tensors = {name: t.detach().numpy() for name, t in reference.named_parameters()}
@@ -88,7 +88,7 @@ def random_gpt2(config: GPTConfig, seed: int) -> tuple[Any, Any]:
 
 
 def gpt2_of_params(config: GPTConfig, params: Any) -> Any:
-    """A GPT-2 of transformers' with our parameters; biases that they lack are zero."""
+    """Returns transformers' GPT-2 with our parameters; missing biases are zero."""
     torch, reference = required("torch"), _gpt2(config)
     tensors = state_dict.to_state_dict(params, config, out_in=False)
     tensors = {name: torch.tensor(array) for name, array in tensors.items()}
@@ -97,10 +97,10 @@ def gpt2_of_params(config: GPTConfig, params: Any) -> Any:
 
 
 def gpt2_of_nanogpt(config: GPTConfig, path: Path) -> Any:
-    """A GPT-2 of transformers' with the weights of a ckpt.pt, without our reading."""
+    """Returns transformers' GPT-2 with a ckpt.pt's weights, read without our code."""
     torch, reference = required("torch"), _gpt2(config)
     tensors = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # which it transposes
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transposed in GPT-2
     tensors = {
         state_dict.plain_name(name): tensor.T if name.endswith(linear) else tensor
         for name, tensor in tensors.items()
@@ -110,7 +110,7 @@ def gpt2_of_nanogpt(config: GPTConfig, path: Path) -> Any:
 
 
 def gpt2_of_directory(folder: Path) -> Any:
-    """transformers' own reading of a directory of Hugging Face's GPT-2."""
+    """Returns the GPT-2 in a Hugging Face directory, as transformers loads it."""
     transformers = required("transformers")
     transformers.utils.logging.disable_progress_bar()
     return transformers.GPT2LMHeadModel.from_pretrained(
@@ -129,19 +129,19 @@ def compare(
     new_tokens: int | None = None,
     seed: int = 1337,
 ) -> Iterator[Check]:
-    """Puts a GPT beside its PyTorch rendering, one quantity after the other.
+    """Compares a GPT with its PyTorch counterpart, one quantity after the other.
 
     Args:
-      config, params: of the GPT; it is run in float32 and without dropout.
-      reference: PyTorch's, with the same weights; it is trained, so of no use after.
-      batch_size: rows of every batch, of random tokens.
-      length: tokens of every row; block_size if left out.
-      steps: AdamW updates; 0 makes none.
-      new_tokens: greedy ones; 3 x block_size if left out, and 0 makes none.
+      config, params: the GPT, which runs in float32 and without dropout.
+      reference: the PyTorch model with the same weights; training changes them.
+      batch_size: rows per batch of random tokens.
+      length: tokens per row; block_size by default.
+      steps: number of AdamW updates; 0 for none.
+      new_tokens: greedily decoded tokens; 3 x block_size by default, 0 for none.
 
-    Yields a Check of each activation, of logits, in bfloat16 too, and loss, of each
-    gradient, of the greedy text, of each step's loss and of the final parameters.
-    Raises ValueError where an argument is out of range.
+    Yields a Check of each activation, the logits (also in bfloat16), the loss, each
+    gradient, the greedy text, the loss of each step, and the final parameters. Raises
+    ValueError if an argument is out of range.
     """
     T = config.block_size if length is None else length
     if not 1 <= T <= config.block_size:
@@ -165,13 +165,13 @@ def compare(
             prompt = batches[0][0][0, :_PROMPT_LENGTH].tolist()
             yield _greedy(config, params, reference, prompt, count)
         if steps > 0 and math.isfinite(norm):
-            # So that warmup, decay and clipping are all at work.
+            # Chosen so that warmup, decay and clipping all take effect.
             optimizer = OptimizerConfig(warmup_steps=steps // 5, grad_clip=norm / 2)
             yield from _training(config, optimizer, params, reference, batches)
 
 
 def _gpt2(config: GPTConfig) -> Any:
-    """A GPT-2 of transformers' for this config, whose biases are zero."""
+    """Returns transformers' GPT-2 for this config, with biases of zero."""
     transformers = required("transformers")
     settings = huggingface.gpt2_settings(config, end_of_text=None)
     settings["attn_implementation"] = "eager"
@@ -179,7 +179,7 @@ def _gpt2(config: GPTConfig) -> Any:
 
 
 def _build_model(config: GPTConfig) -> Any:
-    """Our model, for the device that JAX computes on."""
+    """Our model, for JAX's default device."""
     return build_model(config, platform_of(jax.devices()[0]))
 
 
@@ -191,11 +191,11 @@ def _check(
     tolerance: float | None,
     smallest_norm: float | None = None,
 ) -> Check:
-    """Judges the largest difference; or, given a smallest norm, that of norms."""
+    """Judges the largest difference, or the relative norm if smallest_norm is given."""
     theirs = np.asarray(theirs, np.float64)
-    apart = np.asarray(ours, np.float64) - theirs
-    largest = float(np.abs(apart).max())
-    distance, norm = float(np.linalg.norm(apart)), float(np.linalg.norm(theirs))
+    diff = np.asarray(ours, np.float64) - theirs
+    largest = float(np.abs(diff).max())
+    distance, norm = float(np.linalg.norm(diff)), float(np.linalg.norm(theirs))
     relative = distance / norm if norm else math.inf if distance else 0.0
     error = largest
     if smallest_norm is not None:
@@ -207,7 +207,7 @@ def _check(
 def _one_pass(
     config: GPTConfig, params: Any, reference: Any, batch: Batch
 ) -> Generator[Check, None, float]:
-    """Checks one batch, forward and backward; returns the global gradient norm."""
+    """Checks a forward and a backward pass; returns the global gradient norm."""
     inputs_BT, targets_BT = batch
     model = _build_model(config)
 
@@ -229,7 +229,7 @@ def _one_pass(
 
     for name, activation in theirs.items():
         modules, layer = state_dict.split_layer(name)
-        # The first leaf, as a block returns its cache too.
+        # The output is the first leaf: a block also returns its cache.
         stacked = jax.tree.leaves(captured[*modules, "__call__"])[0]
         yield _check("activations", name, stacked[layer], activation, NORM, 0.0)
     size = max(1.0, float(np.sqrt(np.mean(their_logits**2))))
@@ -244,7 +244,7 @@ def _one_pass(
         theirs_BTV = _torch_losses(their_half, batch)[1].float().numpy()
     name = "bfloat16, PyTorch's own"
     yield _check("logits", name, theirs_BTV, their_logits, None, 0.0)
-    # The float32 sum of a few hundred losses alone would be off by more.
+    # In float64: a float32 sum of a few hundred losses alone exceeds the tolerance.
     loss, their_loss = (
         np.asarray(losses, np.float64).mean() for losses in (losses_BT, their_losses)
     )
@@ -262,15 +262,15 @@ def _one_pass(
 def _torch_pass(
     reference: Any, batch: Batch
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Losses, logits and activations by module, in PyTorch; leaves the gradients."""
+    """Returns PyTorch's losses, logits and activations by module; sets gradients."""
     seen = {}
 
-    def note(name: str, module: Any, inputs: Any, output: Any) -> None:
+    def record(name: str, module: Any, inputs: Any, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
         seen[name] = output.detach().numpy()
 
     handles = [
-        module.register_forward_hook(partial(note, name))
+        module.register_forward_hook(partial(record, name))
         for name, module in reference.transformer.named_modules()
         if (last := name.split(".")[-1]) in _LAYERS or last.isdecimal()
     ]
@@ -283,7 +283,7 @@ def _torch_pass(
 
 
 def _torch_losses(reference: Any, batch: Batch) -> tuple[Any, Any]:
-    """Loss of each token, [B * T], and logits, [B, T, V]."""
+    """The loss of each token, [B * T], and the logits, [B, T, V]."""
     torch = required("torch")
     inputs_BT, targets_BT = map(torch.tensor, batch)
     logits_BTV = reference(inputs_BT, use_cache=False).logits
@@ -300,10 +300,10 @@ def _check_each(
     tolerance: float,
     smallest_norm: float,
 ) -> Iterator[Check]:
-    """Checks every parameter's array, q, k and v packed as they are.
+    """Checks every parameter's array, with q, k and v packed together.
 
-    The keys' bias is only reported: softmax ignores it, its gradient is zero but for
-    rounding, and Adam makes steps of that noise.
+    The keys' bias is only reported: softmax is invariant to it, so its gradient is
+    rounding noise, which Adam scales up to full steps.
     """
     for name, array in ours.items():
         other = theirs[name].detach().numpy()
@@ -318,7 +318,7 @@ def _check_each(
 def _greedy(
     config: GPTConfig, params: Any, reference: Any, prompt: list[int], count: int
 ) -> Check:
-    """Checks that both write the same tokens, each the likeliest of all."""
+    """Checks that greedy decoding gives the same tokens in both."""
     torch = required("torch")
     greedy = SamplingConfig(temperature=0.0)
     drawn = generate_tokens(_build_model(config), params, [prompt], count, greedy)
@@ -335,7 +335,7 @@ def _greedy(
     name = f"{count} tokens"
     if different.any():
         at = int(different.argmax())
-        name += f", the first other is no. {at + 1}, by {leads[at]:.0e} the likeliest"
+        name += f", first difference at no. {at + 1}, top-2 logit gap {leads[at]:.0e}"
     wrong = float(different.sum())
     return Check("greedy text", name, wrong, wrong / count, wrong, 0.0)
 
@@ -347,17 +347,14 @@ def _training(
     reference: Any,
     batches: list[Batch],
 ) -> Iterator[Check]:
-    """Checks the loss of every AdamW step, and the parameters after the last."""
+    """Checks the loss of each AdamW step, and the parameters after the last."""
     inputs_NBT, targets_NBT = map(np.stack, zip(*batches, strict=True))
     train = TrainConfig(max_steps=len(batches))
-    whole = Config(model=config, optimizer=optimizer, train=train)
-    model, adamw = (
-        _build_model(config),
-        make_optimizer(optimizer, len(batches)),
-    )
-    train_step = make_train_step(next_token(model), adamw, whole)
+    full_config = Config(model=config, optimizer=optimizer, train=train)
+    model, adamw = _build_model(config), make_optimizer(optimizer, len(batches))
+    train_step = make_train_step(next_token(model), adamw, full_config)
     state, metrics = jax.jit(lambda *args: jax.lax.scan(train_step, *args))(
-        create_state(model, whole, single_device_mesh(), params),
+        create_state(model, full_config, single_device_mesh(), params),
         (inputs_NBT, targets_NBT),
     )
     their_losses = _torch_training(reference, optimizer, batches)
@@ -372,7 +369,7 @@ def _training(
 def _torch_training(
     reference: Any, config: OptimizerConfig, batches: list[Batch]
 ) -> list[float]:
-    """Trains as nanoGPT does; returns each step's loss. Source: nanoGPT train.py."""
+    """Trains as nanoGPT does; returns the loss per step. Source: nanoGPT train.py."""
     torch = required("torch")
     matrices = [p for p in reference.parameters() if p.dim() >= 2]
     others = [p for p in reference.parameters() if p.dim() < 2]

@@ -1,1 +1,1 @@
-"""What a run costs before it runs: operations, memory, transfers between devices."""
+"""The cost of a run, computed before it starts: FLOPs, memory and collectives."""

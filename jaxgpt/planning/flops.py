@@ -1,4 +1,4 @@
-"""How many floating-point operations a training step takes."""
+"""Number of floating-point operations in a training step."""
 
 import math
 from dataclasses import replace
@@ -12,31 +12,31 @@ from jaxgpt.models import build_model, parameter_shapes
 
 
 def step_flops(config: Config) -> int:
-    """Floating-point operations that the model needs for one update, both passes.
+    """Floating-point operations of one update, forward and backward.
 
-    Those of its matrix products; the backward pass takes two for each of the forward
-    pass. Attention counts all scores, masked ones too, in whatever form it is computed.
-    Recomputation (remat) is not counted.
+    Only matmuls count; the backward pass takes twice the operations of the forward
+    pass. Attention counts all scores, including masked ones, whichever implementation
+    runs. Recomputation (remat) does not count.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B, which this equals for a GPT.
     """
     T, short = config.model.block_size, replace(config.model, block_size=2)
     params, apply = parameter_shapes(short), build_model(short, "cpu").apply
 
-    def forward(tokens: int) -> int:  # of one row, without dropout
+    def forward(tokens: int) -> int:  # FLOPs of one row, without dropout
         tokens_BT = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
         return product_flops(jax.make_jaxpr(apply)({"params": params}, tokens_BT).jaxpr)
 
-    # Attention takes T^2 operations, all else T, so two lengths settle every other. At
-    # such short ones no form of attention leaves out masked scores.
+    # FLOPs are a T + b T^2, b from attention, so two lengths determine all others. At
+    # lengths this short, no implementation of attention skips masked scores.
     one, two = forward(1), forward(2)
     return 3 * config.data.batch_size * (T * one + math.comb(T, 2) * (two - 2 * one))
 
 
 def product_flops(jaxpr: Any) -> int:
-    """Floating-point operations of a program's matrix products, recomputed ones too.
+    """Floating-point operations of a jaxpr's matmuls, including recomputed ones.
 
-    A scan counts as often as it runs, which XLA's own analysis does not see.
+    The body of a scan counts once per iteration, unlike in XLA's own cost analysis.
     """
     flops = 0
     for equation in jaxpr.eqns:

@@ -1,4 +1,4 @@
-"""The transfers between devices of a compiled program, read from its HLO.
+"""The collectives of a compiled program, parsed from its HLO.
 
 Source: openxla.org/xla/operation_semantics, for the operations.
 """
@@ -12,24 +12,24 @@ from typing import NamedTuple
 _COLLECTIVE = (
     r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?"
 )
-# Attributes that name computations which an operation runs. A loop's condition is left
-# out, since it moves nothing.
+# Attributes that name the computations an operation runs. A loop's condition is
+# omitted, since it has no collectives.
 _RUN = r"\b(?:calls|to_apply|body|\w+_computations?)=(%\S+|\{[^}]*\})"
 
 
 @dataclass(frozen=True)
 class Collective:
-    """A transfer between devices."""
+    """An operation that transfers data between devices."""
 
-    kind: str  # as HLO names it, or reduce-scatter where each keeps a part of the sum
-    tensors: int  # that it moves at once
-    group: int  # devices that take part in it together
-    tensor_bytes: int  # size of the whole tensors, each time
+    kind: str  # HLO's name, or reduce-scatter if each device keeps a part of the sum
+    tensors: int  # tensors transferred at once
+    group: int  # devices per group
+    tensor_bytes: int  # bytes of the unsharded tensors, each time it runs
     times: int  # how often it runs
 
     @property
     def received_bytes(self) -> float:
-        """What each device receives in all, at least.
+        """Lower bound on the bytes that each device receives in total.
 
         Source: Thakur et al. 2005, "Optimization of Collective Communication
         Operations in MPICH".
@@ -46,24 +46,24 @@ class _Operation(NamedTuple):
     attributes: str
 
 
-_Computation = dict[str, _Operation]  # its last operation is its result
-_Program = dict[str, _Computation]  # the one that is run is called ENTRY
+_Computation = dict[str, _Operation]  # by name; the last one is the result
+_Program = dict[str, _Computation]  # by name; the entry computation is ENTRY
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every transfer between devices in a compiled program, and how often it runs.
+    """Returns the collectives of a compiled program, and how often each runs.
 
     Args:
-      text: as `jax.stages.Compiled.as_text` gives it.
+      text: HLO, as returned by `jax.stages.Compiled.as_text`.
 
-    Raises ValueError where it can't read which devices take part.
+    Raises ValueError if the device groups of a collective can't be parsed.
     """
     program = _parse(text)
     found: dict[object, Collective] = {}
     for name, times in _runs(program, "ENTRY", 1):
         for key, operation in program[name].items():
             if re.fullmatch(_COLLECTIVE, operation.opcode):
-                # One that overlaps with several products is written in each of them.
+                # A collective that overlaps with several matmuls appears in each.
                 same = re.findall(
                     r"(?:channel_id|source_target_pairs)=\S+", operation.attributes
                 )
@@ -79,17 +79,17 @@ def _names(text: str) -> list[str]:
 
 
 def _runs(program: _Program, name: str, times: int) -> Iterator[tuple[str, int]]:
-    """A computation and all that it runs: their names, and how often each runs."""
+    """Yields the names of a computation and all it calls, and how often each runs."""
     yield name, times
     for operation in program[name].values():
-        loops = operation.opcode == "while"
-        trips = _trips(program, name, operation) if loops else 1
+        is_loop = operation.opcode == "while"
+        trips = _trips(program, name, operation) if is_loop else 1
         for inner in _names(" ".join(re.findall(_RUN, operation.attributes))):
             yield from _runs(program, inner, times * trips)
 
 
 def _trips(program: _Program, name: str, loop: _Operation) -> int:
-    """How often a loop runs that counts up to a constant; others count once."""
+    """Trip count of a loop that counts up to a constant; 1 for other loops."""
     outer, (test,) = program[name], re.findall(r"condition=%([\w.-]+)", loop.attributes)
     *_, compare = program[test].values()
     limit, start = 1, 0
@@ -114,7 +114,7 @@ def _collective(
     shapes = " ".join(computation[operand].shape for operand in operands)
     sizes = [
         math.prod(map(int, filter(None, axes.split(",")))) * int(bits or 8) // 8
-        # Of such as bf16[2,3], f8e4m3fn[4] and pred[], which has 8 bits.
+        # For example bf16[2,3], f8e4m3fn[4] or pred[]; pred takes 8 bits.
         for bits, axes in re.findall(r"(?:pred|[a-z](\d+)\w*)\[([\d,]*)\]", shapes)
     ]
     whole = sum(sizes) * (group if kind == "all-gather" else 1)
@@ -134,7 +134,7 @@ def _parse(text: str) -> _Program:
 
 
 def _group(operation: _Operation) -> int:
-    """Devices that take part together, in any of the ways that HLO has to write it."""
+    """Number of devices per group, from any of HLO's notations."""
     attributes = operation.attributes
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return listed[1].count(",") + 1
@@ -144,6 +144,6 @@ def _group(operation: _Operation) -> int:
     if mesh := re.search(form, attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    if "source_target_pairs" in attributes:  # a permutation goes by pairs
+    if "source_target_pairs" in attributes:  # a permute has pairs, not groups
         return 2
     raise ValueError(f"can't read the groups of {operation.opcode}: {attributes}")

@@ -1,4 +1,4 @@
-"""What a training step costs before it runs, here or on chips that are not here."""
+"""The cost of a training step, from compiling it for present or absent devices."""
 
 import math
 import os
@@ -30,43 +30,43 @@ Rows = Iterator[tuple[str, str]]  # names and values
 
 @dataclass(frozen=True)
 class Chip:
-    """What its maker says of a chip, or of each of the devices that JAX sees in it."""
+    """Published figures of a chip, or of each device if JAX sees several in a chip."""
 
     flops: float  # bfloat16 operations per second
     hbm: int  # bytes of memory
-    ici_bandwidth: float  # bytes per second that it can receive from other chips
+    ici_bandwidth: float  # bytes per second received from other chips
 
 
 # By `jax.Device.device_kind`. Sources: docs.cloud.google.com/tpu/docs/ v4, v5e, v5p,
-# v6e and tpu7x, whose interconnect counts both directions; for v4's, Jouppi et al.
-# 2023, "TPU v4", table 4: 6 links of 50 GB/s.
+# v6e and tpu7x, whose interconnect figures count both directions; for the interconnect
+# of v4, Jouppi et al. 2023, "TPU v4", table 4: 6 links of 50 GB/s.
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * 2**30, 300e9),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 400e9 / 2),
     "TPU v5": Chip(459e12, 95 * 2**30, 1200e9 / 2),
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 800e9 / 2),
-    "TPU7x": Chip(2307e12 / 2, 192 * 2**30 // 2, 1200e9 / 2 / 2),  # of two devices
+    "TPU7x": Chip(2307e12 / 2, 192 * 2**30 // 2, 1200e9 / 2 / 2),  # two devices
 }
-USABLE = 0.98  # of a chip's memory; the runtime keeps the rest (v5e: 0.25 of 16 GiB)
+USABLE = 0.98  # fraction of memory; the runtime keeps the rest (v5e: 0.25 of 16 GiB)
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:
-    """The chips of a TPU topology such as "v5e:2x4", for compiling only.
+    """The chips of a TPU topology such as "v5e:2x4", for ahead-of-time compilation.
 
-    Raises ImportError or ValueError that says what is missing or wrong.
+    Raises ImportError without libtpu, ValueError if it does not know the topology.
     """
     if not find_spec("libtpu"):
         raise ImportError(
-            "--plan needs the TPU compiler; `pip install -r requirements-plan.txt`, on "
-            "Linux with an x86-64 processor"
+            "--plan needs the TPU compiler, which runs on x86-64 Linux; install it "
+            "with `pip install -r requirements-plan.txt`"
         )
-    # Else no two processes of this machine could compile at the same time.
+    # Lets several processes on this machine compile at the same time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     try:
         options: dict[str, Any] = {}
         if set(topology.partition(":")[2].split("x")) == {"1"}:  # a single chip
             options["chips_per_host_bounds"] = (1, 1, 1)
-        if topology.startswith("v4"):  # whose two cores are one device
+        if topology.startswith("v4"):  # its two cores form one device
             options["chip_config_name"] = "megacore"
         description = topologies.get_topology_desc(topology, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
@@ -79,7 +79,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
 @contextmanager
 def no_compilation_cache() -> Iterator[None]:
-    """Keeps programs for other chips out of the cache, which can't load them here."""
+    """Disables the compilation cache, which can't load programs for absent chips."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, math.inf)
@@ -90,14 +90,14 @@ def no_compilation_cache() -> Iterator[None]:
 
 
 def describe(config: Config, topology: str = "") -> Iterator[str]:
-    """Lines that say what the run will cost; compiles the step, runs nothing.
+    """Yields lines that report the cost of a run; compiles the step, runs nothing.
 
-    Needs no corpus where `model.vocab_size` is given or the corpus is known by name.
+    Needs no corpus if `model.vocab_size` is given or the corpus is known by name.
 
     Args:
-      topology: of TPU chips that need not be here; this machine's devices if left out.
+      topology: TPU chips to plan for, present or not; this machine's devices if empty.
 
-    Raises ValueError if the step does not fit the chips' memory.
+    Raises ValueError if the step does not fit in the chips' memory.
     """
     if config.model.vocab_size is None:
         if vocab_size := named_vocab_size(config.data):
@@ -120,7 +120,7 @@ def _rows(config: Config, topology: str) -> Rows:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     yield "parameters", f"{params:,}"
     yield "tokens per step", f"{tokens:,}"
-    yield "tokens in all", f"{all_tokens:,} ({all_tokens / params:.1f} per parameter)"
+    yield "total tokens", f"{all_tokens:,} ({all_tokens / params:.1f} per parameter)"
     yield "FLOPs per step", f"{step_flops(config):.3g}"
     yield "devices", f"{mesh.size} x {devices[0].device_kind} ({axes})"
     yield (
@@ -136,7 +136,7 @@ def _rows(config: Config, topology: str) -> Rows:
     traced = trace_train_steps(next_token(model), config, mesh, state, batches)
     compiled = _compile(traced, topology) if topology else traced.lower().compile()
     memory = compiled.memory_analysis()
-    if memory is not None:  # not every backend tells
+    if memory is not None:  # None on some backends
         yield (
             "temporary memory",
             f"{_format_bytes(memory.temp_size_in_bytes)} per device",
@@ -158,8 +158,8 @@ def _compile(traced: jax.stages.Traced, topology: str) -> jax.stages.Compiled:
 
 def _does_not_fit(topology: str, needed: str, capacity: str) -> ValueError:
     return ValueError(
-        f"it does not fit {topology}: {needed} needed per device, {capacity} there; "
-        "give more chips, --mesh.fsdp -1, --model.remat or more "
+        f"the step does not fit {topology}: {needed} needed per device, {capacity} "
+        "available; use more chips, --mesh.fsdp -1, --model.remat or more "
         "--data.gradient-accumulation-steps"
     )
 
@@ -171,19 +171,19 @@ def _tpu_rows(
     traced: jax.stages.Traced,
     compiled: jax.stages.Compiled,
 ) -> Rows:
-    """Memory, collectives by kind, and the least time that a step can take.
+    """Yields memory, collectives by kind, and a lower bound on the step time.
 
-    The time, by the chip's published figures, counts matrix products, and transfers
-    between devices, but no memory traffic: a step that HBM limits takes longer. A model
-    without products has no such bound. The utilisation can exceed 100%, since it counts
-    masked scores, of which attention in blocks leaves out some.
+    The bound follows from the chip's published figures. It counts matmuls and transfers
+    between devices, but no memory traffic: a step limited by HBM takes longer. A model
+    without matmuls has no bound. Utilisation can exceed 100%, since it counts masked
+    scores, some of which blocked attention skips.
 
     Source: Williams et al. 2009, "Roofline: an insightful visual performance model",
-    with the interconnect (ICI) in the place of memory.
+    with the interconnect (ICI) in place of memory.
     """
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text()
-    assert text is not None, "libtpu tells"
+    assert text is not None, "libtpu always returns HLO"
     chip = CHIPS.get(mesh.devices.flat[0].device_kind)
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -192,19 +192,19 @@ def _tpu_rows(
             topology, _format_bytes(used), _format_bytes(USABLE * chip.hbm)
         )
     capacity = f" of {_format_bytes(chip.hbm)}" if chip else ""
-    yield "memory in all", f"{_format_bytes(used)}{capacity} per device: it fits"
-    products, moved = product_flops(traced.jaxpr), collectives(text)
-    yield "FLOPs with remat", f"{products:.3g}"
-    for kind in sorted({each.kind for each in moved}):
-        of_kind = [each for each in moved if each.kind == kind]
-        count = sum(each.times for each in of_kind)
-        whole = _format_bytes(sum(each.times * each.tensor_bytes for each in of_kind))
+    yield "total memory", f"{_format_bytes(used)}{capacity} per device: it fits"
+    matmul_flops, transfers = product_flops(traced.jaxpr), collectives(text)
+    yield "FLOPs with remat", f"{matmul_flops:.3g}"
+    for kind in sorted({each.kind for each in transfers}):
+        of_kind = [each for each in transfers if each.kind == kind]
+        n = sum(each.times for each in of_kind)
+        total = _format_bytes(sum(each.times * each.tensor_bytes for each in of_kind))
         received = _format_bytes(sum(each.received_bytes for each in of_kind))
-        yield kind, f"{count:,} per step, of {whole}; each device receives {received}"
+        yield kind, f"{n:,} per step, {total} in all; each device receives {received}"
     if not chip:
         return
-    compute = products / mesh.size / chip.flops
-    ici = sum(each.received_bytes for each in moved) / chip.ici_bandwidth
+    compute = matmul_flops / mesh.size / chip.flops
+    ici = sum(each.received_bytes for each in transfers) / chip.ici_bandwidth
     yield "compute time", f"{compute:.3g} s"
     yield "ICI time", f"{ici:.3g} s"
     if step := max(compute, ici):
@@ -215,7 +215,7 @@ def _tpu_rows(
 
 
 def _bytes_per_device(tree: object) -> int:
-    """Bytes of a tree of placed shapes that one device holds."""
+    """Bytes of a tree of sharded shapes that one device holds."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -223,5 +223,5 @@ def _bytes_per_device(tree: object) -> int:
 
 
 def _format_bytes(count: float) -> str:
-    """Bytes in MiB or GiB."""
+    """Formats a number of bytes in MiB or GiB."""
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"
