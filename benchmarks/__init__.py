@@ -1,1 +1,1 @@
-"""What is measured on one machine, and can be measured on yours."""
+"""Benchmarks, measured on one machine and repeatable on yours."""

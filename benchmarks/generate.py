@@ -1,18 +1,18 @@
-"""Generation against PyTorch: tokens/s inside the window and beyond it.
+"""Generation compared with PyTorch: tokens/s inside the window and beyond it.
 
 python -m benchmarks.generate [--cases NAME ...] [--rounds N] [--contenders PART ...]
 
 The model has shakespeare-char's sizes (10.8M parameters, a window of 256), random
-weights, and float32. All draw at temperature 1 from all tokens. Contenders, each in a
-process of its own (benchmarks/rounds.py), all on the CPU, or with --device gpu on one:
-- jaxgpt: `generate_tokens`, to its last token.
-- transformers: its GPT-2's `generate`, with its cache. It has no way beyond the window,
-  which is tried and shown as a failure.
-- torch lecture: the lecture's `generate` (benchmarks/torch_gpt.py), which reads the
-  whole window again for each token.
+weights, and float32. All sample at temperature 1 from all tokens. Each contender runs
+in its own process (benchmarks/rounds.py), on the CPU or, with --device gpu, on one GPU:
+- jaxgpt: `generate_tokens`, up to the last token.
+- transformers: `generate` of its GPT-2, with its cache. It can't generate beyond the
+  window; this is tried and reported as a failure.
+- torch lecture: the lecture's `generate` (benchmarks/torch_gpt.py), which recomputes
+  the whole window for each token.
 
-Beyond the window every contender reads the window again for each token, which takes
-minutes for many rows; so there are fewer new tokens there, from a window that is full.
+Beyond the window every contender recomputes the window for each token, which takes
+minutes for many rows, so with many rows it starts full and there are fewer new tokens.
 Writes benchmarks/generate.json.
 
 B batch   T time (of the prompt)
@@ -49,7 +49,7 @@ OUT = Path(__file__).with_suffix(".json")
 
 @dataclass(frozen=True)
 class Case:
-    """What is generated: for `rows` prompts alike, `new` tokens each."""
+    """A workload: `new` tokens for each of `rows` equal prompts of `prompt` tokens."""
 
     rows: int
     prompt: int
@@ -65,24 +65,24 @@ CASES = {
     "beyond, 64": Case(rows=64, prompt=256, new=16),
 }
 LEFT_OUT = {
-    ("inside, 64", "torch lecture"): "some 5 minutes for each generation",
+    ("inside, 64", "torch lecture"): "about 5 minutes per generation",
 }
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Generates with jaxgpt and with PyTorch in turn, and compares."""
+    """Compares the generation speed of jaxgpt and PyTorch, measured in turn."""
 
-    cases: tuple[str, ...] = ()  # only those that hold one of these, as inside or 64
-    rounds: int = 5  # of every contender, in turn
-    seconds: float = 3.0  # that a round takes, about; at least one generation
-    contenders: tuple[str, ...] = ()  # only those whose names hold one of these
+    cases: tuple[str, ...] = ()  # only cases whose names contain one, like inside or 64
+    rounds: int = 5  # rounds per contender, in turn
+    seconds: float = 3.0  # approximate length of a round, at least one generation
+    contenders: tuple[str, ...] = ()  # only contenders whose names contain one of these
     device: Device = "cpu"
-    out: Path = OUT  # where the report goes
+    out: Path = OUT  # the report
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures every case, prints the results and writes the report."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.generate")
     settle(arguments.device)
     config = shape_config("shakespeare-char-no-dropout").to_dict()["model"]
@@ -118,7 +118,7 @@ def main() -> None:
 def build(
     contender: str, config: Facts, case: Facts, seconds: float
 ) -> tuple[Facts, Run]:
-    """The facts and the round of a contender, for `compete`."""
+    """Returns the facts and the round of a contender, for `compete`."""
     drawn = np.random.default_rng(0).integers(config["vocab_size"], size=case["prompt"])
     prompts_BT = np.tile(drawn, (case["rows"], 1))
     if contender == "jaxgpt":
@@ -139,7 +139,7 @@ def build(
 
 
 def jaxgpt_generation(config: Facts, prompts_BT: np.ndarray, new: int) -> Run:
-    """Generates once, as generate.py does, and tells when the first tokens came."""
+    """Returns a function that generates once, and times the first tokens."""
     from jaxgpt import start
 
     start.start()
@@ -158,10 +158,10 @@ def jaxgpt_generation(config: Facts, prompts_BT: np.ndarray, new: int) -> Run:
 
     def once() -> dict[str, float]:
         started = time.perf_counter()
-        pieces = generate_tokens(model, params, prompts, new, sampling)
-        first, _ = next(pieces)
+        chunks = generate_tokens(model, params, prompts, new, sampling)
+        first, _ = next(chunks)
         seconds = time.perf_counter() - started
-        count = first.shape[1] + sum(tokens.shape[1] for tokens, _ in pieces)
+        count = first.shape[1] + sum(tokens.shape[1] for tokens, _ in chunks)
         _check_count(count, new)
         return {"first_seconds": seconds, "first_tokens": first.shape[1]}
 
@@ -171,7 +171,7 @@ def jaxgpt_generation(config: Facts, prompts_BT: np.ndarray, new: int) -> Run:
 def torch_generation(
     library: str, config: Facts, prompts_BT: np.ndarray, new: int
 ) -> Run:
-    """Generates once, with the plain module or with transformers' GPT-2."""
+    """Returns a function that generates once with a PyTorch model."""
     import torch
 
     device = torch_device()
@@ -186,7 +186,7 @@ def torch_generation(
             temperature=1.0,
             top_k=0,
             use_cache=True,
-            pad_token_id=0,  # of no use, but it warns without
+            pad_token_id=0,  # unused, but avoids a warning
         )
 
     def once() -> None:
@@ -197,11 +197,11 @@ def torch_generation(
 
 def _check_count(count: int, new: int) -> None:
     if count != new:
-        raise ValueError(f"{count} new tokens, not {new}")
+        raise ValueError(f"generated {count} new tokens instead of {new}")
 
 
 def judge(results: dict[str, Facts]) -> dict[str, Facts]:
-    """Tokens/s of all, and the ratio of ours to each."""
+    """Adds tokens/s, and the ratio of ours to it, to each contender's results."""
     judged: dict[str, Facts] = {}
     for name, facts in results.items():
         judged[name] = dict(facts)
@@ -219,15 +219,15 @@ def judge(results: dict[str, Facts]) -> dict[str, Facts]:
 
 
 def print_case(name: str, found: Facts) -> None:
-    """A table of the contenders of one case."""
-    told = f"{found['rows']} x {found['new']} new tokens after {found['prompt']}"
-    print(f"\n{name}: {told}")
+    """Prints the contenders of one case as a table."""
+    tokens = f"{found['rows']} x {found['new']} new tokens after {found['prompt']}"
+    print(f"\n{name}: {tokens}")
     columns = f"{'tokens/s':>10}{'lowest - highest':>20}{'ratio':>7}{'peak MiB':>10}"
     print(f"{'':20}{columns}")
     for contender, facts in found["contenders"].items():
         if "rounds" not in facts:
-            told = "; ".join(f"{how}: {why}" for how, why in facts.items())
-            print(f"{contender:20}{told.replace('_', ' ')}")
+            reason = "; ".join(f"{how}: {why}" for how, why in facts.items())
+            print(f"{contender:20}{reason.replace('_', ' ')}")
             continue
         speed = facts["tokens_per_second"]
         spread = f"{speed['lowest']:,.0f} - {speed['highest']:,.0f}"

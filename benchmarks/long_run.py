@@ -1,9 +1,9 @@
-"""Whether a long run leaks: memory and open files over 20,000 steps of smoke size.
+"""Checks a long run for leaks: memory and open files over 20,000 steps of `smoke`.
 
 python -m benchmarks.long_run
 
-The training is a process of its own, which evaluates, draws and saves as a run does,
-and is measured from outside. Writes benchmarks/long_run.json and long_run.png.
+The training runs in its own process, evaluates, plots and saves as any run does, and is
+measured from outside. Writes benchmarks/long_run.json and long_run.png.
 """
 
 import json
@@ -31,21 +31,21 @@ Sample = dict[str, float]
 
 @dataclass(frozen=True)
 class Arguments:
-    """Trains for long, and tells how much memory and how many files it holds."""
+    """Trains for long, and reports how much memory and how many files it holds."""
 
-    steps: int = 20_000  # updates in all
-    settled: int = 2_000  # updates from which on nothing should grow
-    window: int = 1_000  # updates whose samples make a median, there and at the end
-    interval: int = 500  # updates between evaluations, which draw and save
+    steps: int = 20_000  # total updates
+    settled: int = 2_000  # updates after which nothing should grow
+    window: int = 1_000  # updates per median: from settled on, and the last
+    interval: int = 500  # updates between evaluations, plots and checkpoints
     out: Path = HERE / "long_run"  # writes OUT.json and OUT.png
 
 
 def main() -> int:
-    """Measures, prints, writes, draws; returns 1 if memory grows by 2%, or files."""
+    """Measures, reports and plots; returns 1 if memory grows by 2%, or files at all."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.long_run")
     settled, end = arguments.settled, arguments.steps - arguments.window
     if end < settled + arguments.window:
-        sys.exit("steps must hold settled and two windows: raise steps")
+        sys.exit("steps must be at least settled plus two windows; raise --steps")
     samples = list(measure(arguments.steps, arguments.interval))
     figures = {
         name: {
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def measure(steps: int, interval: int) -> Iterator[Sample]:
-    """Trains in a process of its own, and yields samples of it, ten a second."""
+    """Trains in a separate process, and yields samples of it, ten per second."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         command = [
@@ -91,7 +91,7 @@ def measure(steps: int, interval: int) -> Iterator[Sample]:
             while training.poll() is None:
                 time.sleep(0.1)
                 step = last_step(run_dir / "metrics.jsonl")
-                if not 0 < step < steps:  # it starts, or samples text
+                if not 0 < step < steps:  # it is starting up or generating text
                     continue
                 with suppress(psutil.Error):
                     memory = process.memory_info().rss / 2**20
@@ -103,23 +103,23 @@ def measure(steps: int, interval: int) -> Iterator[Sample]:
 
 
 def last_step(metrics: Path) -> int:
-    """The step of the last whole row, without reading those before it."""
+    """The step of the last complete row, read without the rows before it."""
     if not metrics.exists():
         return 0
     with metrics.open("rb") as file:
         file.seek(max(0, metrics.stat().st_size - 1000))
-        whole = file.read().split(b"\n")[1:-1]
-    return json.loads(whole[-1])["step"] if whole else 0
+        rows = file.read().split(b"\n")[1:-1]
+    return json.loads(rows[-1])["step"] if rows else 0
 
 
 def median(samples: list[Sample], name: str, first: int, steps: int) -> float:
-    """The median over so many steps from `first` on."""
+    """The median over `steps` steps, starting at `first`."""
     window = range(first, first + steps)
     return statistics.median(s[name] for s in samples if s["step"] in window)
 
 
 def draw(samples: list[Sample], settled: int, path: Path) -> None:
-    """Draws memory and open files over the steps as a PNG."""
+    """Plots memory and open files against the step, as a PNG."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     steps = [sample["step"] for sample in samples]
     for axes, (name, unit) in zip(

@@ -1,8 +1,8 @@
-"""What the benchmarks share: contenders in processes of their own, in turn.
+"""Runs contenders in separate processes and measures them in turn, in rounds.
 
 Each contender's process imports only what it measures, builds, warms up and waits. The
-parent then asks one after the other for a round, forwards and backwards, so that what
-the machine does meanwhile falls on all alike; only one computes at a time.
+parent then asks each for a round, alternately in forward and reverse order, so that
+changes in the machine's speed affect all equally; only one computes at a time.
 """
 
 import importlib
@@ -27,8 +27,8 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 Device = Literal["cpu", "gpu"]
-# Every library there, and without a look at the web; set before it is imported. On a
-# GPU, no contender takes the others' memory.
+# Selects the device of every library and keeps it offline; set before any import. On a
+# GPU, stops JAX from preallocating the memory that other contenders need.
 _ENVIRONMENT = {
     "cpu": {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
     "gpu": {
@@ -37,21 +37,21 @@ _ENVIRONMENT = {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     },
 }
-_PAUSE = 0.3  # seconds after a round, in which waiting threads cease to spin
+_PAUSE = 0.3  # seconds before a round, in which waiting threads stop spinning
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 
-Facts = dict[str, Any]  # what a contender tells of itself, and what is found of it
+Facts = dict[str, Any]  # what a contender reports, and what is measured of it
 Run = Callable[[], dict[str, float] | None]  # a round, finished when it returns
 
 
 def main() -> None:
-    """A contender's side: builds, says what it is, then runs a round for each line.
+    """A contender's process: builds, prints its facts, then runs a round for each line.
 
-    python -m benchmarks.rounds MODULE TASK, as `compete` runs it.
+    `compete` runs it as python -m benchmarks.rounds MODULE TASK.
     """
     module, task = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps what libraries print out of the answers
     facts, run = importlib.import_module(module).build(**json.loads(task))
     print(json.dumps(facts), file=answers, flush=True)
     for _ in sys.stdin:
@@ -62,22 +62,22 @@ def main() -> None:
 
 
 def settle(device: Device) -> None:
-    """Has this process and its contenders compute there, and print no logs for it."""
+    """Selects the device of this process and its contenders; avoids logs about it."""
     os.environ |= _ENVIRONMENT[device]
 
 
 def torch_device() -> Any:
-    """Where PyTorch computes, settled as is usual there."""
+    """PyTorch's device, with its usual settings."""
     import torch
 
     if os.environ["JAX_PLATFORMS"] == "cpu":
         return torch.device("cpu")
-    torch.set_float32_matmul_precision("high")  # TF32, as JAX has it
+    torch.set_float32_matmul_precision("high")  # TF32, as in JAX
     return torch.device("cuda")
 
 
 def calls_in(seconds: float, call: Callable[[], Any]) -> int:
-    """How many calls take about as long, at least 1; the first warms up."""
+    """Number of calls that take about `seconds`, at least 1; the first warms up."""
     call()
     started = time.perf_counter()
     call()
@@ -85,17 +85,17 @@ def calls_in(seconds: float, call: Callable[[], Any]) -> int:
 
 
 def compete(module: str, tasks: dict[str, Facts], rounds: int) -> dict[str, Facts]:
-    """Starts all contenders one after the other, and then asks each for its rounds.
+    """Starts all contenders one after the other, then asks each for its rounds.
 
     Args:
-      module: has `build(**task)`, which returns facts and a function that runs a
-        round, and may tell of more than the seconds that it takes.
-      tasks: of each contender, by its name; plain values.
-      rounds: how many; every other one goes backwards.
+      module: name of a module with `build(**task)`, which returns facts and a function
+        that runs a round; this may return more figures than the seconds it takes.
+      tasks: arguments of `build` for each contender, by its name; plain values.
+      rounds: number of rounds; every other one is in reverse order.
 
     Returns each contender's facts with its `rounds` and its `peak_mib` of memory, or
-    how it `failed`. The peak is what the last round tells, or else of the whole process
-    from its start.
+    how it `failed`. The peak is the one that the last round reports, or else that of
+    the process since its start.
     """
     found: dict[str, Facts] = {}
     command = [sys.executable, "-m", "benchmarks.rounds", module]
@@ -103,11 +103,11 @@ def compete(module: str, tasks: dict[str, Facts], rounds: int) -> dict[str, Fact
         running: dict[str, subprocess.Popen[str]] = {}
         try:
             for number, (name, task) in enumerate(tasks.items()):
-                if failed := _no_room([child.pid for child in running.values()]):
+                if failed := _out_of_memory([child.pid for child in running.values()]):
                     found[name] = {"failed": failed}
                     _log(f"{name} failed: {failed}")
                     continue
-                _log(f"{name} gets ready")
+                _log(f"{name}: starting")
                 errors = Path(folder) / str(number)
                 with errors.open("w") as stderr:
                     running[name] = subprocess.Popen(
@@ -119,18 +119,18 @@ def compete(module: str, tasks: dict[str, Facts], rounds: int) -> dict[str, Fact
                         text=True,
                     )
                 found[name] = {"rounds": [], "errors": errors}
-                _hear(running, found, name)
+                _read_answer(running, found, name)
             for number in range(rounds):
                 _log(f"round {number + 1} of {rounds}")
                 for name in list(running)[:: -1 if number % 2 else 1]:
-                    _ask(running[name])
-                    _hear(running, found, name)
+                    _request_round(running[name])
+                    _read_answer(running, found, name)
             for name, child in running.items():
                 last = found[name]["rounds"][-1]
                 found[name]["peak_mib"] = last.get("peak_mib") or peak_mib(child.pid)
         finally:
             for child in running.values():
-                child.communicate()  # the end of its input is its end
+                child.communicate()  # closing its stdin ends it
     return {
         name: {key: fact for key, fact in facts.items() if key != "errors"}
         for name, facts in found.items()
@@ -141,17 +141,17 @@ def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _ask(child: subprocess.Popen[str]) -> None:
+def _request_round(child: subprocess.Popen[str]) -> None:
     time.sleep(_PAUSE)
     assert child.stdin
-    with suppress(BrokenPipeError):  # it has died, as is heard next
+    with suppress(BrokenPipeError):  # it has died; _read_answer reports it
         print("round", file=child.stdin, flush=True)
 
 
-def _hear(
+def _read_answer(
     running: dict[str, subprocess.Popen[str]], found: dict[str, Facts], name: str
 ) -> None:
-    """Notes what a contender answers; one that has died runs no more."""
+    """Records a contender's answer, or its failure if it has died."""
     child, facts = running[name], found[name]
     assert child.stdout
     if line := child.stdout.readline():
@@ -169,17 +169,17 @@ def _hear(
     del running[name]
 
 
-def _no_room(pids: list[int]) -> str:
-    """Why there is no memory for another process like these; empty if there is."""
+def _out_of_memory(pids: list[int]) -> str:
+    """Why memory is too short for another process like these; empty if it is not."""
     needed = 1.25 * max((peak_mib(pid) or 0 for pid in pids), default=0)
     left = psutil.virtual_memory().available / 2**20
     if left > needed:
         return ""
-    return f"{left:.0f} MiB of memory are left, {needed:.0f} may be needed"
+    return f"{left:.0f} MiB of memory left, {needed:.0f} MiB may be needed"
 
 
 def peak_mib(pid: int) -> float | None:
-    """The most memory that a process has held; None where the system does not say."""
+    """Peak resident memory of a process; None if the system does not report it."""
     status = Path(f"/proc/{pid}/status")
     if status.exists() and (peak := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
         return int(peak[1]) / 1024
@@ -197,7 +197,7 @@ def rates(facts: Facts, amount: str) -> dict[str, float]:
 
 
 def machine(module: str, device: Device = "cpu") -> Facts:
-    """What it was measured on, when, and by which command."""
+    """The command, date, machine and library versions of a report."""
     cpuinfo = Path("/proc/cpuinfo")
     gpus = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     model = re.search(
@@ -224,15 +224,15 @@ def machine(module: str, device: Device = "cpu") -> Facts:
 
 
 def wanted(names: Iterable[str], parts: tuple[str, ...]) -> list[str]:
-    """The names that hold one of the parts, or all where no part is given."""
+    """The names that contain one of the parts, or all names if no part is given."""
     return [name for name in names if not parts or any(part in name for part in parts)]
 
 
 def write_json(path: Path, report: Facts) -> None:
-    """Writes a report, whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    """Writes a report atomically."""
+    tmp_path = path.with_name(path.name + ".tmp")
+    tmp_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    tmp_path.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The same GPT in plain PyTorch, as nanoGPT has it: what ours is measured against.
+"""nanoGPT's GPT in plain PyTorch, which ours is measured against.
 
-Names are nanoGPT's, so that state dicts and checkpoints fit; tests/ checks that its
-losses and gradients are ours.
+Names are nanoGPT's, so that state dicts and checkpoints match; tests/ checks that its
+losses and gradients equal ours.
 """
 
 import math
@@ -26,7 +26,7 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, by torch's scaled_dot_product_attention."""
+    """Causal self-attention with torch's scaled_dot_product_attention."""
 
     def __init__(self, n_embd: int, n_head: int, bias: bool, dropout: float) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Every position attends to itself and the positions before it."""
+        """Attends from every position to itself and the positions before it."""
         q, k, v = (
             part.unflatten(2, (self.n_head, -1)).transpose(1, 2)
             for part in self.c_attn(x).chunk(3, dim=2)
@@ -58,7 +58,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Each position on its own."""
+        """Transforms each position on its own."""
         return self.dropout(self.c_proj(functional.gelu(self.c_fc(x))))
 
 
@@ -73,13 +73,13 @@ class Block(nn.Module):
         self.mlp = MLP(n_embd, bias, dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One layer."""
+        """Runs one layer."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """Token ids [B, T] to logits [B, T, V]."""
+    """Maps token ids [B, T] to logits [B, T, V]."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / deep)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits of the token after each position."""
+        """Returns the logits of the token after each position."""
         layers: Any = self.transformer
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = layers["drop"](layers["wte"](tokens) + layers["wpe"](positions))
@@ -122,7 +122,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """The lecture's `generate`: the whole window is read again for each token."""
+        """The lecture's `generate`: recomputes the whole window for each token."""
         block_size = self.get_parameter("transformer.wpe.weight").shape[0]
         for _ in range(max_new_tokens):
             logits = self(tokens[:, -block_size:])[:, -1]

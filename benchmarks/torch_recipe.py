@@ -1,8 +1,8 @@
-"""nanoGPT's training of characters in PyTorch, for benchmarks.wall_clock.
+"""nanoGPT's character-level training in PyTorch, for benchmarks.wall_clock.
 
 python -m benchmarks.torch_recipe TEXT CONFIG [--compile]
 
-CONFIG is a jaxgpt config with all sizes, as JSON. Nothing of JAX is imported.
+CONFIG is a jaxgpt config with all sizes, as JSON. JAX is not imported.
 
 B batch   T time
 """
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def fit(model: GPT, tokens: torch.Tensor, settings: Any, *, compiles: bool) -> None:
-    """All updates of the recipe, on windows drawn from `tokens`."""
+    """Runs all updates of the recipe, on windows sampled from `tokens`."""
     B, T = settings["data"]["batch_size"], settings["model"]["block_size"]
     steps, recipe = settings["train"]["max_steps"], settings["optimizer"]
     optimizer = make_adamw(

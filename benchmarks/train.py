@@ -1,24 +1,24 @@
-"""Training against PyTorch: tokens/s, memory, and the share of what products reach.
+"""Training compared with PyTorch: tokens/s, memory, and FLOP/s relative to a matmul.
 
 python -m benchmarks.train [--shapes NAME ...] [--rounds N] [--contenders PART ...]
 
-Contenders, each in a process of its own (benchmarks/rounds.py), all on the CPU, or with
---device gpu on one GPU:
+Each contender runs in its own process (benchmarks/rounds.py), on the CPU or, with
+--device gpu, on one GPU:
 - jaxgpt, as train.py runs it: its devices, its mesh, its compiled train steps, with
   float32 or bfloat16 activations.
-- torch: benchmarks/torch_gpt.py, the very same architecture.
-- transformers: its GPT-2, which differs where it can't be told otherwise: it has
-  biases, and GPT-2's own GELU (by tanh).
-Both of PyTorch's use scaled_dot_product_attention, AdamW (fused, which is the fastest)
-at a constant learning rate, and clipping, eagerly or by torch.compile (of forward, loss
-and backward), in float32 or bfloat16 autocast.
+- torch: benchmarks/torch_gpt.py, exactly the same architecture.
+- transformers: its GPT-2, which differs in what can't be configured: it has biases, and
+  GPT-2's own GELU (the tanh approximation).
+Both PyTorch models use scaled_dot_product_attention, AdamW (fused, which is fastest) at
+a constant learning rate, and clipping, eagerly or with torch.compile (forward, loss and
+backward), in float32 or bfloat16 autocast.
 
 A round is as many updates as take about --seconds, on batches that are in memory before
-the clock starts; the loss is read once, at its end. The peak of memory is a process's
-own, with its libraries and its compilation, or on a GPU that of all arrays there.
-Writes benchmarks/train.json.
+the clock starts; the loss is read once, at the end. Peak memory is that of the process,
+including its libraries and compilation, or on a GPU that of all its arrays. Writes
+benchmarks/train.json.
 
-B batch   T time   N batches, which come round again
+B batch   T time   N batches, used in a cycle
 """
 
 import dataclasses
@@ -50,10 +50,10 @@ from benchmarks.rounds import (
     write_json,
 )
 
-# Libraries are imported where they are measured, so that none is in another's memory.
+# Libraries are imported where they are measured, to keep others' memory free of them.
 
 OURS = ("jaxgpt float32", "jaxgpt bfloat16")
-THEIRS = tuple(  # the likely fastest first, for where memory ends
+THEIRS = tuple(  # likely fastest first, in case memory runs out
     f"{library} {mode} {dtype}"
     for library in ("torch", "transformers")
     for dtype in ("float32", "bfloat16")
@@ -79,42 +79,42 @@ _PRODUCTS = {
 
 @dataclass(frozen=True)
 class Arguments:
-    """Trains with jaxgpt and with PyTorch in turn, and compares."""
+    """Compares the training speed of jaxgpt and PyTorch, measured in turn."""
 
     # any of shakespeare-char-cpu, shakespeare-char, shakespeare-char-no-dropout,
-    # gpt2-124m, and tiny, for the tests
+    # gpt2-124m, and tiny, which is for the tests
     shapes: tuple[str, ...] = SHAPES
-    rounds: int = 5  # of every contender, in turn
-    seconds: float = 3.0  # that a round takes, about
-    contenders: tuple[str, ...] = ()  # only those whose names hold one of these
+    rounds: int = 5  # rounds per contender, in turn
+    seconds: float = 3.0  # approximate length of a round
+    contenders: tuple[str, ...] = ()  # only contenders whose names contain one of these
     device: Device = "cpu"
-    out: Path = OUT  # where the report goes
+    out: Path = OUT  # the report
 
 
 def main() -> int:
-    """Measures, prints, writes; returns 1 if a contender failed."""
+    """Measures every shape, prints, writes; returns 1 if a contender failed."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.train")
     if unknown := set(arguments.shapes) - {*SHAPES, "tiny"}:
-        sys.exit(f"no shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
+        sys.exit(f"unknown --shapes {', '.join(unknown)}; give {', '.join(SHAPES)}")
     settle(arguments.device)
     report = machine("benchmarks.train", arguments.device) | {
         "rounds": arguments.rounds,
         "ceilings": {},
         "shapes": {},
     }
-    ask = partial(contend, rounds=arguments.rounds, seconds=arguments.seconds)
+    run = partial(contend, rounds=arguments.rounds, seconds=arguments.seconds)
     ceilings = report["ceilings"]
     names = wanted((*OURS, *THEIRS), arguments.contenders)
     precisions = {name.split()[-1] for name in names}
-    able = [name for name in CEILINGS if name.split()[-1] in precisions]
-    for name, facts in ask(able, {"products": _PRODUCTS[arguments.device]}).items():
+    selected = [name for name in CEILINGS if name.split()[-1] in precisions]
+    for name, facts in run(selected, {"products": _PRODUCTS[arguments.device]}).items():
         if "failed" not in facts:
             facts["gflops"] = rates(facts, "flops")["highest"] / 1e9
             print(f"{name:28}{facts['gflops']:8.1f} GFLOP/s")
         ceilings[name] = facts
     for shape in arguments.shapes:
         config = shape_config(shape, arguments.device)
-        results = ask(names, config.to_dict())
+        results = run(names, config.to_dict())
         report["shapes"][shape] = judge(config, results, ceilings)
         print_shape(shape, report["shapes"][shape])
         write_json(arguments.out, report)
@@ -125,16 +125,16 @@ def main() -> int:
 def contend(
     names: Iterable[str], config: Facts, *, rounds: int, seconds: float
 ) -> dict[str, Facts]:
-    """The rounds of these contenders with one config."""
+    """Returns the results of these contenders with one config."""
     task = {"config": config, "seconds": seconds}
     tasks = {name: {"contender": name, **task} for name in names}
     return compete("benchmarks.train", tasks, rounds)
 
 
 def shape_config(shape: str, device: Device = "cpu") -> Any:
-    """The preset's config with all that a run would fill in, in float32.
+    """The preset's config, in float32, with the fields that a run would fill in.
 
-    A large model's batch is small on a CPU, and on a GPU that of nanoGPT's bench.py.
+    gpt2-124m has a small batch on a CPU, and that of nanoGPT's bench.py on a GPU.
     """
     from jaxgpt.config import GPTConfig
     from jaxgpt.presets import PRESETS
@@ -158,7 +158,7 @@ def shape_config(shape: str, device: Device = "cpu") -> Any:
 
 
 def build(contender: str, config: Facts, seconds: float) -> tuple[Facts, Run]:
-    """The facts and the round of a contender, for `compete`."""
+    """Returns the facts and the round of a contender, for `compete`."""
     library, *mode, dtype = contender.split()
     if library == "ceiling":
         return build_ceiling(mode[0], dtype, seconds, config["products"])
@@ -187,7 +187,7 @@ def build(contender: str, config: Facts, seconds: float) -> tuple[Facts, Run]:
 
 
 def batches(config: Facts) -> tuple[np.ndarray, np.ndarray]:
-    """Random inputs and targets, i32 [N, B, T], the same for all contenders."""
+    """Returns random inputs and targets, i32 [N, B, T], equal for all contenders."""
     shape = (
         config["train"]["steps_per_call"],
         config["data"]["batch_size"],
@@ -198,12 +198,12 @@ def batches(config: Facts) -> tuple[np.ndarray, np.ndarray]:
     return tokens[:, :, :-1], tokens[:, :, 1:]
 
 
-Peak = Callable[[], dict[str, float]]  # of a GPU's memory; empty on a CPU
+Peak = Callable[[], dict[str, float]]  # peak GPU memory; empty on a CPU
 Updates = tuple[Callable[[], None], Callable[[], float], int, Peak]
 
 
 def jaxgpt_updates(values: Facts) -> Updates:
-    """A call, what waits for its loss, the updates in it, and the peak."""
+    """Functions that update and that wait for the loss, updates per call, and peak."""
     from jaxgpt import start
 
     start.start()
@@ -220,14 +220,14 @@ def jaxgpt_updates(values: Facts) -> Updates:
     count = config.train.steps_per_call
     mesh = make_mesh(config)
     model = build_model(config.model, platform_of(mesh))
-    placed = jax.device_put(batches(values), batch_sharding(mesh, axis=1))
+    sharded = jax.device_put(batches(values), batch_sharding(mesh, axis=1))
     state, metrics = create_state(model, config, mesh), None
-    traced = trace_train_steps(next_token(model), config, mesh, state, placed)
+    traced = trace_train_steps(next_token(model), config, mesh, state, sharded)
     train_steps = traced.lower().compile()
 
     def update() -> None:
         nonlocal state, metrics
-        state, metrics = train_steps(state, placed)
+        state, metrics = train_steps(state, sharded)
 
     def finish() -> float:
         jax.block_until_ready((state, metrics))
@@ -241,7 +241,7 @@ def jaxgpt_updates(values: Facts) -> Updates:
 
 
 def torch_model(library: str, sizes: Facts) -> Any:
-    """The plain module, or transformers' GPT-2, with the sizes of a model config."""
+    """Our plain PyTorch GPT or transformers' GPT-2, with a model config's sizes."""
     names = ("n_layer", "n_head", "n_embd", "vocab_size")
     same = {name: sizes[name] for name in names}
     dropout = sizes["dropout"]
@@ -268,7 +268,7 @@ def torch_model(library: str, sizes: Facts) -> Any:
 
 
 def torch_updates(model: Any, config: Facts, dtype: str, compiles: bool) -> Updates:
-    """An update, what reads its loss, 1, and the peak."""
+    """The same for a PyTorch model, which makes one update per call."""
     import torch
     from torch.nn import functional
     from torch.nn.utils import clip_grad_norm_
@@ -295,7 +295,7 @@ def torch_updates(model: Any, config: Facts, dtype: str, compiles: bool) -> Upda
 
     def loss_of(tokens: Any, targets: Any) -> Any:
         logits = model(tokens)
-        if not torch.is_tensor(logits):  # transformers'
+        if not torch.is_tensor(logits):  # from transformers
             logits = logits.logits
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -313,7 +313,7 @@ def torch_updates(model: Any, config: Facts, dtype: str, compiles: bool) -> Upda
         if settings["grad_clip"]:
             clip_grad_norm_(parameters, settings["grad_clip"])
         optimizer.step()
-        optimizer.zero_grad()  # at once, so that they take no room while others run
+        optimizer.zero_grad()  # frees the gradients while other contenders run
 
     def peak() -> dict[str, float]:
         if device.type == "cpu":
@@ -326,7 +326,7 @@ def torch_updates(model: Any, config: Facts, dtype: str, compiles: bool) -> Upda
 def build_ceiling(
     library: str, dtype: str, seconds: float, sizes: list[list[int]]
 ) -> tuple[Facts, Run]:
-    """Repeats the fastest of a few large matrix products."""
+    """Repeats the fastest of a few large matmuls."""
     make, multiply = products(library, dtype)
     draw = np.random.default_rng(0).standard_normal
     best: Facts = {"flops": 0}
@@ -345,7 +345,7 @@ def build_ceiling(
 
 
 def products(library: str, dtype: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What makes an array, and what multiplies two and waits for it."""
+    """Functions that make an array, and that multiply two and wait for the result."""
     if library == "torch":
         import torch
 
@@ -361,14 +361,14 @@ def products(library: str, dtype: str) -> tuple[Callable[..., Any], Callable[...
     import jax
     import jax.numpy as jnp
 
-    product = jax.jit(jnp.matmul)
-    return partial(jnp.asarray, dtype=dtype), lambda a, b: product(
+    matmul = jax.jit(jnp.matmul)
+    return partial(jnp.asarray, dtype=dtype), lambda a, b: matmul(
         a, b
     ).block_until_ready()
 
 
 def judge(config: Any, results: dict[str, Facts], ceilings: dict[str, Facts]) -> Facts:
-    """Tokens/s, ratios and shares of all, and how the best of both sides compare."""
+    """Adds tokens/s, ratios and shares to the results, and compares the best."""
     from jaxgpt.planning.flops import step_flops
 
     tokens = config.data.batch_size * config.model.block_size
@@ -416,8 +416,8 @@ def best_of(speeds: dict[str, float], precision: str) -> Facts | None:
 
 
 def print_shape(shape: str, found: Facts) -> None:
-    """A table of the contenders, and a line of the best."""
-    print(f"\n{shape}: {found['flops_per_update'] / 1e9:.1f} GFLOP an update")
+    """Prints the contenders as a table, and a line that compares the best."""
+    print(f"\n{shape}: {found['flops_per_update'] / 1e9:.1f} GFLOP per update")
     columns = f"{'tokens/s':>10}{'lowest - highest':>20}{'ratio':>7}"
     print(f"{'':30}{columns}{'peak MiB':>10}{'ceiling':>9}")
     for name, facts in found["contenders"].items():
@@ -432,13 +432,13 @@ def print_shape(shape: str, found: Facts) -> None:
             f"{_known(facts['share_of_ceiling'], '.0%'):>9}"
         )
     lines = (("best_float32", "float32"), ("best", "any precision"))
-    told = [
-        f"best of PyTorch at {precision}: {best['theirs']}, ratio of {best['ours']} "
-        f"{best['ratio']:.2f}"
+    compared = [
+        f"best of PyTorch at {precision}: {best['theirs']}, ratio of {best['ours']} to "
+        f"it: {best['ratio']:.2f}"
         for key, precision in lines
         if (best := found[key])
     ]
-    print("; ".join(told) or "no two sides to compare", flush=True)
+    print("; ".join(compared) or "nothing to compare", flush=True)
 
 
 def _known(value: float | None, form: str) -> str:

@@ -1,15 +1,15 @@
-"""Seconds from typing a command: to the first step, and to a loss, against PyTorch.
+"""Seconds from typing a command to the first step and to the final loss, vs. PyTorch.
 
 python -m benchmarks.wall_clock [--rounds N]
 
-- To the first step: `python train.py shakespeare-char-cpu`, a step a call, until the
-  first is logged; with no compiled programs kept, and with those of that start.
-- To the loss on the whole validation split: of `shakespeare-char-fast`, of
-  `shakespeare-char-cpu`, and of the same recipe, nanoGPT's, in PyTorch
-  (benchmarks/torch_recipe.py), eager as nanoGPT has it on a CPU, and compiled. PyTorch
-  is spared the evaluations between, and saving. Both have what was compiled before.
+- To the first step: `python train.py shakespeare-char-cpu`, one step per dispatch,
+  until the first is logged; with an empty compilation cache, then with a filled one.
+- To the loss on the whole validation split: `shakespeare-char-fast`,
+  `shakespeare-char-cpu`, and the latter's recipe, nanoGPT's, in PyTorch
+  (benchmarks/torch_recipe.py), eager as in nanoGPT on a CPU, and compiled. PyTorch
+  skips intermediate evaluations and checkpoints. Both reuse what was compiled before.
 
-All take turns. Writes benchmarks/wall_clock.json.
+All commands take turns. Writes benchmarks/wall_clock.json.
 """
 
 import json
@@ -37,14 +37,14 @@ _FIRST_STEP, _LOSS = r"step 1/", r"val loss ([\d.]+) on the whole split"
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measures from typing a command to its first step, and to its last loss."""
+    """Measures the time from typing a command to its first step and its final loss."""
 
-    rounds: int = 3  # of each, in turn
-    out: Path = OUT  # where the report goes
+    rounds: int = 3  # rounds per command, in turn
+    out: Path = OUT  # the report
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures all commands, prints the results and writes the report."""
     arguments = tyro.cli(Arguments, prog="python -m benchmarks.wall_clock")
     settle("cpu")
     report = machine("benchmarks.wall_clock")
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def one_round() -> Iterator[tuple[str, float, str]]:
-    """Yields each command's name, its seconds and the line that it was to print."""
+    """Yields each command's name, its seconds and the line that was waited for."""
     from jaxgpt.start import cache_dir
 
     config = json.dumps(shape_config("shakespeare-char-cpu").to_dict())
@@ -75,7 +75,7 @@ def one_round() -> Iterator[tuple[str, float, str]]:
             ["train.py", preset, "--overwrite", "--out-dir", f"{folder}/run"]
             for preset in ("shakespeare-char-fast", "shakespeare-char-cpu")
         )
-        environment = {  # as start.start has it, but for the folder
+        environment = {  # as start.start sets it, but in this folder
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/xla",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }
@@ -96,7 +96,7 @@ def wait_for(
 ) -> tuple[float, str]:
     """Seconds until `python COMMAND` prints a line with `mark`, and that line.
 
-    Waits for its end. Raises RuntimeError with what it said if there is no such line.
+    Waits for it to end. Raises RuntimeError with its output if it fails or has none.
     """
     started = time.perf_counter()
     with subprocess.Popen(
@@ -116,7 +116,7 @@ def wait_for(
 
 
 def judge(seconds: dict[str, float]) -> dict[str, float]:
-    """How the starts compare, and ours with the fastest of PyTorch's."""
+    """Ratios of the two starts, and of our times to the faster of PyTorch's."""
     torch = min(seconds["torch eager"], seconds["torch compile"])
     return {
         "second start by first start": seconds["second start"] / seconds["first start"],

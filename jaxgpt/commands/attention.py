@@ -71,7 +71,7 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
     L, H, T, _ = weights_LHTS.shape
-    side = min(max(1.6, 0.16 * T), 6.5, 40 / H)  # side of a map, in inches
+    side = min(max(1.6, 0.16 * T), 6.5, 40 / H)  # of each map, in inches
     figure = Figure(figsize=(H * side + 1.2, L * side + 0.8), layout="constrained")
     panels = figure.subplots(L, H, squeeze=False)
     past_TS = np.tril(np.ones((T, T), bool))

@@ -41,7 +41,7 @@ def import_(
 
     Args:
         format: format of the weights
-        source: ckpt.pt, or the directory of a Hugging Face GPT-2, or its name on the hub
+        source: ckpt.pt, or the directory or hub name of a Hugging Face GPT-2
         run_dir: run directory to create
         meta: meta.pkl of nanoGPT's data directory, with the character vocabulary
         tokenizer: gpt2, or a path to a saved tokenizer, for weights that have none

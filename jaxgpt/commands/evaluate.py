@@ -32,7 +32,7 @@ def evaluate(
         run_dir: run directory, as written by train.py --out-dir
         checkpoint: best (lowest val loss), latest, or a step
         split: part of the text: train is the first 90%, val the last 10%
-        stride: slide windows by N tokens, count the last N of each; no overlap by default
+        stride: slide windows by N tokens, counting the last N; no overlap by default
         batch_size: windows per batch, over all devices; does not affect the result
         data_path: text other than the run's: files, or a directory of token files
         json: print one JSON object

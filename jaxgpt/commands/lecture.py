@@ -88,7 +88,7 @@ def lecture(
     The exit status is 0 if the mean loss of every rung agrees.
 
     Args:
-        out_dir: for lecture.json and .png; runs/lecture or runs/lecture-trial by default
+        out_dir: for lecture.json and .png; default: runs/lecture or runs/lecture-trial
         scaled: train the last rung too, which takes a CPU half a day per seed
         steps_scale: fraction of the lecture's steps to train for; below 1, a trial
         seeds: seeds to train each rung with, all at the same time

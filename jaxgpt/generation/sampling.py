@@ -39,7 +39,7 @@ def scores(
 
 
 def filter_logits(logits_BV: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Sets logits outside top_k, then top_p, to -inf; ties with the last are kept.
+    """Sets logits outside top_k, then top_p, to -inf; keeps ties with the lowest.
 
     Source: Fan et al. 2018, section 5.4 (top-k); Holtzman et al. 2020, section 3.1
     (top-p, the nucleus).

@@ -32,7 +32,7 @@ def stream_text(
     """Continues `prompt`; yields the new text of each sample a few tokens at a time.
 
     Args:
-      prompt: empty means the tokenizer's `start`; the model sees its last block_size
+      prompt: empty for the tokenizer's `start`; the model sees the last block_size
         tokens. <|endoftext|> is read as the end-of-text token, if any, as in nanoGPT.
       stop: a sample ends before the first occurrence of this text; empty disables it.
         A sample also ends before the tokenizer's end-of-text token.

@@ -138,7 +138,7 @@ def split_layer(name: str) -> tuple[list[str], Any]:
 def _path_and_layer(name: str) -> tuple[tuple[str, ...], Any]:
     """Our path of a PyTorch parameter, and its layer as in `split_layer`.
 
-    Weights have Flax's names in our model.
+    In our tree, weights have Flax's names.
     """
     (*modules, kind), layer = split_layer(name.removeprefix("transformer."))
     if kind == "weight":

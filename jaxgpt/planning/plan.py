@@ -45,7 +45,7 @@ CHIPS = {
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 400e9 / 2),
     "TPU v5": Chip(459e12, 95 * 2**30, 1200e9 / 2),
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 800e9 / 2),
-    "TPU7x": Chip(2307e12 / 2, 192 * 2**30 // 2, 1200e9 / 2 / 2),  # two devices
+    "TPU7x": Chip(2307e12 / 2, 192 * 2**30 // 2, 1200e9 / 2 / 2),  # 2 devices per chip
 }
 USABLE = 0.98  # fraction of memory; the runtime keeps the rest (v5e: 0.25 of 16 GiB)
 
