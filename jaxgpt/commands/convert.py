@@ -86,8 +86,8 @@ def import_(
         save_config(run_dir, config, found)
     if not found:
         log_line(
-            "the run has no tokenizer, which text needs; import it again with --meta "
-            "meta.pkl, --tokenizer gpt2 or --tokenizer DIR"
+            "the run has no tokenizer, so it can't read or write text; import it again "
+            "with --meta meta.pkl, --tokenizer gpt2 or --tokenizer DIR"
         )
     print(run_dir)
     return 0
@@ -101,7 +101,7 @@ def export(
     dataset: str | None = None,
     overwrite: FlagCreatePairsOff[bool] = False,
 ) -> int:
-    """Exports a run's model to a file that nanoGPT or transformers can load.
+    """Exports a run's model for nanoGPT or transformers to load.
 
     Args:
         format: format to write

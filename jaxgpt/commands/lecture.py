@@ -172,7 +172,7 @@ def train_seeds(
     """Trains the model with all seeds at once, by `vmap` of the train step.
 
     Each seed gets the initialisation, batches and dropout of `train.py --train.seed`;
-    the results differ only by rounding.
+    its result differs from that run's only by rounding.
 
     Yields the step and the parameters [S, ...] every `eval_interval` updates and at the
     end. The parameters are donated to the next dispatch once the iterator advances.
