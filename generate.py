@@ -1,4 +1,4 @@
-"""Continues a prompt with a trained model, as it is drawn.
+"""Continues a prompt with a trained model, and prints the text as it is generated.
 
 python generate.py --run-dir runs/shakespeare-char-cpu --prompt "ROMEO:"
 """
@@ -21,33 +21,33 @@ from jaxgpt.text.tokenizer import encode_prompt
 
 @dataclass(frozen=True)
 class Arguments:
-    """Samples from a run: prompt and continuation on stdout, all else on stderr."""
+    """Samples from a run: text goes to stdout, everything else to stderr."""
 
-    run_dir: Path  # as train.py --out-dir made it
+    run_dir: Path  # run directory, as made by train.py --out-dir
     checkpoint: str = "best"  # best (lowest val loss), latest, or a step
-    # text to continue (--prompt=TEXT if it begins with a dash), or FILE:name; empty
-    # stands for a newline
+    # text to continue, or FILE:PATH to read it from a file; a newline by default; use
+    # --prompt=TEXT if the text begins with a dash
     prompt: str = ""
-    max_new_tokens: int = 500  # tokens to draw for each sample
-    num_samples: int = 1  # continuations; the first is shown live, the others after it
+    max_new_tokens: int = 500  # tokens to generate for each sample
+    num_samples: int = 1  # samples; the first is printed live, then the others
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(
         default_factory=SamplingConfig
     )
-    seed: int = 1337  # the same seed gives the same text
+    seed: int = 1337  # random seed; the same seed gives the same text
     # a sample ends before this text, or where the model ends the document
     stop: str = ""
-    # how devices share a model that is too large for one: by fsdp, by tensor
+    # how to shard a model that is too large for one device: fsdp, tensor
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
 
 
 def main() -> None:
-    """Parses the command line, loads the run, prints the samples."""
+    """Parses the command line, loads the run and prints samples."""
     arguments = tyro.cli(Arguments, prog="generate.py")
     start.start()
     mesh = model_mesh(load_config(arguments.run_dir), arguments.mesh)
     run = load_run(arguments.run_dir, arguments.checkpoint, mesh)
     prompt = read_prompt(arguments.prompt, run)
-    # A prompt may hold what stdout cannot encode: argv's bytes that are no UTF-8.
+    # Bytes in argv that are not UTF-8 become surrogates, which stdout can't encode.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     texts, shown = [""] * arguments.num_samples, prompt
     for new_texts in stream_text(
@@ -68,12 +68,12 @@ def main() -> None:
 
 
 def read_prompt(prompt: str, run: Run) -> str:
-    """The prompt's text; says so if the model will not see all of it."""
+    """Returns the prompt's text; logs if it is longer than the context window."""
     if prompt.startswith("FILE:"):
         path = Path(prompt.removeprefix("FILE:"))
         try:
             prompt = path.read_bytes().decode("utf-8")
-        except ValueError as error:  # also of a name that no file can have
+        except ValueError as error:  # also raised for a path with a null byte
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     tokenizer = text_tokenizer(run)
     prompt = prompt or tokenizer.start

@@ -1,4 +1,4 @@
-"""Trains a model: text becomes batches, batches become better parameters.
+"""Trains a model on text and writes a run directory.
 
 python train.py [PRESET] [--out-dir DIR] [--resume] [--section.field VALUE ...]
 """
@@ -54,10 +54,10 @@ STARTED = time.monotonic()
 
 
 def main() -> None:
-    """Parses the command line, then trains, or tells what training would cost."""
+    """Parses the command line, then trains, or prints what training would cost."""
     start.start()
     options = read_options(sys.argv[1:])[-1]
-    if not (options.dry_run or options.plan):  # which a process does alone
+    if not (options.dry_run or options.plan):  # a plan needs only this process
         ids = options.num_processes, options.process_id
         processes.join_processes(options.coordinator_address, *ids)
     if processes.several_processes():
@@ -73,28 +73,28 @@ def main() -> None:
         signal = train(config, run_dir, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
         if has_run(run_dir):
-            log_line(f"go on with: {resume_command}")
+            log_line(f"resume with: {resume_command}")
         raise
     if signal:
-        log_line(f"stopped; go on with: {resume_command}")
+        log_line(f"stopped; resume with: {resume_command}")
         sys.exit(128 + signal)
     if processes.several_processes():
-        where = shlex.quote(str(run_dir))
-        log_line(f"sample it with: python generate.py --run-dir {where}")
+        quoted_dir = shlex.quote(str(run_dir))
+        log_line(f"sample with: python generate.py --run-dir {quoted_dir}")
         return
     saved = load_config(run_dir)
     mesh = model_mesh(saved, dataclasses.replace(saved.mesh, data=1))
     run = load_run(run_dir, mesh=mesh)
     if run.tokenizer:
-        log_line(f"a sample of the best checkpoint, step {run.step}:")
+        log_line(f"sample from the best checkpoint (step {run.step}):")
         print(generate(run, "", max_new_tokens=400)[0])
 
 
 def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> int:
-    """Runs the experiment; returns the signal that stopped it early, or 0."""
+    """Trains the model; returns the number of the signal that stopped it, or 0."""
     with claim_run(run_dir, resume=resume, overwrite=overwrite):
         processes.check_same_settings((config, resume, overwrite))
-        resuming = resume and has_run(run_dir)  # else it was killed before it was one
+        resuming = resume and has_run(run_dir)  # False if killed before save_config
         tokenizer = resumed_tokenizer(run_dir, config) if resuming else None
         corpus, config = load_corpus(config, log_line, tokenizer)
         processes.check_same_settings(config)
@@ -113,18 +113,18 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             state = checkpoint.restore_state(folder, "latest", abstract, resume=True)
             check_skipped(state, config)
             resumed_step = int(state.step)
-            log_line(f"resuming {run_dir} from step {resumed_step}, by its own config")
+            log_line(f"resuming {run_dir} from step {resumed_step}, using its config")
         else:
             state = create_state(model, config, mesh, load_initial_params(config, mesh))
             if resume:
-                log_line(f"{run_dir} has no checkpoint; it begins at step 0")
+                log_line(f"{run_dir} has no checkpoint; starting at step 0")
         if not resume:
-            clear_run(run_dir)  # only now that the new one can begin
+            clear_run(run_dir)  # only once the new run can start
         step, last_step = resumed_step or 0, config.train.max_steps
         saved, skipped = resumed_step, int(state.skipped)
         if step > last_step:
             raise ValueError(
-                f"max_steps={last_step}, but the run has made {step} steps; give more "
+                f"max_steps={last_step}, but the run has made {step} steps; raise "
                 "--train.max-steps"
             )
         save_config(run_dir, config, corpus.tokenizer)
@@ -138,16 +138,16 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             programs: dict[Any, jax.stages.Compiled] = {}
 
             def program(batches: Batch) -> jax.stages.Compiled:
-                """Several steps, compiled for the shapes of these batches."""
+                """Returns the train steps, compiled for the shapes of `batches`."""
                 shapes = tuple(map(jax.typeof, jax.tree.leaves(batches)))
                 if shapes not in programs:
-                    monitor.flush()  # so that compiling counts as no step's time
+                    monitor.flush()  # so that no step's time includes compilation
                     traced = trace_train_steps(objective, config, mesh, state, batches)
                     programs[shapes] = traced.lower().compile()
                 return programs[shapes]
 
             def save() -> None:
-                """Saves between evaluations, where the parameters still give a loss."""
+                """Saves a checkpoint, after checking that the loss is finite."""
                 monitor.flush()
                 check_finite(step, evaluate(state.params, batches=1))
                 checkpoint.save_state(checkpoints, state, None)

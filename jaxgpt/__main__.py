@@ -1,4 +1,4 @@
-"""The commands beside train.py and generate.py: python -m jaxgpt COMMAND --help."""
+"""Commands besides train.py and generate.py: python -m jaxgpt COMMAND --help."""
 
 import sys
 from collections.abc import Callable

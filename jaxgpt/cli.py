@@ -1,4 +1,4 @@
-"""What the command line of train.py asks for: a preset, a run directory, overrides."""
+"""The command line of train.py: a preset, a run directory and overrides."""
 
 import dataclasses
 import difflib
@@ -23,7 +23,7 @@ from jaxgpt.run import (
 )
 
 _PROG = "train.py [PRESET]"
-# Model fields that change how it is trained, but not its weights.
+# Model fields that --init-from takes from the preset, not from the run.
 _TRAINING_FIELDS = (
     "dropout",
     "compute_dtype",
@@ -33,22 +33,22 @@ _TRAINING_FIELDS = (
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where the run goes, and whether it is new."""
+    """The run directory, and how the run starts."""
 
-    out_dir: Path | None = None  # run directory; runs/PRESET if left out
-    resume: tyro.conf.FlagCreatePairsOff[bool] = False  # go on from the last checkpoint
+    out_dir: Path | None = None  # run directory; runs/PRESET by default
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False  # resume the run in out-dir
     init_from: Path | None = None  # run to start from: its model, weights and tokenizer
-    # of --init-from's run: best (lowest val loss), latest, or a step
+    # checkpoint of the --init-from run: best (lowest val loss), latest, or a step
     checkpoint: str = "best"
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False  # replace the run in out-dir
-    # of several processes that train together, where JAX can't find them by itself
+    # address of process 0, if JAX can't find the run's processes by itself
     coordinator_address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = (
-        None  # of process 0
+        None
     )
-    num_processes: int | None = None
-    process_id: int | None = None  # of this one, from 0
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False  # tell what it costs, and stop
-    # tell what it costs on TPUs that need not be here, such as v5e:2x4, and stop
+    num_processes: int | None = None  # number of processes
+    process_id: int | None = None  # index of this process, from 0
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False  # print the run's cost and exit
+    # print the run's cost on TPUs that need not be here, such as v5e:2x4, and exit
     plan: Annotated[str, tyro.conf.arg(metavar="TOPOLOGY")] = ""
 
 
@@ -59,9 +59,9 @@ class _Arguments:
 
 
 def read_options(argv: list[str]) -> tuple[str, list[str], RunOptions]:
-    """The preset ("" if left out), the flags, and what they say of where a run goes.
+    """Returns the preset ("" if omitted), the flags, and the run options among them.
 
-    Raises ValueError on a preset there is not; prints the help and exits where asked.
+    Raises ValueError if there is no such preset; prints the help and exits on --help.
 
     Args:
       argv: the command line after the program's name; the preset, if any, comes first.
@@ -72,20 +72,20 @@ def read_options(argv: list[str]) -> tuple[str, list[str], RunOptions]:
         nearest = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0)[0]
         raise ValueError(
             f"there is no preset {preset!r}; did you mean {nearest}? "
-            f"There are {', '.join(PRESETS)}"
+            f"The presets are {', '.join(PRESETS)}"
         )
     if "-h" in flags or "--help" in flags:
         _parse(flags, PRESETS[preset]() if preset else Config())
-    # The other flags are for `_parse`.
+    # `_parse` reads the other flags.
     options, _ = tyro.cli(RunOptions, args=flags, prog=_PROG, return_unknown_args=True)
     return preset, flags, options
 
 
 def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
-    """Settles what to run: a preset, or a resumed run's own config, with overrides.
+    """Parses the command line into a preset's or resumed run's config with overrides.
 
     Returns the config, the run directory and the options. Raises ValueError or OSError
-    where they contradict each other; exits with a message on what cannot be parsed.
+    if they contradict each other; exits with a message if the parser rejects a flag.
     """
     preset, flags, options = read_options(argv)
     name = preset or default_preset()
@@ -96,19 +96,19 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
         raise ValueError("--resume and --overwrite exclude each other; choose one")
     if options.resume and options.init_from:
         raise ValueError(
-            "--resume goes on with the run's own parameters, and --init-from begins "
-            "with another's; choose one"
+            "--resume continues with the run's own parameters, --init-from starts from "
+            "another run's; choose one"
         )
     if options.checkpoint != "best" and not init_from:
         raise ValueError(
-            f"--checkpoint {options.checkpoint} is one of --init-from's run; give that"
+            f"--checkpoint {options.checkpoint} needs --init-from; give its run"
         )
     if options.resume and has_run(run_dir):
         return _resumed(run_dir, flags), run_dir, options
     if options.resume and not preset:
         raise FileNotFoundError(
             f"there is no run in {run_dir} to resume; give the --out-dir of one, or a "
-            "preset to start"
+            "preset to start a new one"
         )
     if init_from:
         start = _start_from(Path(init_from), options.checkpoint, base)
@@ -117,12 +117,12 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
     else:
         config = _parse(flags, base)
     if not preset:
-        log_line(f"no preset given: {name} is the one for {jax.default_backend()}")
+        log_line(f"no preset given: {name} is the default on {jax.default_backend()}")
     return config, run_dir, options
 
 
 def _resumed(run_dir: Path, flags: list[str]) -> Config:
-    """The config of a run that goes on, with the flags' overrides."""
+    """Returns the config of a resumed run, with overrides from the flags."""
     saved = load_config(run_dir)
     config = _parse(flags, saved)
     _check_same_model(saved, config)
@@ -130,7 +130,7 @@ def _resumed(run_dir: Path, flags: list[str]) -> Config:
         _check_same_tokenizer(saved, config)
     if not saved.data.sha256:
         text = ", ".join(config.data.path) or config.data.corpus
-        log_line(f"{run_dir} was imported; --data.path gives its text, now {text}")
+        log_line(f"{run_dir} was imported; training on {text}, set by --data.path")
     return config
 
 
@@ -150,18 +150,18 @@ def _parse(flags: list[str], default: Config) -> Config:
 
 
 def _start_from(run_dir: Path, checkpoint: str, preset: Config) -> Config:
-    """The preset, with the model, the parameters and the tokenizer of a run.
+    """Returns the preset with the model, parameters and tokenizer of a run.
 
-    How the model is trained (dropout, precision) is the preset's.
+    Dropout, compute_dtype and remat stay the preset's.
     """
     model, folder = load_config(run_dir).model, find_checkpoint(run_dir, checkpoint)
     log_line(f"starting from {folder}")
-    of_training = {
+    training_fields = {
         name: getattr(preset.model, name)
         for name in _TRAINING_FIELDS
         if hasattr(model, name) and hasattr(preset.model, name)
     }
-    model = dataclasses.replace(model, **of_training)
+    model = dataclasses.replace(model, **training_fields)
     data, tokenizer = preset.data, (run_dir / TOKENIZER).resolve()
     if tokenizer.exists():
         data = dataclasses.replace(data, tokenizer=str(tokenizer))
@@ -173,14 +173,14 @@ def _check_start(start: Config, config: Config, run_dir: Path) -> None:
     if Path(start.train.init_from).is_relative_to(run_dir.resolve()):
         raise ValueError(
             f"{run_dir} is the run to start from; give another --out-dir, so that it "
-            "stays as it is"
+            "is not changed"
         )
     if config.model.block_size > start.model.block_size:
         raise ValueError(
             f"--model.block-size {config.model.block_size} is more than the "
-            f"{start.model.block_size} positions that the run has learnt; give fewer"
+            f"{start.model.block_size} positions that the run was trained on; lower it"
         )
-    _check_same_model(start, config, but=("block_size", *_TRAINING_FIELDS))
+    _check_same_model(start, config, skip=("block_size", *_TRAINING_FIELDS))
     if Path(start.data.tokenizer).is_file() or config.data.tokenizer == "bpe":
         _check_same_tokenizer(start, config)
     else:
@@ -191,15 +191,15 @@ def _check_same_tokenizer(saved: Config, config: Config) -> None:
     if config.data.tokenizer != saved.data.tokenizer:
         raise ValueError(
             f"--data.tokenizer {config.data.tokenizer} can't replace the run's own, "
-            "whose ids the model knows; leave it out"
+            "which the model was trained with; omit it"
         )
 
 
-def _check_same_model(saved: Config, config: Config, but: Sequence[str] = ()) -> None:
+def _check_same_model(saved: Config, config: Config, skip: Sequence[str] = ()) -> None:
     for name, before in dataclasses.asdict(saved.model).items():
         after = getattr(config.model, name)
-        if after != before and name not in but:
+        if after != before and name not in skip:
             raise ValueError(
                 f"--model.{name.replace('_', '-')} {after} contradicts the run, which "
-                f"has {before}; leave it out, or train a new run"
+                f"has {before}; omit it, or train a new run"
             )

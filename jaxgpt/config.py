@@ -1,6 +1,6 @@
-"""Every setting of a run: frozen dataclasses that check themselves.
+"""Every setting of a run, as frozen dataclasses that validate themselves.
 
-`Config` is a training run's, with the sections `model`, `data`, `optimizer`, `train`
+`Config` describes a training run in the sections `model`, `data`, `optimizer`, `train`
 and `mesh`; `SamplingConfig` is for generation. The comment beside a field is its help
 text on the command line.
 """
@@ -19,7 +19,7 @@ _FLOAT32_MAX = 3.4e38
 
 
 def _check_types(section: Any) -> None:
-    """Raises TypeError where a field's value is not of its annotated type."""
+    """Raises TypeError if a field's value is not of its annotated type."""
     for name, annotation in typing.get_type_hints(type(section)).items():
         value = getattr(section, name)
         if not _is_instance(value, annotation):
@@ -41,19 +41,19 @@ def _is_instance(value: Any, annotation: Any) -> bool:
     return isinstance(value, kinds) and (annotation is bool) == isinstance(value, bool)
 
 
-def _check(holds: bool, message: str) -> None:
-    """Raises ValueError with `message` unless `holds`."""
-    if not holds:
+def _check(condition: bool, message: str) -> None:
+    """Raises ValueError with `message` unless `condition` holds."""
+    if not condition:
         raise ValueError(message)
 
 
 def _check_at_least(section: Any, minimum: float, *names: str) -> None:
-    """Raises ValueError unless each is in range, or None where that is allowed."""
+    """Raises ValueError unless each named field is None or in range."""
     for name in names:
         value = getattr(section, name)
         _check(
             value is None or minimum <= value < INT32_LIMIT,
-            f"{name}={value} must be at least {minimum}, under {INT32_LIMIT}",
+            f"{name}={value} must be at least {minimum} and below {INT32_LIMIT}",
         )
 
 
@@ -64,25 +64,25 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What every kind of model has. Names are nanoGPT's."""
+    """Fields of every model, named as in nanoGPT."""
 
-    shardable = False  # no setting: whether devices can each hold a part of it
+    shardable = False  # not a field: whether parameters can be sharded
 
-    block_size: int = 64  # tokens the model can look back over
-    vocab_size: int | None = None  # tokens it knows; the tokenizer fills it in
+    block_size: int = 64  # context length in tokens
+    vocab_size: int | None = None  # vocabulary size; by default the tokenizer's
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_at_least(self, 1, "block_size", "vocab_size")
 
     def require_vocab_size(self) -> int:
-        """vocab_size; raises ValueError where nothing has settled it yet."""
+        """Returns vocab_size; raises ValueError if it is None."""
         if self.vocab_size is None:
             raise ValueError("vocab_size is not known; give --model.vocab-size")
         return self.vocab_size
 
     def check_length(self, length: int) -> None:
-        """Raises ValueError if the model can't look at `length` tokens at once."""
+        """Raises ValueError if `length` tokens exceed block_size."""
         _check(
             length <= self.block_size,
             f"{length} tokens do not fit block_size={self.block_size}; crop them to "
@@ -92,45 +92,46 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class BigramConfig(ModelConfig):
-    """The lecture's first model, a table of bigrams."""
+    """The lecture's first model, a bigram table."""
 
-    architecture: Literal["bigram"] = "bigram"  # the kind of model
+    architecture: Literal["bigram"] = "bigram"  # kind of model
 
 
 @dataclass(frozen=True)
 class TransformerConfig(ModelConfig):
-    """What every Transformer has."""
+    """Fields of every Transformer."""
 
     n_layer: int = 4  # Transformer blocks
     n_head: int = 4  # attention heads per block
     n_embd: int = 128  # width of the residual stream
-    dropout: float = 0.0  # fraction of activations dropped in training
+    dropout: float = 0.0  # fraction of activations dropped during training
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_at_least(self, 1, "n_layer", "n_head", "n_embd")
         if self.n_embd % self.n_head:
-            few = range(1, min(self.n_embd, 1000) + 1)
-            divisors = [str(n) for n in few if self.n_embd % n == 0]
+            candidates = range(1, min(self.n_embd, 1000) + 1)
+            divisors = [str(n) for n in candidates if self.n_embd % n == 0]
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
                 f"n_head could be {', '.join(divisors[:12])}"
             )
         _check(
-            0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0, under 1"
+            0 <= self.dropout < 1,
+            f"dropout={self.dropout} must be at least 0 and below 1",
         )
 
     @property
     def head_dim(self) -> int:
-        """Channels of one attention head."""
+        """Channels per attention head."""
         return self.n_embd // self.n_head
 
 
 @dataclass(frozen=True)
 class LectureConfig(TransformerConfig):
-    """A rung of the lecture's ladder above the table of bigrams."""
+    """One of the lecture's Transformers."""
 
-    # the rung, each with all of the one before
+    # stage of the lecture; each adds to the one before
     architecture: Literal["attention", "feed-forward", "residual", "layer-norm"] = (
         "layer-norm"
     )
@@ -138,19 +139,19 @@ class LectureConfig(TransformerConfig):
 
 @dataclass(frozen=True)
 class GPTConfig(TransformerConfig):
-    """nanoGPT's and GPT-2's model."""
+    """The model of nanoGPT and GPT-2."""
 
     shardable = True
-    architecture: Literal["gpt"] = "gpt"  # the kind of model
+    architecture: Literal["gpt"] = "gpt"  # kind of model
     bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
-    gelu: Literal["exact", "tanh"] = "exact"  # nanoGPT's (erf) or GPT-2's approximation
-    # of activations; parameters, softmax, logits and loss stay float32
+    gelu: Literal["exact", "tanh"] = "exact"  # with erf (nanoGPT) or tanh (GPT-2)
+    # dtype of activations; parameters, softmax, logits and loss stay float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False  # recompute each block in the backward pass, to save memory
-    # on NVIDIA GPUs from Ampere on use cuDNN's attention, for bfloat16 without dropout
+    # use cuDNN attention on NVIDIA GPUs from Ampere on, for bfloat16 without dropout
     fused_attention: bool = True
-    # layers that are compiled one by one, which runs faster; deeper models loop over
-    # this many at a time, and with remat over one
+    # layers to unroll in each iteration of the loop over layers, as unrolled layers run
+    # faster; always 1 with remat
     unroll: int = 12
 
     def __post_init__(self) -> None:
@@ -158,38 +159,38 @@ class GPTConfig(TransformerConfig):
         _check_at_least(self, 1, "unroll")
 
 
-# The kinds of models; `architecture` tells them apart.
+# The configs of all models; `architecture` tells them apart.
 AnyModelConfig = GPTConfig | LectureConfig | BigramConfig
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from, and how much of it one update sees."""
+    """The text, its tokenizer and the batch size."""
 
-    corpus: Literal["tinyshakespeare"] = "tinyshakespeare"  # a corpus known by name
+    corpus: Literal["tinyshakespeare"] = "tinyshakespeare"  # name of a built-in corpus
     path: tuple[str, ...] = ()  # your own UTF-8 files, or one nanoGPT .bin directory
-    # char; bpe, trained on the corpus to --model.vocab-size tokens; gpt2; or a path to
-    # a saved one: tokenizer.json, or vocab.json and merges.txt in a directory
+    # char; gpt2; bpe, trained on the corpus with --model.vocab-size tokens; or the path
+    # of a tokenizer.json, or of a directory with one or with vocab.json and merges.txt
     tokenizer: str = "char"
     batch_size: int = 12  # sequences per update, over all devices
-    # pieces a batch is cut into, to save memory; -1: none, on a CPU such as stay in its
-    # cache
+    # microbatches per update, to save memory; -1: one, except that on a CPU they are
+    # sized to fit the cache
     gradient_accumulation_steps: int = -1
-    sha256: str = ""  # of the corpus, filled in by the first run; a resume must match
+    sha256: str = ""  # of the corpus; set by the first run, checked on resume
 
     @property
     def has_tokens(self) -> bool:
-        """Whether the path is one directory, of token files."""
+        """Whether `path` is a single directory, which holds token files."""
         return len(self.path) == 1 and Path(self.path[0]).is_dir()
 
     @property
     def microbatch_size(self) -> int:
-        """Sequences that run at the same time, over all devices, at most."""
+        """Largest number of sequences in a microbatch, over all devices."""
         return self.batch_size // self.microbatches
 
     @property
     def microbatches(self) -> int:
-        """gradient_accumulation_steps, 1 where it is left to the device."""
+        """gradient_accumulation_steps, or 1 if it is -1."""
         return max(1, self.gradient_accumulation_steps)
 
     def __post_init__(self) -> None:
@@ -206,22 +207,23 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its schedule and its clipping."""
+    """AdamW, its learning rate schedule and gradient clipping."""
 
-    learning_rate: float = 1e-3  # highest, reached after warmup_steps
-    min_lr: float = 1e-4  # lowest, reached at max_steps by a cosine
+    learning_rate: float = 1e-3  # peak learning rate, reached after warmup_steps
+    min_lr: float = 1e-4  # final learning rate, reached at max_steps by cosine decay
     warmup_steps: int = 100  # updates of linear warmup
-    weight_decay: float = 0.1  # of matrices and embeddings only
-    beta1: float = 0.9  # decay of AdamW's first moment
-    beta2: float = 0.99  # decay of AdamW's second moment
-    grad_clip: float = 1.0  # largest global gradient norm; 0 does not clip
+    weight_decay: float = 0.1  # applied to matrices and embeddings only
+    beta1: float = 0.9  # decay rate of AdamW's first moment
+    beta2: float = 0.99  # decay rate of AdamW's second moment
+    grad_clip: float = 1.0  # maximum global gradient norm; 0 disables clipping
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_at_least(self, 0, "min_lr", "warmup_steps", "weight_decay", "grad_clip")
         _check(
             0 < self.learning_rate < _FLOAT32_MAX,
-            f"learning_rate={self.learning_rate} must be above 0, under {_FLOAT32_MAX}",
+            f"learning_rate={self.learning_rate} must be above 0 and below "
+            f"{_FLOAT32_MAX}",
         )
         _check(
             self.min_lr <= self.learning_rate,
@@ -230,25 +232,25 @@ class OptimizerConfig:
         )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _check(0 <= value < 1, f"{name}={value} must be at least 0, under 1")
+            _check(0 <= value < 1, f"{name}={value} must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long to train, and how often to look, log and save."""
+    """How long to train, and how often to evaluate, log and save."""
 
-    max_steps: int = 2000  # updates in all
+    max_steps: int = 2000  # total number of updates
     eval_interval: int = 250  # updates between evaluations
-    eval_iters: int = 20  # batches of each split that an evaluation averages
+    eval_iters: int = 20  # batches of each split per evaluation
     log_interval: int = 10  # updates between rows of metrics.jsonl
     checkpoint_interval: int = 250  # updates between checkpoints
-    steps_per_call: int = 1  # updates per dispatch; aim at about a second
-    # updates to leave out if their loss or gradients are not finite; one more of them
-    # stops the run
+    steps_per_call: int = 1  # updates per dispatch; aim for about a second
+    # number of updates that may be skipped because their loss or gradients are not
+    # finite; one more stops the run
     max_skipped_steps: int = 0
-    profile: int = 0  # dispatches to trace, from the second on, into RUN_DIR/profile
-    seed: int = 1337  # of initialisation, batches and dropout
-    # run to start from, as --init-from names it; then the folder of its checkpoint
+    profile: int = 0  # dispatches to trace into RUN_DIR/profile, from the second on
+    seed: int = 1337  # seed of initialisation, batches and dropout
+    # run to start from; the command line replaces it with its checkpoint's folder
     init_from: tyro.conf.Suppress[str] = ""
 
     def __post_init__(self) -> None:
@@ -261,14 +263,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are arranged."""
+    """Sizes of the device mesh's axes."""
 
-    # groups of devices that share each batch; -1: as many as remain and divide it
+    # devices to shard the batch over; -1: as many of the remaining ones as divide it
     data: int = -1
-    # devices that share the batch and, in parts, the parameters; -1: as many as divide
-    # the batch and n_embd
+    # devices to shard both the batch and the parameters over; -1: as many as divide the
+    # batch and n_embd
     fsdp: int = 1
-    tensor: int = 1  # devices that share the heads and channels of the same rows
+    tensor: int = 1  # devices to shard heads and channels over (tensor parallelism)
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -276,8 +278,7 @@ class MeshConfig:
             size = getattr(self, name)
             _check(
                 size == -1 or size >= 1,
-                f"mesh.{name}={size} must be -1 (the devices that remain) or at least "
-                "1",
+                f"mesh.{name}={size} must be -1 (as many as possible) or at least 1",
             )
         _check(self.tensor >= 1, f"mesh.tensor={self.tensor} must be at least 1")
 
@@ -286,9 +287,9 @@ class MeshConfig:
 class SamplingConfig:
     """How the next token is drawn from the logits."""
 
-    temperature: float = 0.8  # 0 takes the likeliest, 1 samples the model's own odds
-    top_k: int | None = None  # draw from the k likeliest tokens only
-    top_p: float | None = None  # draw from the likeliest that together have odds p
+    temperature: float = 0.8  # 0 is greedy, 1 keeps the model's probabilities
+    top_k: int | None = None  # draw from the k likeliest tokens
+    top_p: float | None = None  # draw from the likeliest tokens of total probability p
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -298,12 +299,12 @@ class SamplingConfig:
         )
         _check_at_least(self, 1, "top_k")
         if self.top_p is not None:
-            _check(0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0, up to 1")
+            _check(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
 
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment."""
+    """All settings of a training run."""
 
     model: tyro.conf.AvoidSubcommands[AnyModelConfig] = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -314,26 +315,25 @@ class Config:
     def __post_init__(self) -> None:
         _check(
             self.data.tokenizer != "bpe" or self.model.vocab_size is not None,
-            "tokenizer=bpe is trained to as many tokens as you choose; say how many, "
-            "as in --model.vocab-size 1024",
+            "tokenizer=bpe needs a vocabulary size to train to; give one, as in "
+            "--model.vocab-size 1024",
         )
         _check(
             self.model.shardable or self.mesh.fsdp == self.mesh.tensor == 1,
-            f"mesh.fsdp={self.mesh.fsdp} and mesh.tensor={self.mesh.tensor} change "
-            f"nothing with architecture={self.model.architecture}, whose parameters "
-            "every device holds; leave them at 1",
+            f"mesh.fsdp={self.mesh.fsdp} and mesh.tensor={self.mesh.tensor} have no "
+            f"effect with architecture={self.model.architecture}, whose parameters "
+            "every device holds in full; leave them at 1",
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dict of plain values, for JSON."""
+        """Returns a nested dict of plain values, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """The inverse of `to_dict`; fields left out keep their defaults.
+        """The inverse of `to_dict`; missing fields keep their defaults.
 
-        Raises ValueError or TypeError that names the field when one is unknown or holds
-        a value it cannot hold.
+        Raises ValueError or TypeError that names an unknown or invalid field.
         """
         kinds: dict[str, Any] = typing.get_type_hints(cls) | {"model": _read_model}
         built: dict[str, Any] = {}
@@ -346,19 +346,19 @@ class Config:
 
 
 def _read_model(**section: Any) -> AnyModelConfig:
-    """The model's section, of the kind that its architecture says.
+    """Builds the model config that `architecture` names.
 
-    Once every kind had the GPT's fields, and those that it did not read at their
-    defaults, which are left out.
+    Older versions saved all of GPTConfig's fields for every architecture. Those that an
+    architecture does not have are ignored if they are at GPTConfig's defaults.
     """
-    gpts = vars(GPTConfig())
+    defaults = vars(GPTConfig())
     for kind in typing.get_args(AnyModelConfig):
         hints = typing.get_type_hints(kind)
         if section.get("architecture", "gpt") in typing.get_args(hints["architecture"]):
             fields = {
                 name: value
                 for name, value in section.items()
-                if name in hints or name not in gpts or value != gpts[name]
+                if name in hints or name not in defaults or value != defaults[name]
             }
             return kind(**fields)
     raise ValueError(f"architecture={section['architecture']!r} is not known")

@@ -1,4 +1,4 @@
-"""How a script ends: what a signal does, exit statuses, one line on an error."""
+"""How a script ends: signals, exit statuses and one-line error messages."""
 
 import errno
 import os
@@ -16,10 +16,10 @@ import jax
 
 _HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
 _SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, _HANGUP) if number]
-_REPEAT_SECONDS = 0.5  # seconds; GNU timeout and other wrappers send each signal twice
+_REPEAT_SECONDS = 0.5  # GNU timeout and other wrappers send each signal twice
 _EXPECTED = (ArithmeticError, ImportError, MemoryError, OSError, ValueError)
-_DISK_FULL = "no room is left; make some, and go on: what was saved before is kept. "
-_NO_PERMISSION = "the permissions forbid it; change them, or name another place. "
+_DISK_FULL = "no disk space is left; free some and retry; earlier saves are kept. "
+_NO_PERMISSION = "permission denied; change the permissions, or use another path. "
 _IN_THE_WAY = "a file is where a folder should be, or the reverse; move it away. "
 _HINTS = {
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), _IN_THE_WAY),
@@ -32,8 +32,8 @@ class _Interrupts:
     """Handles signals in the main thread: the first one raises KeyboardInterrupt."""
 
     first = 0  # number of the first signal, 0 if there was none
-    deferred = False  # whether it is only noted
-    raised = False  # whether it is not, and any error may be what became of it
+    deferred = False  # whether to only record the first signal
+    raised = False  # whether it raised; a later error may be the consequence
 
     def __call__(self, number: int, frame: object) -> None:
         if not self.first:
@@ -47,9 +47,9 @@ _interrupts = _Interrupts()
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], int]]:
-    """Has a first signal noted only; yields a function that gives its number, or 0.
+    """Only records the first signal; yields a function that returns its number, or 0.
 
-    A loop that asks between steps can save before it ends.
+    A loop that checks it between steps can save a checkpoint before it ends.
     """
     _interrupts.deferred = True
     try:
@@ -58,15 +58,15 @@ def deferred_interrupts() -> Iterator[Callable[[], int]]:
         _interrupts.deferred = False
 
 
-def _watch(arrivals: socket.socket, terminals: list[int]) -> None:
-    """Ends the script at a second signal, and lets go of a terminal that hangs up.
+def _watch(receiver: socket.socket, terminals: list[int]) -> None:
+    """Ends the script at a second signal, and detaches it from a closed terminal.
 
-    `arrivals` has the number of each signal as soon as it comes. The main thread
-    handles it only when it is back from XLA, which may take minutes.
+    `receiver` gets the number of each signal at once. The main thread can handle it
+    only after it returns from XLA, which may take minutes.
     """
     first = 0.0
-    while number := int.from_bytes(arrivals.recv(1)):
-        if number == _HANGUP:  # from now on writes to the terminal fail
+    while number := int.from_bytes(receiver.recv(1)):
+        if number == _HANGUP:  # writes to the terminal now fail
             for terminal in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
         first = first or time.monotonic()
@@ -74,31 +74,31 @@ def _watch(arrivals: socket.socket, terminals: list[int]) -> None:
             with suppress(OSError):  # shows the cursor, which a progress bar hides
                 os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"")
             os._exit(128 + number)
-    arrivals.close()
+    receiver.close()
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Ends the script with one line for what a user can mend, not with a traceback.
+    """Ends the script with one line, not a traceback, for errors that a user can fix.
 
-    JAXGPT_TRACEBACK=1 shows the traceback all the same. SIGINT (Ctrl-C), SIGTERM and
-    SIGHUP exit with 128 and their number; a second one does so at once. What was
-    ignored when the script started, as by `nohup`, stays ignored.
+    JAXGPT_TRACEBACK=1 shows the traceback. SIGINT (Ctrl-C), SIGTERM and SIGHUP exit
+    with 128 plus their number; a second one does so immediately. Signals that were
+    ignored when the script started, as under `nohup`, stay ignored.
     """
     _interrupts.first, _interrupts.deferred, _interrupts.raised = 0, False, False
-    arrivals, arriving = socket.socketpair()
-    arriving.setblocking(False)
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
     before = {number: signal.getsignal(number) for number in _SIGNALS}
-    before_fd = signal.set_wakeup_fd(arriving.fileno())
+    before_fd = signal.set_wakeup_fd(sender.fileno())
     terminals = [number for number in (1, 2) if os.isatty(number)]
-    threading.Thread(target=_watch, args=(arrivals, terminals), daemon=True).start()
+    threading.Thread(target=_watch, args=(receiver, terminals), daemon=True).start()
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _interrupts)
     try:
         yield
-        print(end="", flush=True)  # what stdout can't take is an error too
-    except BrokenPipeError:  # its reader has gone, as in `generate.py | head`
+        print(end="", flush=True)  # raises if stdout can't be written
+    except BrokenPipeError:  # stdout was closed, as in `generate.py | head`
         _exit(1)
     except (KeyboardInterrupt, RuntimeError, *_EXPECTED) as error:
         if _interrupts.raised or isinstance(error, KeyboardInterrupt):
@@ -108,11 +108,11 @@ def plain_errors() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(before_fd)
-        arriving.close()  # ends the thread
+        sender.close()  # ends the thread
 
 
 def _exit_with_error(error: Exception) -> NoReturn:
-    """Ends the script with a line on the error; raises what is the code's own fault."""
+    """Ends the script with one line for the error; a bug gets a traceback."""
     several = jax.distributed.is_initialized() and jax.process_count() > 1
     exhausted = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     lost = several and isinstance(error, (RuntimeError, TimeoutError))
@@ -123,21 +123,21 @@ def _exit_with_error(error: Exception) -> NoReturn:
         _exit(1, traceback.format_exc())
     hint = _HINTS.get(error.errno or 0, "") if isinstance(error, OSError) else ""
     if exhausted or isinstance(error, MemoryError):
-        hint = "there is too little memory; make the batch or the model smaller. "
+        hint = "out of memory; make the batch or the model smaller. "
     elif lost:
-        hint = "another process of the run has ended; start all again with --resume. "
+        hint = "another process of the run has ended; restart all with --resume. "
     _exit(1, f"error: {hint}{error}\n")
 
 
-def _exit(status: int, words: str = "") -> NoReturn:
-    """Ends the script at once, whatever its threads and other processes do.
+def _exit(status: int, message: str = "") -> NoReturn:
+    """Prints `message` to stderr and exits without waiting for threads.
 
-    A thread that comes back from XLA while Python ends would abort it (status -6). As
-    JAX ends the other processes when the first ends, that leaves them time for a word.
+    A thread that returns from XLA while Python shuts down would abort it (status -6).
+    When process 0 ends, JAX ends the others, so it first gives them time to report.
     """
     _interrupts.deferred = True
-    for text, stream in (("", sys.stdout), (words, sys.stderr)):
-        with suppress(OSError):  # no room, or nobody to read it
+    for text, stream in (("", sys.stdout), (message, sys.stderr)):
+        with suppress(OSError):  # the disk is full, or the reader has gone
             print(text, end="", file=stream, flush=True)
     if jax.distributed.is_initialized() and jax.process_index() == 0:
         time.sleep(2)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and lines that a run tells."""
+"""Atomic file writes, and log lines."""
 
 import os
 import sys
@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 
-TMP_SUFFIX = ".tmp"  # suffix of what is being written
+TMP_SUFFIX = ".tmp"  # suffix of files that are being written
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes the file at `path` atomically: to a temporary file first, then renamed.
+    """Writes the file at `path` atomically: to a temporary file that is then renamed.
 
-    Makes the folder if need be.
+    Creates the parent folder if needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = path.with_name(f"{path.name}.{os.getpid()}{TMP_SUFFIX}")
@@ -27,10 +27,10 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def log_line(line: str) -> None:
-    """Prints a line on stderr, where all goes but a command's product.
+    """Prints a line to stderr; stdout is for a command's output.
 
-    Of several processes only the first does. A line that cannot be written, as to a
-    terminal that was closed, is no reason to stop.
+    Only the first process prints. A line that cannot be written, for example to a
+    closed terminal, is dropped.
     """
     if is_first_process():
         with suppress(OSError):
@@ -38,5 +38,5 @@ def log_line(line: str) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this process writes what is written once: logs, metrics, the config."""
+    """Whether this is the one process that writes logs, metrics and the config."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0

@@ -1,9 +1,9 @@
-"""Named experiments: `python train.py NAME` runs one, `--plan TOPOLOGY` plans it.
+"""Named configs: `python train.py NAME` trains one, `--plan TOPOLOGY` plans it.
 
-Each says its hardware, wall time and validation loss in nats per token; the lecture's
-losses are means of three seeds (`python -m jaxgpt lecture`). Those of GPT-2's sizes
-take --data.path DIR: what nanoGPT's data/openwebtext/prepare.py makes, train.bin and
-val.bin.
+Each gives its hardware, wall time and validation loss in nats per token; the lecture's
+losses are means of three seeds (`python -m jaxgpt lecture`). The GPT-2 presets need
+--data.path DIR with the train.bin and val.bin that nanoGPT's
+data/openwebtext/prepare.py writes.
 """
 
 from collections.abc import Callable
@@ -22,19 +22,19 @@ from jaxgpt.config import (
     TrainConfig,
 )
 
-_small = partial(LectureConfig, block_size=8, n_embd=32)  # the lecture's, on a CPU
+_small = partial(LectureConfig, block_size=8, n_embd=32)  # the lecture's CPU models
 _bfloat16 = partial(GPTConfig, compute_dtype="bfloat16")
 _gpt2 = partial(_bfloat16, block_size=1024, vocab_size=50257)
-_adamw = partial(OptimizerConfig, beta2=0.95)  # GPT-2's and GPT-3's
+_adamw = partial(OptimizerConfig, beta2=0.95)  # as in GPT-2 and GPT-3
 
 
 def _train(every: int, **fields: Any) -> TrainConfig:
-    """Training that is evaluated and saved after each `every` updates."""
+    """A TrainConfig that evaluates and saves after every `every` updates."""
     return TrainConfig(eval_interval=every, checkpoint_interval=every, **fields)
 
 
 def smoke() -> Config:
-    """A tiny GPT that shows everything works: 10 s on 2 CPU cores, val 2.92."""
+    """A tiny GPT to check that everything works: 10 s on 2 CPU cores, val 2.92."""
     return Config(
         model=GPTConfig(n_layer=2, n_head=4, n_embd=64, block_size=32, dropout=0.1),
         data=DataConfig(batch_size=16),
@@ -52,9 +52,9 @@ def _lecture(
     batch_size: int = 32,
     steps_per_call: int = 100,
 ) -> Config:
-    """The lecture's recipe: torch's AdamW as it comes, no schedule, no clipping.
+    """The lecture's recipe: PyTorch's AdamW defaults, no schedule, no clipping.
 
-    But biases and norms are not decayed, here as elsewhere; it makes no difference.
+    Unlike in the lecture, biases and norms are not decayed; it makes no difference.
     """
     return Config(
         model=model,
@@ -77,7 +77,7 @@ def _lecture(
 
 
 def lecture_bigram() -> Config:
-    """The lecture's first model, a table of bigrams: 5 s on 2 CPU cores, val 2.49."""
+    """The lecture's first model, a bigram table: 5 s on 2 CPU cores, val 2.49."""
     model = BigramConfig(block_size=8)
     return _lecture(model, learning_rate=1e-2, max_steps=3000)
 
@@ -98,7 +98,7 @@ def lecture_feed_forward() -> Config:
 
 
 def lecture_blocks() -> Config:
-    """Three such blocks, and no better for it: 18 s on 2 CPU cores, val 2.29."""
+    """Three such blocks, no better than one: 18 s on 2 CPU cores, val 2.29."""
     return _lecture(_small(architecture="feed-forward", n_head=4, n_layer=3))
 
 
@@ -113,7 +113,7 @@ def lecture_layer_norm() -> Config:
 
 
 def lecture_scaled() -> Config:
-    """The lecture's 10.8M parameters: by its account 15 min on an A100, val 1.48."""
+    """The lecture's 10.8M-parameter model: reportedly 15 min on an A100, val 1.48."""
     model = LectureConfig(
         architecture="layer-norm",
         block_size=256,
@@ -133,7 +133,7 @@ def shakespeare_char_cpu() -> Config:
 def shakespeare_char_fast() -> Config:
     """A better recipe for a laptop: 12 s on 2 CPU cores, val 1.82.
 
-    One layer of shakespeare-char-cpu's four, and six times its learning rate.
+    One layer instead of shakespeare-char-cpu's four, at six times its learning rate.
     """
     return Config(
         model=GPTConfig(n_layer=1),
@@ -143,7 +143,7 @@ def shakespeare_char_fast() -> Config:
 
 
 def shakespeare_char() -> Config:
-    """nanoGPT's 10.8M parameters: by its account 3 min on an A100, val 1.47."""
+    """nanoGPT's 10.8M-parameter model: reportedly 3 min on an A100, val 1.47."""
     return Config(
         model=_bfloat16(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
         data=DataConfig(batch_size=64),
@@ -152,11 +152,11 @@ def shakespeare_char() -> Config:
 
 
 def gpt2_124m() -> Config:
-    """GPT-2's smallest, on OpenWebText: by nanoGPT's account 4 days on 8 A100s, 2.85.
+    """GPT-2 small on OpenWebText: nanoGPT reports 4 days on 8 A100s, val 2.85.
 
-    One GPU needs --data.gradient-accumulation-steps 40. The 12 rows of 1,024 tokens
-    that each of 8 devices has at a time take 10.4 GiB of a TPU v5e's 16 (`--plan
-    v5e:2x4`); chips of less memory need --model.remat, which takes 4.4 GiB.
+    One GPU needs --data.gradient-accumulation-steps 40. With 8 devices, a microbatch of
+    12 rows of 1,024 tokens per device takes 10.4 of a TPU v5e's 16 GiB (`--plan
+    v5e:2x4`); on chips with less, --model.remat takes 4.4 GiB.
     """
     return Config(
         model=_gpt2(n_layer=12, n_head=12, n_embd=768),
@@ -172,7 +172,7 @@ def gpt2_124m() -> Config:
 
 
 def _larger(model: GPTConfig, learning_rate: float) -> Config:
-    """A larger GPT-2, spread over all chips there are.
+    """A larger GPT-2, sharded over all devices.
 
     Learning rates are those of GPT-3's models of these sizes. Source: Brown et al. 2020
     (GPT-3), table 2.1.
@@ -190,26 +190,26 @@ def _larger(model: GPTConfig, learning_rate: float) -> Config:
 
 
 def gpt2_350m() -> Config:
-    """GPT-2 medium on OpenWebText, where OpenAI's weights have 2.84; not measured."""
+    """GPT-2 medium on OpenWebText: not measured; OpenAI's weights have val 2.84."""
     return _larger(_gpt2(n_layer=24, n_head=16, n_embd=1024), learning_rate=3e-4)
 
 
 def gpt2_774m() -> Config:
-    """GPT-2 large on OpenWebText, where OpenAI's weights have 2.67; not measured."""
+    """GPT-2 large on OpenWebText: not measured; OpenAI's weights have val 2.67."""
     return _larger(_gpt2(n_layer=36, n_head=20, n_embd=1280), learning_rate=2.5e-4)
 
 
 def gpt2_1_5b() -> Config:
-    """GPT-2 XL on OpenWebText, where OpenAI's weights have 2.54; not measured."""
+    """GPT-2 XL on OpenWebText: not measured; OpenAI's weights have val 2.54."""
     return _larger(_gpt2(n_layer=48, n_head=25, n_embd=1600), learning_rate=2e-4)
 
 
 def gpt3_175b() -> Config:
-    """GPT-3's shape and recipe, for --plan: a month on thousands of chips.
+    """GPT-3's shape and recipe, for --plan v5p:8x8x8: a month on thousands of chips.
 
-    As in --plan v5p:8x8x8. Every layer's attention is dense here, and the batch has its
-    full size from the first step. Source: Brown et al. 2020 (GPT-3), tables 2.1 and
-    2.2, appendix B.
+    Unlike in GPT-3, attention is dense in every layer, and the batch has its full size
+    from the first step. Source: Brown et al. 2020 (GPT-3), tables 2.1 and 2.2,
+    appendix B.
     """
     return Config(
         model=_gpt2(
@@ -239,10 +239,10 @@ def gpt3_175b() -> Config:
 
 
 def finetune_shakespeare() -> Config:
-    """nanoGPT's fine-tuning of GPT-2; not measured, for want of GPT-2's weights.
+    """nanoGPT's fine-tuning of GPT-2: not measured, as it needs GPT-2's weights.
 
-    It starts from runs/gpt2, which `python -m jaxgpt import huggingface gpt2 runs/gpt2`
-    makes, or from another run that --init-from names.
+    Starts from runs/gpt2, which `python -m jaxgpt import huggingface gpt2 runs/gpt2`
+    creates, or from the run that --init-from names.
     """
     return Config(
         model=_gpt2(n_layer=12, n_head=12, n_embd=768, bias=True, gelu="tanh"),

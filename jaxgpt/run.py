@@ -1,4 +1,4 @@
-"""The run directory: what is where in it, and how to read a run back.
+"""The run directory: its files, and how to load a run.
 
 config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   lock
 loss.png   attention.png   profile/
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: there, nothing keeps a second training out
+except ImportError:  # Windows has no flock, so run directories are not locked
     fcntl = None  # type: ignore[assignment]
 
 from jaxgpt.config import Config, DataConfig
@@ -41,13 +41,13 @@ from jaxgpt.training.monitor import CURVE, METRICS
 from jaxgpt.training.record import check_shapes, shapes
 from jaxgpt.training.step import TrainState, abstract_state
 
-FORMAT = 2  # of the directory, in config.json; what has none is of 1, and is read too
+FORMAT = 2  # of run directories, in config.json; 1 if absent, which can still be read
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 LOCK = "lock"
 ATTENTION = "attention.png"
 PROFILE = "profile"
-# All of a run but the lock, blowup/ once; the config makes it one, and is deleted last.
+# A run's files except lock (blowup/ is of older versions); config.json is deleted last.
 _RUN_FILES = (
     CHECKPOINTS,
     "blowup",
@@ -65,8 +65,8 @@ class Run:
     """A trained model: `model.apply({"params": params}, tokens_BT)` gives logits.
 
     Attributes:
-      tokenizer: None if the run was trained on tokens without a vocabulary.
-      step: completed updates of these parameters.
+      tokenizer: None if unknown, as for token files without a vocabulary.
+      step: number of updates that led to these parameters.
     """
 
     config: Config
@@ -79,21 +79,21 @@ class Run:
 def load_run(
     run_dir: str | Path, checkpoint: str | int = "best", mesh: Mesh | None = None
 ) -> Run:
-    """Reads a run back from its directory.
+    """Loads a run from its directory.
 
     Args:
-      run_dir: as `train.py --out-dir` wrote it.
+      run_dir: directory written by `train.py --out-dir`.
       checkpoint: "best" (lowest validation loss), "latest" or a step.
-      mesh: of the devices that share the parameters; the first has all if left out.
+      mesh: devices to shard the parameters over; by default only the first.
 
-    Raises OSError or ValueError that says what is missing or does not fit.
+    Raises OSError or ValueError if a file is missing or does not match the config.
     """
     run_dir = Path(run_dir)
     config, tokenizer = load_config(run_dir), saved_tokenizer(run_dir)
     if tokenizer and not fits(tokenizer, config.model.vocab_size):
         raise ValueError(
-            f"{run_dir / TOKENIZER} has {tokenizer.vocab_size} tokens, the model "
-            f"{config.model.vocab_size}; is it another run's?"
+            f"{run_dir / TOKENIZER} has {tokenizer.vocab_size} tokens, but the model "
+            f"has {config.model.vocab_size}; is it from another run?"
         )
     mesh = mesh or single_device_mesh()
     model = build_model(config.model, platform_of(mesh))
@@ -104,10 +104,10 @@ def load_run(
 
 
 def load_initial_params(config: Config, mesh: Mesh) -> Any:
-    """The parameters that `train.init_from` names, cropped to block_size, or None.
+    """Loads the parameters of `train.init_from`, cropped to block_size; None if unset.
 
-    They are placed on the mesh. Raises ValueError that names the first of another shape
-    than the config's.
+    They are sharded over the mesh. Raises ValueError that names the first parameter
+    whose shape does not match the config.
     """
     if not config.train.init_from:
         return None
@@ -121,7 +121,7 @@ def load_initial_params(config: Config, mesh: Mesh) -> Any:
 
 
 def crop_block_size(params: Any, block_size: int) -> Any:
-    """The parameters with the first `block_size` position embeddings only.
+    """Returns the parameters with only the first `block_size` position embeddings.
 
     Source: nanoGPT model.py, crop_block_size.
     """
@@ -132,15 +132,16 @@ def crop_block_size(params: Any, block_size: int) -> Any:
 
 
 def saved_tokenizer(run_dir: Path) -> Tokenizer | None:
-    """The run's own tokenizer, or None; raises ValueError if it is damaged."""
+    """Returns the run's tokenizer, or None; raises ValueError if it is damaged."""
     path = run_dir / TOKENIZER
     return load_tokenizer(path) if path.exists() else None
 
 
 def resumed_tokenizer(run_dir: Path, config: Config) -> Tokenizer | None:
-    """The tokenizer of a run that goes on; None if its text is still to tell it.
+    """Returns the tokenizer of a resumed run; None if `load_corpus` must find it.
 
-    Raises ValueError if that would tell it wrong, for a run imported without corpus.
+    Raises ValueError if an imported run has none and would get a character tokenizer
+    from new text.
     """
     tokenizer = saved_tokenizer(run_dir)
     if not tokenizer and not config.data.sha256:
@@ -149,7 +150,7 @@ def resumed_tokenizer(run_dir: Path, config: Config) -> Tokenizer | None:
 
 
 def check_has_tokenizer(run_dir: Path, data: DataConfig) -> None:
-    """Raises ValueError if a model without a tokenizer would get one by chance."""
+    """Raises ValueError if the run would get a character tokenizer from new text."""
     if data.tokenizer == "char" and not data.has_tokens:
         raise ValueError(
             f"{run_dir} has no tokenizer, so its model can't read text; give the "
@@ -159,12 +160,12 @@ def check_has_tokenizer(run_dir: Path, data: DataConfig) -> None:
 
 
 def text_tokenizer(run: Run) -> Tokenizer:
-    """The run's tokenizer; raises ValueError that says how to supply one."""
+    """Returns the run's tokenizer; raises ValueError if it has none."""
     if run.tokenizer is None:
         raise ValueError(
-            "the run has no tokenizer.json, and can't read or write text; import it "
-            "again with --tokenizer or --meta, or, if it was trained here, give it one "
-            "with `python train.py --resume`, --data.tokenizer and its --out-dir"
+            "the run has no tokenizer.json, so it can't read or write text; import it "
+            "again with --tokenizer or --meta or, if it was trained here, add one with "
+            "`python train.py --out-dir DIR --resume --data.tokenizer NAME`"
         )
     return run.tokenizer
 
@@ -172,10 +173,9 @@ def text_tokenizer(run: Run) -> Tokenizer:
 def load_state(
     run_dir: Path, checkpoint: str | int = "best"
 ) -> tuple[Config, TrainState, float | None]:
-    """Reads the config, the state of a checkpoint, and the best validation loss if any.
+    """Loads the config, a checkpoint's state, and the best validation loss if any.
 
-    The state's opt_state is None where only parameters were imported. Raises as
-    `load_run` does.
+    opt_state is None if only parameters were imported. Raises as `load_run` does.
     """
     config, mesh, folder = load_config(run_dir), host_mesh(), run_dir / CHECKPOINTS
     model = build_model(config.model, platform_of(mesh))
@@ -184,9 +184,9 @@ def load_state(
 
 
 def find_checkpoint(run_dir: Path, which: str | int) -> Path:
-    """The absolute folder of a run's checkpoint: "best", "latest" or a step.
+    """Returns the absolute path of a run's checkpoint: "best", "latest" or a step.
 
-    Loading tells if it is damaged. Raises OSError or ValueError if there is none.
+    Does not check it for damage. Raises OSError or ValueError if there is none.
     """
     load_config(run_dir)
     folder = run_dir.resolve() / CHECKPOINTS
@@ -200,11 +200,11 @@ def has_run(run_dir: Path) -> bool:
 
 @contextmanager
 def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Makes the directory if need be, and keeps other trainings out of it.
+    """Creates the directory if needed, and locks it against other training runs.
 
-    Of several processes the first claims it for all. Raises FileExistsError if it holds
-    a run that is neither to be resumed nor to be overwritten, files that are not a
-    run's, or a training that is going on.
+    Of several processes the first locks it for all. Raises FileExistsError if it holds
+    a run and neither `resume` nor `overwrite` is set, if it holds other files, or if
+    another training run has locked it.
     """
     token = 0
     with ExitStack() as held:
@@ -217,7 +217,7 @@ def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]
         finally:
             token = int(max_over_processes(token))
         if not token:
-            raise FileExistsError(f"process 0 could not claim {run_dir}, and says why")
+            raise FileExistsError(f"process 0 could not lock {run_dir}; see its error")
         _check_shared(run_dir, token)
         yield
 
@@ -225,7 +225,7 @@ def claim_run(run_dir: Path, *, resume: bool, overwrite: bool) -> Iterator[None]
 def _check_shared(run_dir: Path, token: int) -> None:
     """Raises FileNotFoundError unless all processes see the same run directory."""
     lock = run_dir / LOCK
-    for wait in (0, 1, 4, 10):  # a network's file system may take its time
+    for wait in (0, 1, 4, 10):  # a network file system may be slow
         time.sleep(wait)
         if seen := lock.exists() and lock.read_text(encoding="utf-8") == str(token):
             break
@@ -236,22 +236,22 @@ def _check_shared(run_dir: Path, token: int) -> None:
         )
 
 
-def _claim(run_dir: Path, may_hold_one: bool) -> IO[str]:
-    """The lock of the run directory, held until it is closed."""
+def _claim(run_dir: Path, may_exist: bool) -> IO[str]:
+    """Locks the run directory until the returned file is closed."""
     if run_dir.is_file():
         raise FileExistsError(f"{run_dir} is a file; choose another directory")
     found = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
-    ours = {LOCK, CHECKPOINTS} & found  # others have a config.json too
+    ours = {LOCK, CHECKPOINTS} & found  # config.json alone may be another program's
     expected = {LOCK, *_RUN_FILES} if ours else set()
     if ours and {CONFIG, CHECKPOINTS} & found:
-        if not may_hold_one:
+        if not may_exist:
             raise FileExistsError(
-                f"{run_dir} already holds a run; go on with `train.py --resume`, "
+                f"{run_dir} already holds a run; resume it with `train.py --resume`, "
                 "replace it with --overwrite, or choose another directory"
             )
     elif foreign := {n for n in found - expected if not n.endswith(TMP_SUFFIX)}:
         raise FileExistsError(
-            f"{run_dir} is not a run, it has {min(foreign)}; choose another directory"
+            f"{run_dir} is not a run: it has {min(foreign)}; choose another directory"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = (run_dir / LOCK).open("w")
@@ -261,17 +261,17 @@ def _claim(run_dir: Path, may_hold_one: bool) -> IO[str]:
     except BlockingIOError:
         lock.close()
         raise FileExistsError(
-            f"another training is going on in {run_dir}; wait for it to end, or "
-            "choose another directory"
+            f"another process is training in {run_dir}; wait for it to end, or choose "
+            "another directory"
         ) from None
-    for name in _RUN_FILES:  # what a killed training was writing
+    for name in _RUN_FILES:  # temporary files of a killed process
         for tmp_path in run_dir.glob(f"{name}.*{TMP_SUFFIX}"):
             tmp_path.unlink()
     return lock
 
 
 def clear_run(run_dir: Path) -> None:
-    """Deletes the run's own files, the config last; others stay as they are."""
+    """Deletes the run's files, the config last; keeps other files."""
     if is_first_process():
         for path in (run_dir / name for name in _RUN_FILES):
             if path.is_dir() and not path.is_symlink():
@@ -282,7 +282,7 @@ def clear_run(run_dir: Path) -> None:
 
 
 def save_config(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
-    """Writes config.json and tokenizer.json, the config last: it makes the run one."""
+    """Writes tokenizer.json, then config.json, which makes the directory a run."""
     text = json.dumps({"format": FORMAT} | config.to_dict(), indent=2) + "\n"
     if is_first_process():
         if tokenizer:
@@ -305,7 +305,7 @@ def load_config(run_dir: Path) -> Config:
             return Config.from_dict(values)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not a config of jaxgpt: {error}; mend it, or bring it back "
-            "from a copy"
+            f"{path} is not a jaxgpt config: {error}; fix it, or restore it from "
+            "a backup"
         ) from error
-    raise ValueError(f"{run_dir} was made by a newer jaxgpt; update this one")
+    raise ValueError(f"{run_dir} was made by a newer jaxgpt; update jaxgpt")

@@ -1,4 +1,4 @@
-"""What must be settled before JAX starts: flags, devices of a CPU, caches, memory.
+"""Process setup before JAX starts: XLA flags, CPU devices, caches and memory.
 
 The scripts call `start` first; `import jaxgpt` never does.
 """
@@ -21,11 +21,11 @@ import jaxlib
 
 _YNN = "xla_cpu_experimental_ynn_fusion_type"
 _XLA_FLAGS = (
-    # Products and sums by YNNPACK, on x86-64: on 2 cores a step of
-    # `shakespeare-char-cpu` took 21.5 ms with the products, 29.0 without.
+    # Run matmuls and reductions in YNNPACK, on x86-64: on 2 cores a step of
+    # `shakespeare-char-cpu` took 21.5 ms with the matmuls in it, 29.0 without.
     f"--{_YNN}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE",
-    # Products by cuBLAS alone: XLA would compile and time many of Triton's for each. On
-    # an H100 `shakespeare-char` then takes 39 s to compile, not 60; steps are as fast.
+    # Run matmuls in cuBLAS only; XLA would compile and time many Triton kernels for
+    # each. On an H100 `shakespeare-char` compiles in 39 s, not 60, and runs as fast.
     "--xla_gpu_enable_triton_gemm=false",
 )
 
@@ -37,13 +37,13 @@ def cache_dir() -> Path:
 
 
 def start() -> None:
-    """Sets what makes JAX fast here, and a persistent compilation cache.
+    """Configures JAX for speed, and sets up a persistent compilation cache.
 
-    What the user has set stays: JAX_NUM_CPU_DEVICES, XLA_FLAGS, MALLOC_ARENA_MAX,
-    JAX_COMPILATION_CACHE_DIR.
+    Environment variables that are already set take precedence: JAX_NUM_CPU_DEVICES,
+    XLA_FLAGS, MALLOC_ARENA_MAX, JAX_COMPILATION_CACHE_DIR.
     """
-    # Orbax warns of what is meant, and logs with a traceback what we tell in a line.
-    # So does asyncio, where several arrays of a checkpoint can't be written or read.
+    # Orbax warns about intended use, and logs tracebacks of errors that we report in a
+    # line; so does asyncio if several arrays of a checkpoint can't be read or written.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine 'Store", RuntimeWarning)
@@ -54,11 +54,11 @@ def start() -> None:
         or "xla_force_host_platform_device_count" in flags
     ):
         # XLA runs elementwise code on one thread per CPU device: on 2 cores a step of
-        # `shakespeare-char-cpu` takes two devices 17.2 ms, one 18.2. At most 8, since
-        # each holds a copy of the parameters.
+        # `shakespeare-char-cpu` takes 17.2 ms with two devices, 18.2 with one. At most
+        # 8, since each holds a copy of the parameters.
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-            cores = len(os.sched_getaffinity(0))  # that this process may use
+            cores = len(os.sched_getaffinity(0))  # those this process may use
         jax.config.update("jax_num_cpu_devices", min(8, cores))
     for flag in _XLA_FLAGS:
         name, *values = re.findall(r"\w+", flag)
@@ -69,18 +69,18 @@ def start() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if "MALLOC_ARENA_MAX" not in os.environ:
-        # Else each of many threads has a heap to grow. With one for all, a step of
-        # `shakespeare-char-cpu` took 19.6 ms, with two 18.1.
+        # By default malloc gives threads their own arenas, each of which can grow. A
+        # step of `shakespeare-char-cpu` took 19.6 ms with one arena, 18.1 with two.
         with suppress(OSError):  # not glibc
             ctypes.CDLL("libc.so.6").mallopt(-8, 2)  # M_ARENA_MAX
-    if os.environ.get("TPU_SKIP_MDS_QUERY"):  # so JAX says that there is no TPU here
-        # Where libtpu is installed for --plan, it would complain of it at every start.
+    if os.environ.get("TPU_SKIP_MDS_QUERY"):  # JAX sets it if there is no TPU
+        # Without these, libtpu (installed for --plan) would complain at every start.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
 
 
 def _xla_knows(*names: str) -> bool:
-    """Whether the installed XLA knows flags and values: it aborts on an unknown one."""
+    """Whether XLA knows these flags and values; it aborts on unknown ones."""
     library = Path(jaxlib.__file__).parent / "libjax_common.so"
     if platform.machine() != "x86_64" or not library.is_file():
         return False  # not measured there
@@ -90,12 +90,12 @@ def _xla_knows(*names: str) -> bool:
 
 
 def float32_matmul_flags() -> dict[str, str] | None:
-    """XLA's flags for a CPU program that trains in float32, in place of `start`'s.
+    """XLA flags for CPU programs that train in float32; they override `start`'s.
 
-    YNNPACK then fuses products with what surrounds them: on 2 cores a step of the 10.8M
-    model takes 6.0 s, and else 7.4. But bfloat16 it multiplies as such only where a
-    product stands alone (2.8 s, and else 3.9); and what reads without a gradient is
-    faster so: an evaluation takes 0.33 s, not 0.41, a token of 8 rows 7.0 ms, not 8.3.
+    YNNPACK then fuses matmuls with the operations around them: on 2 cores a step of the
+    10.8M model takes 6.0 s, not 7.4. Other programs are faster unfused: YNNPACK uses
+    bfloat16 only in unfused matmuls (2.8 s, not 3.9), an evaluation takes 0.33 s, not
+    0.41, and a token of 8 rows 7.0 ms, not 8.3. None if `start` has not set its flag.
     """
     if _XLA_FLAGS[0] in os.environ.get("XLA_FLAGS", ""):
         return {_YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
@@ -103,23 +103,23 @@ def float32_matmul_flags() -> dict[str, str] | None:
 
 
 def _report_unraisable(unraisable: Any) -> None:
-    """Prints what Python can't raise, as it would, but for two kinds.
+    """Prints unraisable exceptions, except for two expected kinds.
 
-    `exits` has noted an interrupt; and where one of a checkpoint's files can't be
-    written or read, Orbax does not wait for the others.
+    `exits` has already recorded a KeyboardInterrupt, and Orbax does not wait for the
+    other files of a checkpoint if one can't be read or written.
     """
-    error, of_orbax = unraisable.exc_value, r"Event loop is closed|error while reading"
-    expected = isinstance(error, KeyboardInterrupt) or re.search(of_orbax, str(error))
+    error, orbax = unraisable.exc_value, r"Event loop is closed|error while reading"
+    expected = isinstance(error, KeyboardInterrupt) or re.search(orbax, str(error))
     if not expected:
         sys.__unraisablehook__(unraisable)
 
 
 def release_memory() -> None:
-    """Frees what is no longer used, so that a long run does not grow (0.1 s).
+    """Returns unused memory to the system, in 0.1 s, so that a long run does not grow.
 
-    Without it, and with a heap for each thread, `python -m benchmarks.long_run` with
+    Without it, and with a malloc arena per thread, `python -m benchmarks.long_run` with
     an interval of 250 grew by 12% from step 2,000 to 20,000.
     """
-    gc.collect()  # pictures and saves leave cycles behind
+    gc.collect()  # plots and saves leave reference cycles behind
     with suppress(OSError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)

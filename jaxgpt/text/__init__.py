@@ -1,1 +1,1 @@
-"""Text becomes tokens, tokens become batches."""
+"""Corpora, tokenizers and batches."""

@@ -1,9 +1,9 @@
-"""Tokens become batches: a pure function of a seed and a step.
+"""Batches of tokens, as a pure function of a seed and a step.
 
 B batch   T time (block_size)
 
-A source is a function of (step, rows) to a batch, so that a run needs no more than its
-step to resume, and each process reads its own rows only.
+A source maps (step, rows) to a batch, so a run can resume from its step alone, and
+each process reads only its own rows.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ import numpy as np
 
 from jaxgpt.config import Config
 
-EVAL_SEED = 2**32  # of the batches that every evaluation sees; no run's seed is as high
+EVAL_SEED = 2**32  # seed of evaluation batches, above every training seed
 
-# Completed steps, and which rows of the batch to read, to a pytree with rows on axis 0.
+# Maps completed steps and a slice of rows to a pytree with those rows along axis 0.
 Source = Callable[[int, slice], Any]
 
 
@@ -29,12 +29,12 @@ def get_batch(
     batch_size: int,
     block_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of the corpus, drawn uniformly, and what follows each of their tokens.
+    """Samples windows of the corpus uniformly, as inputs and next-token targets.
 
     Args:
       tokens: token ids of one split [tokens].
       seed, step: the only source of randomness.
-      rows: which of the B to read; all if left out.
+      rows: which of the B rows to read; all by default.
       batch_size: B.
       block_size: T.
 
@@ -47,7 +47,7 @@ def get_batch(
 
 
 def training_source(tokens: np.ndarray, config: Config) -> Source:
-    """The batches that a run trains on."""
+    """Returns the source of training batches."""
     return partial(
         get_batch,
         tokens,
@@ -58,7 +58,7 @@ def training_source(tokens: np.ndarray, config: Config) -> Source:
 
 
 def evaluation_source(tokens: np.ndarray, config: Config) -> Source:
-    """Batches of as many rows as run at once, the same in every evaluation."""
+    """Returns a source of microbatch-sized batches, the same in every evaluation."""
     return partial(
         get_batch,
         tokens,

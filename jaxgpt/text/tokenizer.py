@@ -1,4 +1,4 @@
-"""Text to token ids and back: a character a token, or byte-level BPE."""
+"""Tokenizers: one token per character, or byte-level BPE."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-# Where no token crosses, whatever stands before and after.
+# A position that no token spans, whatever the text around it.
 _BOUNDARY = re.compile(r"(?<=\S)(?=[ \t\r\n])")
 _SEGMENT = 1 << 16  # characters; the segments of a text are encoded in parallel
 
@@ -23,22 +23,22 @@ def codepoints(text: str) -> np.ndarray:
 
 
 class CharTokenizer:
-    """One token per character; a token's id is the character's place in `characters`.
+    """One token per character; a token's id is the character's index in `characters`.
 
     Source: the lecture's `stoi` and `itos`.
 
     Attributes:
-      start: what an empty prompt stands for: a newline, or else the first character.
+      start: replaces an empty prompt: a newline, or else the first character.
       end_of_text: None, as no character ends a document.
     """
 
     end_of_text = None
 
     def __init__(self, characters: str):
-        """Takes the vocabulary in id order; raises ValueError if one occurs twice."""
+        """Takes the characters in id order; raises ValueError if one occurs twice."""
         if not characters or len(set(characters)) != len(characters):
             raise ValueError(
-                f"no vocabulary of distinct characters: {characters!r:.80}"
+                f"a vocabulary needs distinct characters, not {characters!r:.80}"
             )
         self.characters = characters
         self.start = "\n" if "\n" in characters else characters[0]
@@ -48,7 +48,7 @@ class CharTokenizer:
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """The tokenizer of `text`'s sorted distinct characters."""
+        """Makes a tokenizer of the sorted distinct characters of `text`."""
         return cls("".join(sorted(set(text))))
 
     @property
@@ -71,16 +71,16 @@ class CharTokenizer:
         return ids
 
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yields the ids of a text that comes in chunks; together they are its own."""
+        """Yields the token ids of a text given in chunks, the same as for the whole."""
         return map(self.encode, chunks)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; raises IndexError on an id outside the vocabulary."""
-        array = np.array(list(ids), np.int64).astype(np.uint32)  # no negative index
+        array = np.array(list(ids), np.int64).astype(np.uint32)  # negative ids raise
         return self._codepoints[array].tobytes().decode("utf-32-le", "surrogatepass")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """As `decode`, in UTF-8."""
+        """UTF-8 bytes of token ids; raises IndexError like `decode`."""
         return self.decode(ids).encode("utf-8", "surrogatepass")
 
     def to_json(self) -> str:
@@ -93,24 +93,24 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level byte pair encoding, as GPT-2's: any text, and no unknown token.
+    """Byte-level byte pair encoding as in GPT-2, which can encode any text.
 
-    Encoding is tiktoken's `encode_ordinary`: END_OF_TEXT in a text is text like any
-    other. A token may be part of a character.
+    Encodes like tiktoken's `encode_ordinary`: END_OF_TEXT in a text is ordinary text. A
+    token may be part of a character.
 
     Source: Sennrich et al. 2016, section 3.2; GPT-2, section 2.2.
 
     Attributes:
-      start: what an empty prompt stands for: a newline.
-      end_of_text: id of END_OF_TEXT, which parts documents; None if there is none.
+      start: replaces an empty prompt: a newline.
+      end_of_text: id of END_OF_TEXT, which separates documents; None if there is none.
       vocab_size: number of token ids.
     """
 
     start = "\n"
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
-        """Takes a tokenizer of the form that `from_tables` makes."""
-        tokenizer.encode_special_tokens = True  # as if they were ordinary text
+        """Takes a byte-level BPE tokenizer, as `from_tables` makes it."""
+        tokenizer.encode_special_tokens = True  # as ordinary text
         tokenizer.no_truncation()
         tokenizer.no_padding()
         added = tokenizer.get_added_tokens_decoder()
@@ -128,9 +128,9 @@ class BPETokenizer:
 
     @classmethod
     def from_tables(cls, vocab: Path, merges: Path) -> Self:
-        """The tokenizer of two files: vocab.json and merges.txt, by any name.
+        """Loads a tokenizer from a vocab.json and a merges.txt, whatever their names.
 
-        Raises ValueError if they are of another form.
+        Raises ValueError if they are not tables of byte-level BPE.
         """
         try:
             tokenizer = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
@@ -139,18 +139,18 @@ class BPETokenizer:
             return cls(tokenizer)
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(
-                f"{vocab} and {merges} are no tables of byte-level BPE: {error}"
+                f"{vocab} and {merges} are not tables of byte-level BPE: {error}"
             ) from error
 
     @classmethod
     def train(cls, chunks: Iterable[str], vocab_size: int) -> Self:
-        """Learns the merges of a text: the commonest pair of tokens, again and again.
+        """Learns merges from a text by repeatedly merging the most frequent pair.
 
         Args:
           chunks: the text, in order.
-          vocab_size: tokens in all: 256 bytes, the merges, and END_OF_TEXT at last.
+          vocab_size: total number of tokens: 256 bytes, the merges, then END_OF_TEXT.
 
-        Raises ValueError if vocab_size is below 257, or above what the text gives.
+        Raises ValueError if vocab_size is below 257, or too large for the text.
         """
         tokenizer = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
@@ -163,61 +163,61 @@ class BPETokenizer:
         tokenizer.add_special_tokens([END_OF_TEXT])
         if (nearest := tokenizer.get_vocab_size()) != vocab_size:
             raise ValueError(
-                f"the text does not give vocab_size={vocab_size}, the nearest is "
-                f"{nearest}; give that to --model.vocab-size"
+                f"the text does not yield vocab_size={vocab_size} tokens; the nearest "
+                f"possible is --model.vocab-size {nearest}"
             )
         return cls(tokenizer)
 
     @classmethod
     def from_json(cls, content: bytes) -> Self:
-        """The tokenizer of a tokenizer.json as the library `tokenizers` writes it.
+        """Loads a tokenizer.json in the format of the library `tokenizers`.
 
-        Raises ValueError if it is not GPT-2's kind.
+        Raises ValueError if it is not byte-level BPE as in GPT-2.
         """
-        found = json.loads(content)
-        model, before = found["model"], found["pre_tokenizer"] or {}
+        values = json.loads(content)
+        model, pre_tokenizer = values["model"], values["pre_tokenizer"] or {}
         options = ["dropout", "ignore_merges", "byte_fallback"]
         options += ["continuing_subword_prefix", "end_of_word_suffix"]
-        gpt2s = (
-            model.get("type", "BPE") == "BPE"  # GPT-2's own has no type
+        is_gpt2 = (
+            model.get("type", "BPE") == "BPE"  # absent in GPT-2's own file
             and not any(map(model.get, options))
-            and found["normalizer"] is None
-            and before.get("type") == "ByteLevel"
-            and before.get("use_regex", True)
-            and not before["add_prefix_space"]
+            and values["normalizer"] is None
+            and pre_tokenizer.get("type") == "ByteLevel"
+            and pre_tokenizer.get("use_regex", True)
+            and not pre_tokenizer["add_prefix_space"]
         )
-        if not gpt2s:
+        if not is_gpt2:
             raise ValueError("it does not split text as GPT-2's byte-level BPE does")
-        for token in found["added_tokens"]:
-            token["special"] = True  # so that `__init__` makes text of them all
-        return cls(tokenizers.Tokenizer.from_str(json.dumps(found)))
+        for token in values["added_tokens"]:
+            token["special"] = True  # so that `__init__` encodes them as text
+        return cls(tokenizers.Tokenizer.from_str(json.dumps(values)))
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of `text`, i32 [tokens]; half a surrogate pair becomes U+FFFD."""
+        """Token ids of `text`, i32 [tokens]; unpaired surrogates become U+FFFD."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return np.concatenate(list(self.encode_chunks([text])))
 
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yields the ids of a text that comes in chunks; together they are its own."""
+        """Yields the token ids of a text given in chunks, the same as for the whole."""
         encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
         for encodings in map(encode, _segments(chunks)):
             yield np.concatenate([np.array(e.ids, np.int32) for e in encodings])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; bytes that are no whole character become U+FFFD."""
+        """Text of token ids; incomplete characters become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """UTF-8 of token ids, which may begin and end inside a character.
+        """UTF-8 bytes of token ids, which may begin and end inside a character.
 
-        An id that no token has, but an embedding table with rows to spare has, gives
-        U+FFFD.
+        Ids without a token, which models with spare rows in the embedding table can
+        sample, become U+FFFD.
         """
         unknown = "\ufffd".encode()
         return b"".join(self._bytes.get(id_, unknown) for id_ in ids)
 
     def to_json(self) -> str:
-        """The tokenizer as JSON, in the form of the library `tokenizers`."""
+        """The tokenizer as JSON, in the format of the library `tokenizers`."""
         return self._tokenizer.to_str()
 
     def save(self, path: Path) -> None:
@@ -229,7 +229,7 @@ Tokenizer = CharTokenizer | BPETokenizer
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokenizer.json; raises ValueError that names a file of another form."""
+    """Loads a tokenizer.json; raises ValueError that names a file it can't use."""
     content = path.read_bytes()
     try:
         values = json.loads(content)
@@ -237,11 +237,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
             return BPETokenizer.from_json(content)
         return CharTokenizer(values["characters"])
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is not a tokenizer of jaxgpt: {error}") from error
+        raise ValueError(f"{path} is not a valid tokenizer: {error}") from error
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """As `encode`, but END_OF_TEXT is the token that parts documents, if there is one.
+    """Like `encode`, but END_OF_TEXT is its own token if the tokenizer has one.
 
     Source: nanoGPT sample.py.
     """
@@ -255,7 +255,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
 def fits(tokenizer: Tokenizer, vocab_size: int | None) -> bool:
     """Whether a model of `vocab_size` tokens can use the tokenizer.
 
-    An embedding table may have rows to spare for BPE: nanoGPT's has 50,304 for GPT-2's
+    With BPE the embedding table may have spare rows: nanoGPT's has 50,304 for GPT-2's
     50,257 tokens.
     """
     if isinstance(tokenizer, CharTokenizer):
@@ -271,10 +271,10 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Which byte each letter of a token stands for.
+    """Maps each letter of a token to the byte it stands for.
 
-    Source: GPT-2 encoder.py. Printable bytes are their own letters; the others come
-    after all of them, so that no token holds a space or a control character.
+    Source: GPT-2 encoder.py. Printable bytes are their own letters; the others map to
+    U+0100 and above, so that no token contains a space or a control character.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
@@ -283,18 +283,18 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _segments(chunks: Iterable[str]) -> Iterator[list[str]]:
-    """Cuts a text into segments whose tokens, one after the other, are the text's own.
+    """Splits a text into segments that can be tokenized on their own.
 
-    Yields lists of them; only a text without blanks and newlines is held in full.
+    Yields lists of segments; only a text without whitespace is buffered in full.
     """
-    held = ""
+    rest = ""
     for chunk in chunks:
-        held, segments = held + chunk, []
+        rest, segments = rest + chunk, []
         start = 0
-        while match := _BOUNDARY.search(held, start + _SEGMENT):
-            segments.append(held[start : match.start()])
+        while match := _BOUNDARY.search(rest, start + _SEGMENT):
+            segments.append(rest[start : match.start()])
             start = match.start()
-        held = held[start:]
+        rest = rest[start:]
         if segments:
             yield segments
-    yield [held]
+    yield [rest]
