@@ -23,7 +23,7 @@ from jaxgpt.text.tokenizer import encode_prompt
 class Arguments:
     """Samples from a run: text goes to stdout, everything else to stderr."""
 
-    run_dir: Path  # run directory, as made by train.py --out-dir
+    run_dir: Path  # run directory written by train.py
     checkpoint: str = "best"  # best (lowest val loss), latest, or a step
     # text to continue, or FILE:PATH to read it from a file; a newline by default; use
     # --prompt=TEXT if the text begins with a dash

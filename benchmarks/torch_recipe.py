@@ -8,7 +8,6 @@ B batch   T time
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from benchmarks.torch_gpt import GPT, make_adamw
 
@@ -48,10 +48,9 @@ def fit(model: GPT, tokens: torch.Tensor, settings: Any, *, compiles: bool) -> N
         recipe["weight_decay"],
         fused=True,
     )
+    schedule = make_schedule(optimizer, steps, recipe)
     run = torch.compile(model) if compiles else model
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, recipe)
+    for _ in range(steps):
         starts = torch.randint(len(tokens) - T, (B,))
         windows = torch.stack([tokens[start : start + T + 1] for start in starts])
         logits = run(windows[:, :-1])
@@ -59,18 +58,18 @@ def fit(model: GPT, tokens: torch.Tensor, settings: Any, *, compiles: bool) -> N
         loss.backward()
         clip_grad_norm_(model.parameters(), recipe["grad_clip"])
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
 
 
-def learning_rate(step: int, steps: int, recipe: Any) -> float:
-    """nanoGPT's get_lr: warmup, then a cosine to min_lr at the end."""
-    peak, low, warmup = (
-        recipe[name] for name in ("learning_rate", "min_lr", "warmup_steps")
-    )
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    part = (step - warmup) / (steps - warmup)
-    return low + (peak - low) * (1 + math.cos(math.pi * part)) / 2
+def make_schedule(optimizer: torch.optim.Optimizer, steps: int, recipe: Any) -> Any:
+    """nanoGPT's get_lr: linear warmup, then a cosine to min_lr at the end."""
+    warmup = recipe["warmup_steps"]
+    cosine = CosineAnnealingLR(optimizer, steps - warmup, recipe["min_lr"])
+    if not warmup:
+        return cosine
+    linear = LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [linear, cosine], [warmup])
 
 
 @torch.no_grad()

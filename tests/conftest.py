@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 import generate
@@ -29,8 +31,10 @@ from jaxgpt import (
 )
 from jaxgpt.models import build_model
 from jaxgpt.parallel.feeding import batch_shapes
+from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.training import checkpoint
 from jaxgpt.training.checkpoint import save_state
+from jaxgpt.training.monitor import read_rows
 from jaxgpt.training.objectives import next_token
 from jaxgpt.training.step import TrainState, abstract_state, trace_train_steps
 
@@ -130,6 +134,25 @@ def finish(process, code=0, timeout=240):
     return out, err
 
 
+def losses(run_dir):
+    """The training loss that a run logged at each step."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    found = {row["step"]: row["loss"] for row in rows if row["event"] == "train"}
+    assert found
+    return found
+
+
+def contents(folder):
+    """All files below a folder, as bytes by path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def mesh_of(config):
+    """The config's mesh, over the 8 CPU devices of the tests."""
+    return make_mesh(config, log=lambda line: None)
+
+
 def assert_every_flag_is_explained(help_text):
     """Whether tyro has found words for each flag."""
     _, options = help_text.replace("│", "").split(" options ", 1)
@@ -155,10 +178,40 @@ def dropped_logits(model, params, tokens, rows):
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
+def make_once(tmp_path_factory, worker_id):
+    """Makes a named folder once per session: the workers of xdist share it.
+
+    `make_once(name, make)` calls `make(folder)` if no worker has done so before, and
+    returns the folder. Tests must not change its files.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base if worker_id == "master" else base.parent
+
+    def make_once(name, make):
+        folder = base / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.with_suffix(".done").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                folder.with_suffix(".done").touch()
+        return folder
+
+    return make_once
+
+
+@pytest.fixture(scope="session")
+def smoke(make_once):
     """`python train.py smoke`, uninterrupted: its directory, stdout and stderr."""
-    run_dir = tmp_path_factory.mktemp("runs") / "smoke"
-    return run_dir, *finish(start_script("train.py", "smoke", "--out-dir", run_dir))
+
+    def make(folder):
+        command = ("train.py", "smoke", "--out-dir", folder / "run")
+        out, err = finish(start_script(*command))
+        for name, text in (("out", out), ("err", err)):
+            (folder / name).write_text(text)
+
+    folder = make_once("smoke", make)
+    return folder / "run", *((folder / name).read_text() for name in ("out", "err"))
 
 
 @pytest.fixture(scope="session")
@@ -169,15 +222,17 @@ def bigram():
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """The directory of a run that has learnt a little of a small text."""
-    folder = tmp_path_factory.mktemp("tiny_run")
-    text = folder / "text.txt"
-    text.write_text("To be, or not to be.\n" * 40)
-    config = changed(TINY, model={"vocab_size": None}, train={"eval_interval": 8})
-    config = changed(config, data={"path": (str(text),)})
-    train.train(config, folder / "run", resume=False, overwrite=False)
-    return folder / "run"
+def tiny_run(make_once):
+    """The directory of a tiny model trained for 8 steps on a small text."""
+
+    def make(folder):
+        text = folder / "text.txt"
+        text.write_text("To be, or not to be.\n" * 40)
+        config = changed(TINY, model={"vocab_size": None}, train={"eval_interval": 8})
+        config = changed(config, data={"path": (str(text),)})
+        train.train(config, folder / "run", resume=False, overwrite=False)
+
+    return make_once("tiny_run", make) / "run"
 
 
 @pytest.fixture

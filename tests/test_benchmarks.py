@@ -9,7 +9,7 @@ from conftest import finish, start_script
 
 from benchmarks.generate import judge as judge_generation
 from benchmarks.rounds import compete, rates, wanted
-from benchmarks.torch_recipe import exact_loss, learning_rate
+from benchmarks.torch_recipe import exact_loss, make_schedule
 from benchmarks.train import best_of
 from benchmarks.wall_clock import judge as judge_wall_clock
 from benchmarks.wall_clock import wait_for
@@ -184,8 +184,12 @@ def test_the_ratios_of_a_report_are_the_quotients_of_its_medians(tmp_path):
 def test_pytorchs_recipe_has_our_learning_rates():
     config = OptimizerConfig(warmup_steps=3)
     ours = learning_rate_schedule(config, max_steps=20)
-    theirs = [learning_rate(step, 20, vars(config)) for step in range(20)]
-    np.testing.assert_allclose(theirs, [ours(step) for step in range(20)], rtol=1e-5)
+    adamw = torch.optim.AdamW([torch.zeros(1)], lr=config.learning_rate)
+    schedule = make_schedule(adamw, 20, vars(config))
+    for step in range(20):
+        assert schedule.get_last_lr()[0] == pytest.approx(float(ours(step)), rel=1e-5)
+        adamw.step()
+        schedule.step()
 
 
 @pytest.mark.parametrize("length", [2, 8, 9, 20, 8 * 65 + 3])

@@ -3,14 +3,14 @@
 The model and the optimizer are the benchmarks'.
 """
 
-import math
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from benchmarks import torch_gpt
+from jaxgpt import OptimizerConfig
+from jaxgpt.interop.torch_parity import nanogpt_learning_rate
 from jaxgpt.text.batches import get_batch
 
 
@@ -33,13 +33,13 @@ def configure_optimizer(model, settings):
 
 
 def learning_rate(step, settings):
-    """nanoGPT's get_lr."""
-    lr, min_lr = settings["learning_rate"], settings["min_lr"]
-    warmup, decay = settings["warmup_iters"], settings["lr_decay_iters"]
-    if step < warmup:
-        return lr * (step + 1) / (warmup + 1)
-    ratio = (step - warmup) / (decay - warmup)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * ratio)) * (lr - min_lr)
+    """The learning rate of update `step`, by nanoGPT's settings."""
+    config = OptimizerConfig(
+        learning_rate=settings["learning_rate"],
+        min_lr=settings["min_lr"],
+        warmup_steps=settings["warmup_iters"],
+    )
+    return nanogpt_learning_rate(step, config, settings["lr_decay_iters"])
 
 
 def train(model, optimizer, settings, steps, batches):

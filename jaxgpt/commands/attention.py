@@ -22,7 +22,7 @@ def attention(
     """Draws the attention maps of every layer and head over a prompt's tokens.
 
     Args:
-        run_dir: run directory, as written by train.py --out-dir
+        run_dir: run directory written by train.py
         prompt: text to show; the model sees its last block_size tokens
         checkpoint: best (lowest val loss), latest, or a step
         out: PNG file to write; attention.png in the run directory by default

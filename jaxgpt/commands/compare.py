@@ -42,7 +42,7 @@ def compare(
     Args:
         hf: directory of a Hugging Face GPT-2, or its name on the hub
         nanogpt: nanoGPT's ckpt.pt
-        run_dir: run directory, as written by train.py --out-dir
+        run_dir: run directory written by train.py
         checkpoint: checkpoint of --run-dir: best (lowest val loss), latest, or a step
         steps: AdamW updates, with warmup, decay and clipping; 0 for none
         batch_size: rows per batch of random tokens

@@ -105,7 +105,7 @@ def export(
 
     Args:
         format: format to write
-        run_dir: run directory, as written by train.py --out-dir
+        run_dir: run directory written by train.py
         target: ckpt.pt for nanoGPT, or a directory for Hugging Face
         checkpoint: best (lowest val loss), latest, or a step
         dataset: name of nanoGPT's data directory; the run's name by default

@@ -29,7 +29,7 @@ def evaluate(
     """Reports the exact loss on a split: each token but the first is predicted once.
 
     Args:
-        run_dir: run directory, as written by train.py --out-dir
+        run_dir: run directory written by train.py
         checkpoint: best (lowest val loss), latest, or a step
         split: part of the text: train is the first 90%, val the last 10%
         stride: slide windows by N tokens, counting the last N; no overlap by default

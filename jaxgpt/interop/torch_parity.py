@@ -366,6 +366,16 @@ def _training(
     yield from _check_each("final parameters", ours, theirs, FINAL_PARAMETERS, 0.0)
 
 
+def nanogpt_learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
+    """The learning rate of update `step`, from 0. Source: nanoGPT train.py, get_lr."""
+    warmup, peak = config.warmup_steps, config.learning_rate
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = min((step - warmup) / (max_steps - warmup), 1.0)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + cosine * (peak - config.min_lr)
+
+
 def _torch_training(
     reference: Any, config: OptimizerConfig, batches: list[Batch]
 ) -> list[float]:
@@ -378,15 +388,10 @@ def _torch_training(
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
     )
-    losses, warmup = [], config.warmup_steps
+    losses = []
     for step, batch in enumerate(batches):
-        rate = config.learning_rate * (step + 1) / (warmup + 1)
-        if step >= warmup:
-            progress = (step - warmup) / (len(batches) - warmup)
-            cosine = 0.5 * (1 + math.cos(math.pi * progress))
-            rate = config.min_lr + cosine * (config.learning_rate - config.min_lr)
         for group in adamw.param_groups:
-            group["lr"] = rate
+            group["lr"] = nanogpt_learning_rate(step, config, len(batches))
         reference.zero_grad()
         loss = _torch_losses(reference, batch)[0].mean()
         loss.backward()

@@ -7,23 +7,13 @@ import pytest
 from conftest import TINY, changed
 
 from jaxgpt import OptimizerConfig
+from jaxgpt.interop.torch_parity import nanogpt_learning_rate
 from jaxgpt.models import build_model
 from jaxgpt.training.optimizer import (
     decay_mask,
     learning_rate_schedule,
     make_optimizer,
 )
-
-
-def nanogpt_learning_rate(step, config, max_steps):
-    """NanoGPT's rate, from its definition."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    if step >= max_steps:
-        return config.min_lr
-    done = (step - config.warmup_steps) / (max_steps - config.warmup_steps)
-    share = 0.5 * (1 + math.cos(math.pi * done))
-    return config.min_lr + share * (config.learning_rate - config.min_lr)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 10])
