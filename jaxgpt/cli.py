@@ -24,11 +24,7 @@ from jaxgpt.run import (
 
 _PROG = "train.py [PRESET]"
 # Model fields that --init-from takes from the preset, not from the run.
-_TRAINING_FIELDS = (
-    "dropout",
-    "compute_dtype",
-    "remat",
-)
+_TRAINING_FIELDS = ("dropout", "compute_dtype", "remat")
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,8 @@ class DataConfig:
         _check(
             self.batch_size % self.microbatches == 0,
             f"batch_size={self.batch_size} is not divisible by "
-            f"gradient_accumulation_steps={self.gradient_accumulation_steps}",
+            f"gradient_accumulation_steps={self.gradient_accumulation_steps}; use a "
+            "divisor of batch_size",
         )
 
 

@@ -49,13 +49,7 @@ ATTENTION = "attention.png"
 PROFILE = "profile"
 # A run's files except lock (blowup/ is of older versions); config.json is deleted last.
 _RUN_FILES = (
-    CHECKPOINTS,
-    "blowup",
-    PROFILE,
-    TOKENIZER,
-    METRICS,
-    CURVE,
-    ATTENTION,
+    *(CHECKPOINTS, "blowup", PROFILE, TOKENIZER, METRICS, CURVE, ATTENTION),
     CONFIG,
 )
 
@@ -154,8 +148,8 @@ def check_has_tokenizer(run_dir: Path, data: DataConfig) -> None:
     if data.tokenizer == "char" and not data.has_tokens:
         raise ValueError(
             f"{run_dir} has no tokenizer, so its model can't read text; give the "
-            "--data.tokenizer it was trained with, or import it with --tokenizer or "
-            "--meta"
+            "--data.tokenizer it was trained with, or run `python -m jaxgpt import` "
+            "again with --tokenizer or --meta"
         )
 
 

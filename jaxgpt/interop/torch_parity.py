@@ -253,9 +253,8 @@ def _one_pass(
     their_grads = {name: p.grad for name, p in parameters if p.requires_grad}
     norm = math.sqrt(sum(float((grad**2).sum()) for grad in their_grads.values()))
     our_grads = state_dict.to_state_dict(grads, config, out_in=False)
-    yield from _check_each(
-        "gradients", our_grads, their_grads, NORM, SMALLEST_NORM * norm
-    )
+    smallest = SMALLEST_NORM * norm
+    yield from _check_each("gradients", our_grads, their_grads, NORM, smallest)
     return norm
 
 

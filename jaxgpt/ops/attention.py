@@ -143,11 +143,8 @@ def update_cache(cache: KV, new: KV, start_B: Array) -> KV:
 
 def cached_attention(q_BTHD: Array, cache: KV, mask: Mask, platform: str) -> Array:
     """`plain_attention` over cached keys and values, without dropout."""
-    (B, T, H, D), (k_NSD, v_NSD), q_NTD = (
-        q_BTHD.shape,
-        cache,
-        _merge_batch_and_heads(q_BTHD),
-    )
+    (B, T, H, D), (k_NSD, v_NSD) = q_BTHD.shape, cache
+    q_NTD = _merge_batch_and_heads(q_BTHD)
     scores_NTS = einsum("NSD,NTD->NTS", k_NSD, q_NTD, jnp.float32, platform)
     weights_BHTS = _softmax(scores_NTS.reshape(B, H, T, -1), mask, q_BTHD)
     weights_NTS = weights_BHTS.reshape(scores_NTS.shape)

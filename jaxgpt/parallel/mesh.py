@@ -112,7 +112,9 @@ def _mesh_shape(config: Config, devices: int) -> tuple[int, ...]:
                     shape[axis] = n
     requested = " x ".join(f"mesh.{axis}={size}" for axis, size in shape.items())
     if math.prod(shape.values()) > devices:
-        raise ValueError(f"{requested}, but there are {devices} devices")
+        raise ValueError(
+            f"{requested}, but there are {devices} devices; use a smaller mesh"
+        )
     if rows % (shape["data"] * shape["fsdp"]):
         raise ValueError(
             f"{rows} sequences at once (batch_size / gradient_accumulation_steps) do "

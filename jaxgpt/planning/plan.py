@@ -123,24 +123,19 @@ def _rows(config: Config, topology: str) -> Rows:
     yield "total tokens", f"{all_tokens:,} ({all_tokens / params:.1f} per parameter)"
     yield "FLOPs per step", f"{step_flops(config):.3g}"
     yield "devices", f"{mesh.size} x {devices[0].device_kind} ({axes})"
-    yield (
-        "parameter memory",
-        f"{_format_bytes(_bytes_per_device(state.params))} per device",
-    )
-    yield (
-        "optimizer state",
-        f"{_format_bytes(_bytes_per_device(state.opt_state))} per device",
-    )
+    for name, part in (
+        ("parameter memory", state.params),
+        ("optimizer state", state.opt_state),
+    ):
+        yield name, f"{_format_bytes(_bytes_per_device(part))} per device"
 
     batches = batch_shapes(config, mesh, 1)
     traced = trace_train_steps(next_token(model), config, mesh, state, batches)
     compiled = _compile(traced, topology) if topology else traced.lower().compile()
     memory = compiled.memory_analysis()
     if memory is not None:  # None on some backends
-        yield (
-            "temporary memory",
-            f"{_format_bytes(memory.temp_size_in_bytes)} per device",
-        )
+        temporary = _format_bytes(memory.temp_size_in_bytes)
+        yield "temporary memory", f"{temporary} per device"
     if topology:
         yield from _tpu_rows(config, topology, mesh, traced, compiled)
 
@@ -188,9 +183,8 @@ def _tpu_rows(
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
     if chip and used > USABLE * chip.hbm:
-        raise _does_not_fit(
-            topology, _format_bytes(used), _format_bytes(USABLE * chip.hbm)
-        )
+        usable = _format_bytes(USABLE * chip.hbm)
+        raise _does_not_fit(topology, _format_bytes(used), usable)
     capacity = f" of {_format_bytes(chip.hbm)}" if chip else ""
     yield "total memory", f"{_format_bytes(used)}{capacity} per device: it fits"
     matmul_flops, transfers = product_flops(traced.jaxpr), collectives(text)

@@ -52,7 +52,7 @@ def open_checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
     try:
         yield checkpoints
     finally:
-        with _clear_save_errors():
+        with _plain_save_errors():
             checkpoints.close()
 
 
@@ -86,7 +86,7 @@ def save_state(
     step, parts = int(state.step), _parts(state)
     args = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
     record = make_record(parts, math.inf if metric is None else metric)
-    with _clear_save_errors():
+    with _plain_save_errors():
         if not checkpoints.save(
             step,
             args=ocp.args.Composite(**args),
@@ -109,7 +109,7 @@ def check_saves(checkpoints: ocp.CheckpointManager, saved: int | None) -> int | 
 
     Does not wait for a running save. Raises OSError if a background save has failed.
     """
-    with _clear_save_errors():
+    with _plain_save_errors():
         if checkpoints.is_saving_in_progress():
             return saved
         checkpoints.wait_until_finished()  # raises the error of a failed save
@@ -119,7 +119,7 @@ def check_saves(checkpoints: ocp.CheckpointManager, saved: int | None) -> int | 
 
 
 @contextmanager
-def _clear_save_errors() -> Iterator[None]:
+def _plain_save_errors() -> Iterator[None]:
     """Turns the error of a failed save into an OSError that says what to do."""
     try:
         yield
@@ -192,11 +192,8 @@ def _restore(saved: Path, parts: dict[str, Any]) -> dict[str, Any]:
     handler, restored = ocp.StandardCheckpointHandler(), {}  # without process barriers
     with _same_outcome_everywhere(saved):
         for name in [name for name in parts if name in record["parts"]]:
-            restore_args, part = (
-                ocp.args.StandardRestore(parts[name]),
-                saved.absolute() / name,
-            )
-            restored[name] = handler.restore(part, args=restore_args)
+            args = ocp.args.StandardRestore(parts[name])
+            restored[name] = handler.restore(saved.absolute() / name, args=args)
     if "checksums" not in record:
         log_line(f"{saved} is from an older version; it was not checked for damage")
         return restored

@@ -66,10 +66,8 @@ def first_non_finite_layer(
     changed: dict[str, Any] = {"remat": False} if hasattr(config.model, "remat") else {}
     model = dataclasses.replace(config.model, **changed)
     losses = objective(build_model(model, platform_of(mesh)))
-    step, microbatches = (
-        int(state.step),
-        with_microbatches(config, mesh).data.microbatches,
-    )
+    step = int(state.step)
+    microbatches = with_microbatches(config, mesh).data.microbatches
     batch, key = source(step, slice(None)), step_key(config, step)
     rows_B = np.arange(len(jax.tree.leaves(batch)[0]))
     for i in range(microbatches):

@@ -123,5 +123,5 @@ def check_shapes(
         if there != here:
             raise ValueError(
                 f"checkpoint {checkpoint} was saved with another config: {name} is "
-                f"{there} there, {here} by config.json; restore its own config.json"
+                f"{there} there and {here} here; use the config that it was saved with"
             )
