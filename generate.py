@@ -49,7 +49,7 @@ def main() -> None:
     prompt = read_prompt(arguments.prompt, run)
     # Bytes in argv that are not UTF-8 become surrogates, which stdout can't encode.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    texts, shown = [""] * arguments.num_samples, prompt
+    texts, prefix = [""] * arguments.num_samples, prompt
     for new_texts in stream_text(
         run,
         prompt,
@@ -59,8 +59,8 @@ def main() -> None:
         seed=arguments.seed,
         stop=arguments.stop,
     ):
-        print(shown + new_texts[0], end="", flush=True)
-        shown = ""
+        print(prefix + new_texts[0], end="", flush=True)
+        prefix = ""
         texts = [text + new for text, new in zip(texts, new_texts, strict=True)]
     for text in texts[1:]:
         print(f"\n{'-' * 40}\n{prompt}{text}", end="")

@@ -103,7 +103,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         objective, source = next_token(model), training_source(corpus.train, config)
         splits = {"train": corpus.train, "val": corpus.val}
         sources = {name: evaluation_source(splits[name], config) for name in splits}
-        eval_step = evaluation.compile_estimate(objective, mesh)
+        eval_step = evaluation.make_eval_step(objective, mesh)
         evaluate = partial(evaluation.estimate, eval_step, sources)
 
         folder = run_dir / checkpoint.CHECKPOINTS
@@ -113,7 +113,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             state = checkpoint.restore_state(folder, "latest", abstract, resume=True)
             check_skipped(state, config)
             resumed_step = int(state.step)
-            log_line(f"resuming {run_dir} from step {resumed_step}, using its config")
+            log_line(f"resuming {run_dir} from step {resumed_step}")
         else:
             state = create_state(model, config, mesh, load_initial_params(config, mesh))
             if resume:
@@ -133,7 +133,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             checkpoint.open_checkpoints(folder) as checkpoints,
             Monitor(run_dir, config, resumed_step, STARTED, skipped) as monitor,
             diagnose_non_finite(lambda: state, next_token, source, config, mesh),
-            profiled(run_dir / PROFILE, config.train.profile) as trace,
+            profiled(run_dir / PROFILE, config.train.profile) as profile_dispatch,
         ):
             programs: dict[Any, jax.stages.Compiled] = {}
 
@@ -164,7 +164,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                     started = time.monotonic()
                     state, metrics = run_steps(state, batches)
                     monitor.train(step, metrics, started)
-                    trace(metrics)
+                    profile_dispatch(metrics)
                     saved = checkpoint.check_saves(checkpoints, saved)
                     step += count
 
@@ -182,7 +182,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                         save()
                     return signal
 
-            eval_step = evaluation.compile_losses(model, mesh)
+            eval_step = evaluation.make_losses_step(model, mesh)
             val = corpus.val
             exact = evaluation.evaluate_exactly(eval_step, state.params, val, config)
             monitor.done(step, exact.nats_per_token)

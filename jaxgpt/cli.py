@@ -96,9 +96,7 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
             "another run's; choose one"
         )
     if options.checkpoint != "best" and not init_from:
-        raise ValueError(
-            f"--checkpoint {options.checkpoint} needs --init-from; give its run"
-        )
+        raise ValueError(f"--checkpoint {options.checkpoint} needs --init-from RUN_DIR")
     if options.resume and has_run(run_dir):
         return _resumed(run_dir, flags), run_dir, options
     if options.resume and not preset:

@@ -173,8 +173,8 @@ class DataConfig:
     # of a tokenizer.json, or of a directory with one or with vocab.json and merges.txt
     tokenizer: str = "char"
     batch_size: int = 12  # sequences per update, over all devices
-    # microbatches per update, to save memory; -1: one, except that on a CPU they are
-    # sized to fit the cache
+    # microbatches per update, to save memory; -1: one, or on a CPU as many as let each
+    # fit the cache
     gradient_accumulation_steps: int = -1
     sha256: str = ""  # of the corpus; set by the first run, checked on resume
 
@@ -185,12 +185,12 @@ class DataConfig:
 
     @property
     def microbatch_size(self) -> int:
-        """Largest number of sequences in a microbatch, over all devices."""
+        """Sequences in a microbatch, over all devices."""
         return self.batch_size // self.microbatches
 
     @property
     def microbatches(self) -> int:
-        """gradient_accumulation_steps, or 1 if it is -1."""
+        """gradient_accumulation_steps; 1 while it is -1 (see `with_microbatches`)."""
         return max(1, self.gradient_accumulation_steps)
 
     def __post_init__(self) -> None:
@@ -245,13 +245,13 @@ class TrainConfig:
     eval_iters: int = 20  # batches of each split per evaluation
     log_interval: int = 10  # updates between rows of metrics.jsonl
     checkpoint_interval: int = 250  # updates between checkpoints
-    steps_per_call: int = 1  # updates per dispatch; aim for about a second
+    steps_per_call: int = 1  # updates per dispatch, for about a second of work
     # number of updates that may be skipped because their loss or gradients are not
     # finite; one more stops the run
     max_skipped_steps: int = 0
     profile: int = 0  # dispatches to trace into RUN_DIR/profile, from the second on
     seed: int = 1337  # seed of initialisation, batches and dropout
-    # run to start from; the command line replaces it with its checkpoint's folder
+    # run to start from; cli.py turns it into the folder of that run's checkpoint
     init_from: tyro.conf.Suppress[str] = ""
 
     def __post_init__(self) -> None:
@@ -268,8 +268,8 @@ class MeshConfig:
 
     # devices to shard the batch over; -1: as many of the remaining ones as divide it
     data: int = -1
-    # devices to shard both the batch and the parameters over; -1: as many as divide the
-    # batch and n_embd
+    # devices to shard both the batch and the parameters over; -1: the largest number
+    # that divides the batch and n_embd
     fsdp: int = 1
     tensor: int = 1  # devices to shard heads and channels over (tensor parallelism)
 

@@ -205,7 +205,7 @@ def gpt2_1_5b() -> Config:
 
 
 def gpt3_175b() -> Config:
-    """GPT-3's shape and recipe, for --plan v5p:8x8x8: a month on thousands of chips.
+    """GPT-3's shape and recipe, for --plan v5p:8x8x8: at least 19 days on 512 chips.
 
     Unlike in GPT-3, attention is dense in every layer, and the batch has its full size
     from the first step. Source: Brown et al. 2020 (GPT-3), tables 2.1 and 2.2,

@@ -62,7 +62,7 @@ def start() -> None:
         jax.config.update("jax_num_cpu_devices", min(8, cores))
     for flag in _XLA_FLAGS:
         name, *values = re.findall(r"\w+", flag)
-        if name not in flags and _xla_knows(name, *values):
+        if name not in flags and _measured_and_known(name, *values):
             flags = f"{flags} {flag}".strip()
     os.environ["XLA_FLAGS"] = flags
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -79,8 +79,8 @@ def start() -> None:
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
 
 
-def _xla_knows(*names: str) -> bool:
-    """Whether XLA knows these flags and values; it aborts on unknown ones."""
+def _measured_and_known(*names: str) -> bool:
+    """Whether this is x86-64, and XLA knows the flags; it aborts on unknown ones."""
     library = Path(jaxlib.__file__).parent / "libjax_common.so"
     if platform.machine() != "x86_64" or not library.is_file():
         return False  # not measured there
@@ -94,8 +94,8 @@ def float32_matmul_flags() -> dict[str, str] | None:
 
     YNNPACK then fuses matmuls with the operations around them: on 2 cores a step of the
     10.8M model takes 6.0 s, not 7.4. Other programs are faster unfused: YNNPACK uses
-    bfloat16 only in unfused matmuls (2.8 s, not 3.9), an evaluation takes 0.33 s, not
-    0.41, and a token of 8 rows 7.0 ms, not 8.3. None if `start` has not set its flag.
+    bfloat16 only in unfused matmuls (a step takes 2.8 s, not 3.9), an evaluation takes
+    0.33 s, not 0.41, a token of 8 rows 7.0 ms, not 8.3. None if `start` set no flag.
     """
     if _XLA_FLAGS[0] in os.environ.get("XLA_FLAGS", ""):
         return {_YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}

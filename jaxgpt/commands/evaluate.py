@@ -13,7 +13,7 @@ from jaxgpt.files import log_line
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import load_config, load_run, text_tokenizer
 from jaxgpt.text.corpus import load_corpus
-from jaxgpt.training.evaluation import compile_losses, evaluate_exactly
+from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
 
 
 def evaluate(
@@ -54,7 +54,7 @@ def evaluate(
     log_line(f"evaluating on the {split} split of {text}")
     corpus, config = load_corpus(config, log_line, run.tokenizer)
     tokens = {"train": corpus.train, "val": corpus.val}[split]
-    eval_step = compile_losses(run.model, devices)
+    eval_step = make_losses_step(run.model, devices)
     result = evaluate_exactly(eval_step, run.params, tokens, config, stride)
     report = {"split": split, **dataclasses.asdict(result)}
     report["perplexity"] = math.exp(result.nats_per_token)

@@ -34,7 +34,7 @@ from jaxgpt.presets import PRESETS
 from jaxgpt.run import Run
 from jaxgpt.text.batches import training_source
 from jaxgpt.text.corpus import Corpus, load_corpus
-from jaxgpt.training.evaluation import compile_losses, evaluate_exactly
+from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
 from jaxgpt.training.objectives import Batch, next_token
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.step import (
@@ -60,8 +60,8 @@ class Rung:
 
     def agrees(self, loss: float) -> bool:
         """Whether `loss` is within 0.03 of the lecture's or 0.02 of PyTorch's."""
-        seeds = self.pytorch or (self.lecture,)
-        in_band = min(seeds) - 0.02 <= loss <= max(seeds) + 0.02
+        losses = self.pytorch or (self.lecture,)
+        in_band = min(losses) - 0.02 <= loss <= max(losses) + 0.02
         return in_band or abs(loss - self.lecture) <= 0.03
 
 
@@ -105,7 +105,7 @@ def lecture(
     results_path, picture_path = out_dir / "lecture.json", out_dir / "lecture.png"
     results: list[dict[str, Any]] = []
     for rung in (*RUNGS, SCALED) if scaled else RUNGS:
-        results.append(climb(rung, seeds, steps_scale))
+        results.append(train_rung(rung, seeds, steps_scale))
         content = {"seeds": seeds, "steps_scale": steps_scale, "rungs": results}
         results_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         plot(results, seeds, picture_path)
@@ -119,7 +119,7 @@ def lecture(
     return int(not all(result["passed"] for result in results))
 
 
-def climb(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any]:
+def train_rung(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any]:
     """Trains the rung's model with all seeds; returns its entry in lecture.json."""
     config = PRESETS[rung.preset]()
     max_steps = max(1, round(config.train.max_steps * steps_scale))
@@ -136,7 +136,7 @@ def climb(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any
     started = time.monotonic()
     mesh = make_mesh(config, lambda line: None)
     model = build_model(config.model, platform_of(mesh))
-    losses_of, curve = compile_losses(model, mesh), []
+    losses_of, curve = make_losses_step(model, mesh), []
     for step, params_S in train_seeds(model, config, mesh, corpus, seeds):
         each_params = [jax.tree.map(itemgetter(s), params_S) for s in range(len(seeds))]
         losses = [
@@ -181,7 +181,7 @@ def train_seeds(
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
 
     @partial(jax.jit, donate_argnums=0)
-    def train_calls(states_S: TrainState, batches_S: Batch) -> TrainState:
+    def train_all_seeds(states_S: TrainState, batches_S: Batch) -> TrainState:
         def train_steps(seed: jax.Array, state: TrainState, batches: Batch) -> Any:
             train_step = make_train_step(objective, optimizer, config, seed=seed)
             return jax.lax.scan(train_step, state, batches)[0]
@@ -198,7 +198,7 @@ def train_seeds(
     while step < config.train.max_steps:
         steps = range(step, step + steps_in_next_call(step, config.train))
         batches_S = _stacked([stack_batches(source, steps) for source in sources])
-        states_S = train_calls(states_S, batches_S)
+        states_S = train_all_seeds(states_S, batches_S)
         step = steps.stop
         if step % config.train.eval_interval == 0 or step == config.train.max_steps:
             yield step, states_S.params

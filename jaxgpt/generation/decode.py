@@ -27,7 +27,7 @@ from jaxgpt.ops.attention import KV
 from jaxgpt.parallel.mesh import batch_sharding, data_parallel_mesh, replicated
 
 TOKENS_PER_CALL = 16
-# Rows are sharded over devices if each gets this many with the cache, or one without.
+# Rows are sharded over devices if each gets this many, or one if there is no cache.
 # On 2 cores this takes 64 rows of the 10.8M model from 34 to 25 ms per token, gains
 # nothing for 16 rows, and takes 8 rows beyond the window from 201 to 169 ms.
 MIN_ROWS_PER_DEVICE = 8
@@ -36,7 +36,7 @@ _SMALLEST_BUCKET = 16
 
 @flax.struct.dataclass
 class DecodingState:
-    """The state of a batch of sequences; axis 0 of every array is the row.
+    """The state of a batch of sequences; axis 0 is the row, in caches row and head.
 
     Attributes:
       tokens_BT: the last block_size tokens of each row, padded on the right, i32.
@@ -44,8 +44,8 @@ class DecodingState:
       key_B: PRNG key of each row; its n-th token is sampled with fold_in(key, n).
       drawn_B: number of tokens sampled so far, i32.
       finished_B: whether the row has sampled an end token; it then no longer changes.
-      caches: keys and values of each layer for the tokens before the last, whose slot
-        the next step writes; None if each step recomputes the whole window.
+      caches: keys and values of each layer for all tokens but the last, which the next
+        step adds; None if each step recomputes the whole window.
     """
 
     tokens_BT: Array
@@ -69,7 +69,7 @@ def prefill(
 
     Args:
       params: parameters as `unstack_layers` returns them.
-      prompts_BT: token ids, i32, padded on the right; a single row serves all keys.
+      prompts_BT: token ids, i32, padded on the right; a single one serves all of key_B.
       length_B: number of tokens in each prompt, from 1 to T.
       cached: whether to keep the keys and values of the prompts.
     """

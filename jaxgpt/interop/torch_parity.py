@@ -60,7 +60,7 @@ class Check:
     Attributes:
       absolute: largest absolute difference.
       relative: norm of the difference, divided by the norm of PyTorch's value.
-      error: the figure that is judged: `absolute`, `relative` or a scaled variant.
+      error: the value that is judged: `absolute`, `relative` or a scaled variant.
       tolerance: largest accepted `error`; None if the quantity is not judged.
     """
 
@@ -234,16 +234,16 @@ def _one_pass(
         yield _check("activations", name, stacked[layer], activation, NORM, 0.0)
     size = max(1.0, float(np.sqrt(np.mean(their_logits**2))))
     yield _check("logits", "float32", logits_BTV, their_logits, LOGITS * size)
-    half = _build_model(dataclasses.replace(config, compute_dtype="bfloat16"))
-    rounded_BTV = jax.jit(half.apply)({"params": params}, inputs_BT)
+    bf16_model = _build_model(dataclasses.replace(config, compute_dtype="bfloat16"))
+    bf16_logits_BTV = jax.jit(bf16_model.apply)({"params": params}, inputs_BT)
     tolerance = BFLOAT16_PER_ROOT_LAYER * math.sqrt(config.n_layer)
-    yield _check("logits", "bfloat16", rounded_BTV, their_logits, tolerance, 0.0)
+    yield _check("logits", "bfloat16", bf16_logits_BTV, their_logits, tolerance, 0.0)
     torch = required("torch")
     with torch.no_grad():
-        their_half = copy.deepcopy(reference).to(torch.bfloat16)
-        theirs_BTV = _torch_losses(their_half, batch)[1].float().numpy()
+        their_bf16_model = copy.deepcopy(reference).to(torch.bfloat16)
+        their_bf16_logits = _torch_losses(their_bf16_model, batch)[1].float().numpy()
     name = "bfloat16, PyTorch's own"
-    yield _check("logits", name, theirs_BTV, their_logits, None, 0.0)
+    yield _check("logits", name, their_bf16_logits, their_logits, None, 0.0)
     # In float64: a float32 sum of a few hundred losses alone exceeds the tolerance.
     loss, their_loss = (
         np.asarray(losses, np.float64).mean() for losses in (losses_BT, their_losses)
@@ -322,19 +322,19 @@ def _greedy(
     greedy = SamplingConfig(temperature=0.0)
     drawn = generate_tokens(_build_model(config), params, [prompt], count, greedy)
     ours = np.concatenate([tokens for tokens, _ in drawn], axis=1)[0]
-    tokens, leads = list(prompt), []
+    tokens, gaps = list(prompt), []
     with torch.no_grad():
         for _ in range(count):
             window = torch.tensor([tokens[-config.block_size :]])
             logits_V = reference(window, use_cache=False).logits[0, -1]
             first, second = logits_V.topk(2).values.tolist()
-            leads.append(first - second)
+            gaps.append(first - second)
             tokens.append(int(logits_V.argmax()))
     different = ours != np.array(tokens[len(prompt) :])
     name = f"{count} tokens"
     if different.any():
         at = int(different.argmax())
-        name += f", first difference at no. {at + 1}, top-2 logit gap {leads[at]:.0e}"
+        name += f", first difference at no. {at + 1}, top-2 logit gap {gaps[at]:.0e}"
     wrong = float(different.sum())
     return Check("greedy text", name, wrong, wrong / count, wrong, 0.0)
 

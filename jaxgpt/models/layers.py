@@ -3,7 +3,7 @@
 B batch   T time   S key time   C n_embd   H heads   D head_dim   F mlp (4 C)
 
 Parameter names are nanoGPT's; `platform` is as in `jaxgpt.ops`. Passing `rows_B`, row
-indices in the whole batch, turns on dropout; masks do not depend on how it is split.
+indices in the whole batch, turns on dropout; its masks do not depend on microbatches.
 """
 
 from collections.abc import Sequence
@@ -143,7 +143,7 @@ class Attention(nn.Module):
             out_BTHD = ops.attention(*qkv, mask, drop, self.platform, fused)
             if self.is_mutable_collection("intermediates"):  # for maps and diagnosis
                 maps_BHTS = ops.attention_weights(q_BTHD, k_BSHD, mask, self.platform)
-                maps_BHTS = self.attn_dropout(maps_BHTS, None)
+                maps_BHTS = self.attn_dropout(maps_BHTS, None)  # a layer to diagnose
                 self.sow("intermediates", "attention", maps_BHTS)
         out_BTHD = constrain(out_BTHD, ("batch", "time", "heads", "head_dim"))
         return self.resid_dropout(self.c_proj(out_BTHD), rows_B), cache

@@ -12,7 +12,7 @@ from jaxgpt.ops.attention import (
     cached_attention,
     update_cache,
 )
-from jaxgpt.ops.cross_entropy import cross_entropy, head_loss, head_losses
+from jaxgpt.ops.cross_entropy import cross_entropy, head_loss_sum, head_losses
 from jaxgpt.ops.dropout import dropout
 from jaxgpt.ops.embedding import embed
 from jaxgpt.ops.gelu import gelu

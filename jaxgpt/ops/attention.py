@@ -1,6 +1,6 @@
 """Attention: each query averages the values of the keys visible to it.
 
-B batch   T time (queries)   S time (keys)   H heads   D head_dim   N rows, heads (B H)
+B batch   T time (queries)   S time (keys)   H heads   D head_dim   N row-head pairs
 
 Source: "Attention Is All You Need", section 3.2.
 """
@@ -52,10 +52,10 @@ class Mask:
 def attention_weights(q_BTHD: Array, k_BSHD: Array, mask: Mask, platform: str) -> Array:
     """Softmax of q k / sqrt(D) over the visible keys, [B, H, T, S] in q's dtype."""
     scores_BHTS = einsum("BSHD,BTHD->BHTS", k_BSHD, q_BTHD, jnp.float32, platform)
-    return _softmax(scores_BHTS, mask, q_BTHD)
+    return _masked_softmax(scores_BHTS, mask, q_BTHD)
 
 
-def _softmax(scores_BHTS: Array, mask: Mask, q_BTHD: Array) -> Array:
+def _masked_softmax(scores_BHTS: Array, mask: Mask, q_BTHD: Array) -> Array:
     scores_BHTS = scores_BHTS * q_BTHD.shape[-1] ** -0.5
     visible = mask.visible(*scores_BHTS.shape[2:])
     weights_BHTS = jax.nn.softmax(jnp.where(visible, scores_BHTS, -jnp.inf))
@@ -92,7 +92,7 @@ def _prefixes(x_BTHD: Array, starts: list[int], platform: str) -> list[Array]:
     """Returns for each block all positions up to its end, [B, S, H, D]."""
     if platform != "cpu":
         return [x_BTHD[:, :end] for end in (*starts[1:], None)]
-    # The gradient of a slice is zero-padded; summing those costs 10% of a CPU step.
+    # Gradients of slices are zero-padded arrays; summing them costs 10% of a CPU step.
     blocks = jnp.split(x_BTHD, starts[1:], axis=1)
     return [jnp.concatenate(blocks[: i + 1], axis=1) for i in range(len(starts))]
 
@@ -109,12 +109,12 @@ def attention(
     """`plain_attention`, by the fastest implementation; cuDNN only if `fused`."""
     qkv, head_dim = (q_BTHD, k_BSHD, v_BSHD), q_BTHD.shape[-1]
     fits = q_BTHD.dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
-    in_order = mask.positions_BT is None and mask.segments_BS is None
-    in_order &= q_BTHD.shape == k_BSHD.shape or not mask.causal
-    if platform == "cuda" and fused and fits and in_order and not drop:
+    standard_mask = mask.positions_BT is None and mask.segments_BS is None
+    standard_mask &= q_BTHD.shape == k_BSHD.shape or not mask.causal
+    if platform == "cuda" and fused and fits and standard_mask and not drop:
         cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
         return cudnn(*qkv, is_causal=mask.causal, key_value_seq_lengths=mask.lengths_B)
-    attend = _blocked_attention if mask.causal and in_order else plain_attention
+    attend = _blocked_attention if mask.causal and standard_mask else plain_attention
     return attend(*qkv, mask, drop, platform)
 
 
@@ -146,7 +146,7 @@ def cached_attention(q_BTHD: Array, cache: KV, mask: Mask, platform: str) -> Arr
     (B, T, H, D), (k_NSD, v_NSD) = q_BTHD.shape, cache
     q_NTD = _merge_batch_and_heads(q_BTHD)
     scores_NTS = einsum("NSD,NTD->NTS", k_NSD, q_NTD, jnp.float32, platform)
-    weights_BHTS = _softmax(scores_NTS.reshape(B, H, T, -1), mask, q_BTHD)
+    weights_BHTS = _masked_softmax(scores_NTS.reshape(B, H, T, -1), mask, q_BTHD)
     weights_NTS = weights_BHTS.reshape(scores_NTS.shape)
     out_NTD = einsum("NTS,NSD->NTD", weights_NTS, v_NSD, q_BTHD.dtype, platform)
     return out_NTD.reshape(B, H, T, D).swapaxes(1, 2)

@@ -41,7 +41,9 @@ def head_losses(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def head_loss(x_BTC: Array, table_VC: Array, targets_BT: Array, platform: str) -> Array:
+def head_loss_sum(
+    x_BTC: Array, table_VC: Array, targets_BT: Array, platform: str
+) -> Array:
     """The sum of `head_losses`, f32 scalar.
 
     Computes each chunk's gradient with its loss; logits are not stored or recomputed.
@@ -79,7 +81,7 @@ def _scale(_: str, gradients: Any, grad: Array) -> tuple[Array, Array, None]:
     return grad_x_BTC * grad.astype(grad_x_BTC.dtype), grad_VC * grad, None
 
 
-head_loss.defvjp(_loss_and_gradients, _scale)
+head_loss_sum.defvjp(_loss_and_gradients, _scale)
 
 
 def _padded(table_VC: Array, platform: str) -> Array:
@@ -97,7 +99,7 @@ def _logits(x_BTC: Array, table_VC: Array, V: int, platform: str) -> Array:
 
 
 def _chunks(array: Array, vocab_size: int) -> Array:
-    """Splits into strided chunks [N, B, T / N, ...], so that devices share each one."""
+    """Splits into strided chunks [N, B, T / N, ...], each sharded over all devices."""
     B, T, *rest = array.shape
     divisors = (n for n in range(1, T) if T % n == 0)
     fitting = (n for n in divisors if T // n * vocab_size <= CHUNK_LOGITS)

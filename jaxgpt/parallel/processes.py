@@ -39,7 +39,7 @@ def join_processes(
 
     Raises ValueError if only some arguments are given, or if they are invalid.
     """
-    # The service would take over SIGTERM, and only one of Orbax and jaxgpt can poll it.
+    # JAX's preemption service would handle SIGTERM itself, and reports it only once.
     jax.config.update("jax_enable_preemption_service", False)
     initialize = partial(
         jax.distributed.initialize,
@@ -66,7 +66,7 @@ def join_processes(
         initialize(*given, cluster_detection_method="deactivate")
     elif given != (None,) * 3:
         raise ValueError(
-            "--coordinator-address, --num-processes and --process-id go together"
+            "--coordinator-address, --num-processes and --process-id are needed together"
         )
     elif any(int(os.environ.get(tasks) or 1) > 1 for tasks in _TASKS):
         try:
@@ -112,10 +112,10 @@ def max_over_processes(number: int) -> jax.Array | int:
 
 
 def make_agree() -> Callable[[int], int]:
-    """Makes `agree(number)`, the maximum over all processes, one call late.
+    """Makes `agree(number)`, which all processes must call at the same point.
 
-    Each call returns the result of the previous one (at first 0), so that none waits;
-    all processes must make it at the same point. A single process gets its own number.
+    It returns the maximum over all processes of the numbers in the previous call (at
+    first 0), so that no call waits. A single process gets its own number.
     """
     before: jax.Array | int = 0
 

@@ -21,7 +21,7 @@ from jaxgpt.parallel.feeding import batch_shapes
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning.flops import product_flops, step_flops
 from jaxgpt.planning.hlo import collectives
-from jaxgpt.text.corpus import load_corpus, named_vocab_size
+from jaxgpt.text.corpus import known_vocab_size, load_corpus
 from jaxgpt.training.objectives import next_token
 from jaxgpt.training.step import abstract_state, trace_train_steps
 
@@ -100,7 +100,7 @@ def describe(config: Config, topology: str = "") -> Iterator[str]:
     Raises ValueError if the step does not fit in the chips' memory.
     """
     if config.model.vocab_size is None:
-        if vocab_size := named_vocab_size(config.data):
+        if vocab_size := known_vocab_size(config.data):
             model = replace(config.model, vocab_size=vocab_size)
             config = replace(config, model=model)
         else:

@@ -62,7 +62,7 @@ class _Text:
             position += len(chunk)
 
 
-def named_vocab_size(data: DataConfig) -> int | None:
+def known_vocab_size(data: DataConfig) -> int | None:
     """Returns the vocabulary size if known without reading the text, else None."""
     if data.tokenizer == "gpt2":
         return pretrained.GPT2_VOCAB_SIZE
@@ -82,9 +82,9 @@ def load_corpus(
       config: its `data` section names the text and the tokenizer.
       tokenizer: of an existing run; takes precedence over the config's.
 
-    Returns the corpus, and the config with vocab_size, absolute paths and sha256 filled
-    in: that of the text, or of the token files if there is no text. Raises OSError if a
-    file can't be read or fetched, ValueError if its content does not match the config.
+    Returns the corpus, and the config with vocab_size, absolute paths and the sha256 of
+    the text (or of the token files) filled in. Raises OSError if a file can't be read
+    or fetched, ValueError if its content does not match the config.
     """
     name, vocab_size = config.data.tokenizer, config.model.vocab_size
     if name not in ("char", "bpe", "gpt2"):
@@ -211,7 +211,7 @@ def _tokenizer_of_tokens(
         except OSError as error:
             if name != "gpt2":
                 raise
-            log(f"continuing without a tokenizer, which only text needs: {error}")
+            log(f"continuing without a tokenizer (only text needs one): {error}")
     if tokenizer and stored and _vocabulary(tokenizer) != _vocabulary(stored):
         raise ValueError(
             f"the tokens in {folder} were made with the tokenizer stored there, not "
@@ -236,7 +236,7 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
         if unknown:
             raise ValueError(
                 f"{', '.join(map(str, text.paths))}: characters {unknown!r:.80} are "
-                f"not in the vocabulary of {tokenizer.vocab_size}; give another text"
+                f"not in the vocabulary of {tokenizer.vocab_size} characters"
             )
     shutil.rmtree(folder, ignore_errors=True)  # incomplete or damaged files
     log(f"tokenizing {text.length:,} characters into {folder}")

@@ -123,8 +123,8 @@ class BPETokenizer:
         self._tokenizer = tokenizer
         self._bytes = {}
         for token, id_ in vocab.items():
-            letters = (alphabet[letter] for letter in token)
-            self._bytes[id_] = token.encode() if id_ in added else bytes(letters)
+            byte_values = (alphabet[letter] for letter in token)
+            self._bytes[id_] = token.encode() if id_ in added else bytes(byte_values)
 
     @classmethod
     def from_tables(cls, vocab: Path, merges: Path) -> Self:

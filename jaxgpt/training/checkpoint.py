@@ -105,7 +105,7 @@ def _parts(state: TrainState) -> dict[str, Any]:
 
 
 def check_saves(checkpoints: ocp.CheckpointManager, saved: int | None) -> int | None:
-    """Returns the latest saved step; if it is not `saved`, frees the save's memory.
+    """Returns the latest saved step; frees memory if a save has ended since `saved`.
 
     Does not wait for a running save. Raises OSError if a background save has failed.
     """
@@ -163,7 +163,7 @@ def restore_state(
     else:
         other = f"move {folder} away to start at step 0" if resume else "use another"
         listed = "; ".join(faults.values())
-        raise ValueError(f"{listed}; restore it from a copy, or {other}")
+        raise ValueError(f"{listed}; restore one from a copy, or {other}")
     saved = folder / str(step)
     if resume and "progress" not in parts:
         raise ValueError(
@@ -185,7 +185,7 @@ def restore_state(
 
 
 def _restore(saved: Path, parts: dict[str, Any]) -> dict[str, Any]:
-    """Reads the saved ones of `parts`; all processes raise _DamageError together."""
+    """Reads those of `parts` that exist; all processes raise _DamageError together."""
     with _same_outcome_everywhere(saved):
         record = read_record(saved)
     check_shapes(record["shapes"], shapes(parts["params"]), str(saved))
@@ -229,7 +229,7 @@ def find_steps(folder: Path, which: str | int) -> list[int]:
     """The step of checkpoint "best", "latest" or a number, then the fallbacks in order.
 
     For "best", those with an unreadable metric come first, so that they are reported.
-    Raises FileNotFoundError if there are none, ValueError that lists those there are.
+    Raises FileNotFoundError if there are none, ValueError that lists the steps.
     """
     if not (steps := saved_steps(folder)):
         raise FileNotFoundError(

@@ -19,7 +19,7 @@ from jaxgpt.parallel.defaults import platform_of, with_microbatches
 from jaxgpt.parallel.feeding import shard_batch
 from jaxgpt.text.batches import Source
 from jaxgpt.training.objectives import Batch, Context, Objective
-from jaxgpt.training.step import TrainState, step_key
+from jaxgpt.training.step import TrainState, dropout_key
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def first_non_finite_layer(
     losses = objective(build_model(model, platform_of(mesh)))
     step = int(state.step)
     microbatches = with_microbatches(config, mesh).data.microbatches
-    batch, key = source(step, slice(None)), step_key(config, step)
+    batch, key = source(step, slice(None)), dropout_key(config, step)
     rows_B = np.arange(len(jax.tree.leaves(batch)[0]))
     for i in range(microbatches):
         part, rows = jax.tree.map(lambda a, i=i: a[i::microbatches], (batch, rows_B))

@@ -25,7 +25,7 @@ from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
 EvalStep = Callable[[Any, Batch], Any]
 
 
-def compile_estimate(objective: Objective, mesh: Mesh) -> EvalStep:
+def make_eval_step(objective: Objective, mesh: Mesh) -> EvalStep:
     """Makes the `EvalStep` of an objective's loss and metrics, without dropout."""
 
     def metrics(params: Any, batch: Batch) -> dict[str, LossSum]:
@@ -36,7 +36,7 @@ def compile_estimate(objective: Objective, mesh: Mesh) -> EvalStep:
     return _compile(metrics, mesh)
 
 
-def compile_losses(model: nn.Module, mesh: Mesh) -> EvalStep:
+def make_losses_step(model: nn.Module, mesh: Mesh) -> EvalStep:
     """Makes the `EvalStep` of next-token losses, f32 [B, T] in nats; no dropout."""
 
     def losses(params: Any, batch: Batch) -> jax.Array:
@@ -66,7 +66,7 @@ def estimate(
     """Means of an objective's loss and metrics over `batches` batches of each source.
 
     Args:
-      eval_step: the result of `compile_estimate`.
+      eval_step: the result of `make_eval_step`.
       sources: by name, which prefixes the metrics: "val" gives `val_loss` and so on.
       params: the model's parameters.
       batches: number per source. Raises ValueError if a metric's total weight is 0.
@@ -113,13 +113,13 @@ def evaluate_exactly(
 ) -> Evaluation:
     """The loss on `tokens`, predicting each one but the first exactly once.
 
-    Windows of block_size predictions start every `stride` tokens. The last `stride` of
-    each count, and all of the first, so that each prediction has at least block_size -
-    stride tokens of context, except at the start of the text. The batch size does not
-    change the result, except for rounding.
+    Windows of block_size predictions start every `stride` tokens. Only the last
+    `stride` predictions of a window count, and all of the first window, so that each
+    has more than block_size - stride tokens of context, except at the start of the
+    text. The batch size does not change the result, except for rounding.
 
     Args:
-      eval_step: the result of `compile_losses`.
+      eval_step: the result of `make_losses_step`.
       params: the model's parameters.
       tokens: token ids of one split [tokens], at least two.
       config: gives block_size and the number of rows per batch.

@@ -59,7 +59,7 @@ class Monitor(AbstractContextManager):
         self._bar = Progress(
             BarColumn(),
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not (console.is_terminal and is_first_process()),
@@ -68,7 +68,7 @@ class Monitor(AbstractContextManager):
             "",
             total=config.train.max_steps,
             completed=resumed_step or 0,
-            figures="starting",
+            status="starting",
         )
 
     def __enter__(self) -> Self:
@@ -80,19 +80,19 @@ class Monitor(AbstractContextManager):
         self._file.close()
 
     def train(
-        self, first: int, metrics: Mapping[str, jax.Array], started: float
+        self, steps_before: int, metrics: Mapping[str, jax.Array], started: float
     ) -> None:
         """Takes the metrics of a dispatch, and logs those of the previous dispatch.
 
-        The device thus runs one dispatch while the metrics of the other are read.
+        The device thus runs a dispatch while the metrics of the previous one are read.
 
         Args:
-          first: updates completed before the dispatch.
+          steps_before: updates completed before the dispatch.
           metrics: the train step's metrics of N steps, each [N].
           started: time of the dispatch, by `time.monotonic`.
         """
         self._log_pending()
-        self._pending = (first, metrics, started)
+        self._pending = (steps_before, metrics, started)
 
     def flush(self) -> None:
         """Logs all metrics taken so far; returns once their rows are on disk.
@@ -103,20 +103,20 @@ class Monitor(AbstractContextManager):
         self._log_pending()
         self._sync()
 
-    def eval(self, step: int, figures: Mapping[str, float]) -> None:
+    def eval(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs an evaluation after `step` updates, and draws the loss curve.
 
         Returns once its row is on disk.
 
         Args:
           step: completed updates.
-          figures: the result of `estimate` for the splits "train" and "val".
+          metrics: the result of `estimate` for the splits "train" and "val".
         """
         self._log_pending()
-        check_finite(step, figures)
-        self._write("eval", step, **figures)
+        check_finite(step, metrics)
+        self._write("eval", step, **metrics)
         self._sync()
-        shown = (f"{name.replace('_', ' ')} {n:.4f}" for name, n in figures.items())
+        shown = (f"{name.replace('_', ' ')} {n:.4f}" for name, n in metrics.items())
         self._say(f"step {step}: {', '.join(shown)}")
         if step and is_first_process():  # at step 0 there is no curve yet
             plot_losses(self._path, self._curve)
@@ -137,7 +137,7 @@ class Monitor(AbstractContextManager):
     def _log_pending(self) -> None:
         if not self._pending:
             return
-        first, metrics, started = self._pending
+        steps_before, metrics, started = self._pending
         self._pending = None
         metrics = jax.device_get(metrics)  # waits for the dispatch
         end = time.monotonic()
@@ -146,7 +146,10 @@ class Monitor(AbstractContextManager):
         others = metrics.keys() - {*_STEP_METRICS, "tokens", "skipped"}
         names = (*_STEP_METRICS, *sorted(others))  # others are the objective's
         for i, skipped in enumerate(metrics["skipped"].tolist()):
-            step, values = first + 1 + i, {n: float(metrics[n][i]) for n in names}
+            step, values = (
+                steps_before + 1 + i,
+                {n: float(metrics[n][i]) for n in names},
+            )
             bad = non_finite(values) if skipped > self._skipped else {}
             self._skipped = skipped
             if bad:
@@ -155,12 +158,12 @@ class Monitor(AbstractContextManager):
                 found = ", ".join(f"{name} is {value}" for name, value in bad.items())
                 so_far = f"{skipped} of at most {self._config.max_skipped_steps}"
                 self._say(f"step {step} is skipped, {so_far}: {found}")
-            figures = f"loss {values['loss']:.4f}  {rate:,.0f} tok/s"
-            self._bar.update(self._task, completed=step, figures=figures)
+            status = f"loss {values['loss']:.4f}  {rate:,.0f} tok/s"
+            self._bar.update(self._task, completed=step, status=status)
             if step % self._config.log_interval == 0:
                 self._write("train", step, **values, tokens_per_second=rate)
                 if self._bar.disable:
-                    log_line(f"step {step}/{self._config.max_steps}  {figures}")
+                    log_line(f"step {step}/{self._config.max_steps}  {status}")
 
     def _sync(self) -> None:
         if is_first_process():

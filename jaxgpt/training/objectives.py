@@ -79,7 +79,7 @@ def next_token(model: nn.Module) -> Objective:
         )
         if hasattr(model, "hidden"):
             x_BTC, head_VC = apply(method="hidden"), model.head(params)
-            total = ops.head_loss(x_BTC, head_VC, targets_BT, model.platform)
+            total = ops.head_loss_sum(x_BTC, head_VC, targets_BT, model.platform)
         else:
             total = ops.cross_entropy(apply(), targets_BT).sum()
         return LossSum(total, jnp.float32(targets_BT.size)), {}

@@ -109,7 +109,7 @@ def make_train_step(
     limit = config.train.max_skipped_steps
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
-        key, params = step_key(config, state.step, seed), state.params
+        key, params = dropout_key(config, state.step, seed), state.params
         rows_B = jnp.arange(len(jax.tree.leaves(batch)[0]))
         if axis_name:
             rows_B += jax.lax.axis_index(axis_name) * len(rows_B)
@@ -145,12 +145,12 @@ def make_train_step(
     return train_step
 
 
-def step_key(
+def dropout_key(
     config: Config, step: jax.Array | int, seed: jax.Array | int | None = None
 ) -> jax.Array:
     """The dropout key of the update after `step` updates."""
-    _, dropout_key = _keys(config, seed)
-    return jax.random.fold_in(dropout_key, step)
+    _, key = _keys(config, seed)
+    return jax.random.fold_in(key, step)
 
 
 def sum_gradients(
@@ -211,9 +211,9 @@ def check_skipped(state: TrainState, config: Config) -> None:
 
 
 def steps_in_next_call(step: int, config: TrainConfig) -> int:
-    """Updates in the next dispatch: steps_per_call, or 1 if that crosses a boundary.
+    """Updates in the next dispatch: steps_per_call, or 1 if that passes a boundary.
 
-    Boundaries are evaluations, checkpoints and max_steps; two programs serve them all.
+    Boundaries are evaluations, checkpoints and max_steps. At most two programs compile.
     """
     intervals = (config.eval_interval, config.checkpoint_interval)
     due = min(step - step % interval + interval for interval in intervals)
