@@ -66,7 +66,7 @@ def join_processes(
         initialize(*given, cluster_detection_method="deactivate")
     elif given != (None,) * 3:
         raise ValueError(
-            "--coordinator-address, --num-processes and --process-id are needed together"
+            "--coordinator-address, --num-processes and --process-id must all be given"
         )
     elif any(int(os.environ.get(tasks) or 1) > 1 for tasks in _TASKS):
         try:
