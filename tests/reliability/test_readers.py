@@ -39,11 +39,7 @@ from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.models import build_model
 from jaxgpt.run import load_config
 from jaxgpt.text.corpus import load_corpus
-from jaxgpt.text.pretrained import (
-    load_nanogpt_meta,
-    save_nanogpt_meta,
-    tokenizer_in,
-)
+from jaxgpt.text.pretrained import load_nanogpt_meta, save_nanogpt_meta, tokenizer_in
 from jaxgpt.text.tokenizer import encode_prompt, load_tokenizer
 
 OURS = (str(ROOT / "jaxgpt"), str(ROOT / "generate.py"))
