@@ -176,9 +176,9 @@ def test_an_export_removes_the_files_of_the_model_it_replaces(call, tiny_run, tm
     expected = {"config.json", "model.safetensors", "README.md"}
     expected |= {"tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in folder.iterdir()} == expected
+    model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 11
-    assert len(tokenizer) == 11
+    assert model.config.vocab_size == len(tokenizer) == 11
     assert tokenizer.model_max_length == 8
 
 

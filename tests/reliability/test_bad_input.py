@@ -14,7 +14,6 @@ import runpy
 import shlex
 import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -84,14 +83,14 @@ def corrupt(checkpoints):
 
 
 def lock(path):
-    """Locks a run as a training process does; returns the file to close at the end."""
+    """Locks a run as a training process does, until the returned file is closed."""
     file = path.open()
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return file
 
 
 def change(path, new):
-    """Makes a case's change to a file."""
+    """Makes a case's change to a file; returns what to close at the end, or None."""
     if callable(new):
         return new(path)
     if isinstance(new, int):
@@ -103,29 +102,32 @@ def change(path, new):
     if path.is_dir():
         remove(path)
     path.parent.mkdir(exist_ok=True)
-    return path.write_bytes(new if isinstance(new, bytes) else new.encode())
+    path.write_bytes(new if isinstance(new, bytes) else new.encode())
 
 
 SMOKE = "train.py smoke"
 TRAIN, TOKENS = f"{SMOKE} --data.path text.txt", f"{SMOKE} --data.path tokens"
-BPE = f"{TRAIN} --data.tokenizer bpe"
+TOKENIZER, BPE = f"{TRAIN} --data.tokenizer", f"{TRAIN} --data.tokenizer bpe"
 RESUME = "train.py --out-dir runs/tiny --resume"
 INIT_FROM = f"{TRAIN} --init-from runs/tiny"
 DISTRIBUTED = f"{SMOKE} --num-processes 2 --process-id"
+ADDRESS = "--coordinator-address host:1"
 GENERATE = "generate.py --run-dir runs/tiny"
 EVALUATE = "-m jaxgpt evaluate --run-dir runs/tiny"
 ATTENTION = "-m jaxgpt attention --run-dir runs/tiny"
 COMPARE, LECTURE = "-m jaxgpt compare", "-m jaxgpt lecture"
 IMPORT, EXPORT = "-m jaxgpt import", "-m jaxgpt export"
-GPT2_CONFIG, META = "gpt2/config.json", "tokens/meta.pkl"
-CKPT, GPT2 = f"{IMPORT} nanogpt ckpt.pt runs/new", f"{IMPORT} huggingface gpt2 runs/new"
+CKPT = f"{IMPORT} nanogpt ckpt.pt runs/tiny --overwrite"
+GPT2 = f"{IMPORT} huggingface gpt2 runs/tiny --overwrite"
 TO_GPT2 = f"{EXPORT} huggingface runs/tiny"
-CONFIG, CHECKPOINTS = "runs/tiny/config.json", "runs/tiny/checkpoints"
-STEP_8 = "runs/tiny/checkpoints/8"
-OTHER_TEXT = {"text.txt": "Zounds! " * 99}
+
+CONFIG, RUN_JSON = "runs/tiny/config.json", "runs/tiny/tokenizer.json"
+CHECKPOINTS, STEP_8 = "runs/tiny/checkpoints", "runs/tiny/checkpoints/8"
+VAL, META = "tokens/val.bin", "tokens/meta.pkl"
+GPT2_CONFIG, JSON = "gpt2/config.json", "gpt2/tokenizer.json"
+CHARACTERS = CharTokenizer("Tobe").to_json()
+OWN, OTHER_TEXT = {"own.json": CHARACTERS}, {"text.txt": "Zounds! " * 99}
 DAMAGED = {CHECKPOINTS: corrupt}
-OTHER_TOKENIZER = CharTokenizer("Tobe").to_json()
-OWN_TOKENIZER = {"own.json": OTHER_TOKENIZER}
 
 # By group: the mistake, the command, and what the message must name, separated by
 # blanks; then the files that differ from what the page describes. A file is given its
@@ -163,11 +165,8 @@ CASES = {
         ("a negative seed", f"{SMOKE} --train.seed -1", "seed=-1"),
         ("a seed above 32 bits", f"{SMOKE} --train.seed 4294967296", "seed=4294967296"),
         ("a batch size of 0", f"{SMOKE} --data.batch-size 0", "batch_size=0"),
-        ("microbatches that do not divide the batch",
-         f"{SMOKE} --data.batch-size 12 --data.gradient-accumulation-steps 5",
-         "batch_size=12 accumulation_steps=5"),
-        ("another model's field", "train.py lecture-bigram --model.n-embd 32",
-         "--model.n-embd"),
+        ("uneven microbatches", f"{SMOKE} --data.gradient-accumulation-steps 5", "=5"),
+        ("an unused field", "train.py lecture-bigram --model.n-embd 32", "n-embd"),
     ],
     "The run directory": [
         ("it has a run", f"{TRAIN} --out-dir runs/tiny", "runs/tiny --overwrite"),
@@ -181,15 +180,11 @@ CASES = {
         ("another tokenizer", f"{RESUME} --data.tokenizer gpt2", "--data.tokenizer"),
         ("fewer steps than made", f"{RESUME} --train.max-steps 4", "max_steps=4 8"),
         ("a truncated config.json", RESUME, CONFIG, {CONFIG: 100}),
-        ("an empty config.json", GENERATE, CONFIG, {CONFIG: 0}),
         ("a config.json that is not UTF-8", RESUME, CONFIG, {CONFIG: b"\xff{}"}),
         ("a folder named config.json", RESUME, CONFIG, {CONFIG: make_folder}),
-        ("an unknown field", RESUME, f"{CONFIG} layers",
-         {CONFIG: {"model": {"layers": 2}}}),
-        ("a string for a number", RESUME, f"{CONFIG} n_layer='two'",
-         {CONFIG: {"model": {"n_layer": "two"}}}),
-        ("a value out of range", RESUME, f"{CONFIG} max_steps=0",
-         {CONFIG: {"train": {"max_steps": 0}}}),
+        ("an unknown field", RESUME, "layers", {CONFIG: {"model": {"layers": 2}}}),
+        ("text for a number", RESUME, "seed='x'", {CONFIG: {"train": {"seed": "x"}}}),
+        ("a value out of range", RESUME, "seed=-1", {CONFIG: {"train": {"seed": -1}}}),
     ],
     "Text and tokens": [
         ("a file that does not exist", f"{SMOKE} --data.path tex.txt", "tex.txt"),
@@ -200,41 +195,33 @@ CASES = {
         ("too short a text", f"{TRAIN} --model.block-size 84", "84 block_size"),
         ("the run's text is missing", RESUME, "text.txt", {"text.txt": remove}),
         ("the run's text has changed", RESUME, "text.txt sha256", OTHER_TEXT),
-        ("val.bin is missing", TOKENS, "tokens/val.bin", {"tokens/val.bin": remove}),
+        ("a missing val.bin", TOKENS, VAL, {VAL: remove}),
         ("a truncated token", TOKENS, "tokens/train.bin", {"tokens/train.bin": 999}),
         ("too few tokens", f"{TOKENS} --model.block-size 100", "84 block_size"),
-        ("too large a token", TOKENS, "tokens/val.bin 11",
-         {"tokens/val.bin": b"\x0b\0" * 99}),
+        ("too large a token", TOKENS, f"{VAL} 11", {VAL: b"\x0b\0" * 99}),
         ("no vocabulary", TOKENS, "tokens --model.vocab-size", {META: remove}),
         ("code in meta.pkl", TOKENS, META, {META: pickle.dumps({"itos": Malicious()})}),
         ("a truncated meta.pkl", TOKENS, META, {META: 50}),
-        ("a meta.pkl without itos", TOKENS, f"{META} itos",
-         {META: pickle.dumps({"vocab_size": 11})}),
-        ("a meta.pkl of words", TOKENS, META,
-         {META: pickle.dumps({"itos": ["to", "be"]})}),
+        ("a meta without itos", TOKENS, META, {META: pickle.dumps({"vocab_size": 11})}),
+        ("a meta.pkl of words", TOKENS, META, {META: pickle.dumps({"itos": ["to"]})}),
     ],
     "Tokenizers": [
-        ("a character outside the vocabulary", f"{TRAIN} --data.tokenizer own.json",
-         "text.txt ,.nrt", OWN_TOKENIZER),
-        ("an unknown name", f"{TRAIN} --data.tokenizer gpt3", "gpt3"),
-        ("a folder without a tokenizer", f"{TRAIN} --data.tokenizer tokens", "tokens"),
+        ("an unknown character", f"{TOKENIZER} own.json", "text.txt ,.nrt", OWN),
+        ("an unknown name", f"{TOKENIZER} gpt3", "gpt3"),
+        ("a folder without a tokenizer", f"{TOKENIZER} tokens", "tokens"),
         ("BPE without a size", BPE, "bpe --model.vocab-size"),
         ("too small a size for BPE", f"{BPE} --model.vocab-size 256", "256 257"),
         ("too large a size for BPE", f"{BPE} --model.vocab-size 5000", "5000 267"),
         ("BPE for files of tokens",
          f"{TOKENS} --data.tokenizer bpe --model.vocab-size 300", "'bpe'"),
         ("a size for characters", f"{TRAIN} --model.vocab-size 65", "65 11"),
-        ("a truncated tokenizer.json", f"{TRAIN} --data.tokenizer gpt2/tokenizer.json",
-         "gpt2/tokenizer.json", {"gpt2/tokenizer.json": 99}),
-        ("another kind of tokenizer", f"{TRAIN} --data.tokenizer gpt2/tokenizer.json",
-         "gpt2/tokenizer.json"),
-        ("tables that are not BPE's", f"{TRAIN} --data.tokenizer tables",
-         "tables/vocab.json tables/merges.txt",
+        ("a truncated tokenizer.json", f"{TOKENIZER} {JSON}", JSON, {JSON: 99}),
+        ("another kind of tokenizer", f"{TOKENIZER} {JSON}", JSON),
+        ("invalid tables", f"{TOKENIZER} tables", "vocab.json merges.txt",
          {"tables/vocab.json": "{", "tables/merges.txt": ""}),
-        ("a run's tokenizer, truncated", RESUME, "runs/tiny/tokenizer.json",
-         {"runs/tiny/tokenizer.json": 30}),
-        ("a run's tokenizer, of another run", GENERATE, "runs/tiny/tokenizer.json 4 11",
-         {"runs/tiny/tokenizer.json": OTHER_TOKENIZER}),
+        ("a run's tokenizer, truncated", RESUME, RUN_JSON, {RUN_JSON: 30}),
+        ("a run's tokenizer, replaced", GENERATE, f"{RUN_JSON} 4 11",
+         {RUN_JSON: CHARACTERS}),
     ],
     "Checkpoints": [
         ("all are damaged, to resume", RESUME, STEP_8, DAMAGED),
@@ -246,22 +233,17 @@ CASES = {
         ("none yet", GENERATE, CHECKPOINTS, {CHECKPOINTS: make_folder}),
         ("their folder is missing", GENERATE, CHECKPOINTS, {CHECKPOINTS: remove}),
         ("their folder is a file", RESUME, CHECKPOINTS, {CHECKPOINTS: ""}),
-        ("one that was not saved to the end", GENERATE, STEP_8,
-         {f"{CHECKPOINTS}/8/_CHECKPOINT_METADATA": remove}),
-        ("one of its files is missing", GENERATE, STEP_8,
-         {f"{CHECKPOINTS}/8/params/manifest.ocdbt": remove}),
-        ("of another config", GENERATE, f"{STEP_8} config.json",
-         {CONFIG: {"model": {"n_layer": 3}}}),
+        ("incomplete", GENERATE, STEP_8, {f"{STEP_8}/_CHECKPOINT_METADATA": remove}),
+        ("a lost file", GENERATE, STEP_8, {f"{STEP_8}/params/manifest.ocdbt": remove}),
+        ("of another config", GENERATE, STEP_8, {CONFIG: {"model": {"n_layer": 3}}}),
         ("parameters alone, to resume",
-         "train.py --out-dir runs/imported --resume --data.path tokens",
-         "runs/imported/checkpoints/8 --init-from"),
+         "train.py --out-dir runs/imported --resume --data.path tokens", "--init-from"),
     ],
     "Starting from another run": [
         ("another model", f"{INIT_FROM} --model.n-layer 3", "--model.n-layer 3 2"),
         ("it is not a run", f"{SMOKE} --init-from runs", "runs config.json"),
         ("it is a file", f"{SMOKE} --init-from text.txt", "text.txt config.json"),
-        ("it is the new run's directory",
-         f"{INIT_FROM} --out-dir runs/tiny --overwrite", "runs/tiny --out-dir"),
+        ("the same run", f"{INIT_FROM} --out-dir runs/tiny --overwrite", "--out-dir"),
         ("and resuming too", f"{INIT_FROM} --resume", "--resume --init-from"),
         ("a longer context", f"{INIT_FROM} --model.block-size 9", "block-size 9 8"),
         ("another tokenizer", f"{INIT_FROM} --data.tokenizer char", "--data.tokenizer"),
@@ -272,37 +254,26 @@ CASES = {
     ],
     "Devices and processes": [
         ("too few devices", f"{TRAIN} --mesh.data 64", "mesh.data=64 8"),
-        ("a batch that does not divide", f"{TRAIN} --mesh.data 2 --data.batch-size 9",
-         "9 batch_size mesh.data=2"),
+        ("an uneven batch", f"{TRAIN} --mesh.data 2 --data.batch-size 9", "data=2"),
         ("no devices", f"{SMOKE} --mesh.data 0", "mesh.data=0"),
         ("a negative number of devices", f"{SMOKE} --mesh.fsdp -2", "mesh.fsdp=-2"),
         ("a negative number for tensor", f"{SMOKE} --mesh.tensor -1", "mesh.tensor=-1"),
-        ("FSDP for a lecture model", "train.py lecture-residual --mesh.fsdp 2",
-         "mesh.fsdp=2 architecture=residual"),
-        ("heads that do not divide", f"{TRAIN} --model.n-head 1 --mesh.tensor 2",
-         "attn/c_attn/kernel mesh.tensor=2"),
-        ("positions that do not divide",
-         f"{TRAIN} --model.block-size 9 --mesh.tensor 2", "block_size=9 mesh.tensor=2"),
-        ("channels that do not divide",
-         f"{TRAIN} --model.n-embd 33 --model.n-head 3 --mesh.fsdp 2", "33 mesh.fsdp=2"),
+        ("FSDP for a lecture", "train.py lecture-residual --mesh.fsdp 2", "=residual"),
+        ("1 head on 2", f"{TRAIN} --model.n-head 1 --mesh.tensor 2", "mesh.tensor=2"),
+        ("9 positions on 2", f"{TRAIN} --model.block-size 9 --mesh.tensor 2", "size=9"),
+        ("36 channels on 8", f"{TRAIN} --model.n-embd 36 --mesh.fsdp 8", "fsdp=8"),
         ("data parallelism for sampling", f"{GENERATE} --mesh.data 2", "mesh.data=2"),
-        ("a process without an address", f"{SMOKE} --process-id 0",
-         "--coordinator-address"),
-        ("a process beyond the last", f"{DISTRIBUTED} 2 --coordinator-address host:1",
-         "--process-id 2 --num-processes"),
-        ("a negative process", f"{DISTRIBUTED} -1 --coordinator-address host:1",
-         "--process-id -1"),
-        ("no processes",
-         f"{SMOKE} --num-processes 0 --process-id 0 --coordinator-address a:1",
-         "--num-processes 0"),
-        ("an address without a port", f"{DISTRIBUTED} 0 --coordinator-address host",
-         "--coordinator-address host HOST:PORT"),
+        ("no address", f"{SMOKE} --process-id 0", "--coordinator-address"),
+        ("a process beyond the last", f"{DISTRIBUTED} 2 {ADDRESS}", "--process-id 2"),
+        ("a negative process", f"{DISTRIBUTED} -1 {ADDRESS}", "--process-id -1"),
+        ("no processes", f"{SMOKE} --num-processes 0 --process-id 0 {ADDRESS}",
+         "processes 0"),
+        ("no port", f"{DISTRIBUTED} 0 --coordinator-address host", "HOST:PORT"),
     ],
     "Plans": [
         ("a missing text", f"{SMOKE} --dry-run --data.path tex.txt", "tex.txt"),
         ("an unknown topology", f"{SMOKE} --plan v99:2x2", "'v99:2x2' v5e:2x4"),
-        ("more devices than the topology has", f"{SMOKE} --plan v5e:1x1 --mesh.data 2",
-         "mesh.data=2 1"),
+        ("too few devices", f"{SMOKE} --plan v5e:1x1 --mesh.data 2", "mesh.data=2 1"),
         ("a model that does not fit",
          f"{SMOKE} --plan v5e:1x1 --model.block-size 8192 --model.n-head 64",
          "v5e:1x1 --mesh.fsdp --model.remat"),
@@ -312,15 +283,12 @@ CASES = {
         ("no run", "generate.py", "--run-dir"),
         ("not a run", "generate.py --run-dir runs", "runs config.json"),
         ("a file for a run", "generate.py --run-dir text.txt", "text.txt config.json"),
-        ("a run without a tokenizer", "generate.py --run-dir runs/imported",
-         "tokenizer.json --meta"),
+        ("no tokenizer", "generate.py --run-dir runs/imported", "--meta"),
         ("a stop outside the vocabulary", f"{GENERATE} --stop '!'", "'!'"),
         ("a missing file", f"{GENERATE} --prompt FILE:prompt.txt", "prompt.txt"),
         ("a folder for a file", f"{GENERATE} --prompt FILE:tokens", "tokens"),
-        ("a prompt's file that is not UTF-8", f"{GENERATE} --prompt FILE:p.txt",
-         "p.txt UTF-8", {"p.txt": b"To \xff"}),
+        ("not UTF-8", f"{GENERATE} --prompt FILE:p.txt", "p.txt", {"p.txt": b"\xff"}),
         ("no tokens", f"{GENERATE} --max-new-tokens 0", "max_new_tokens=0"),
-        ("a negative count", f"{GENERATE} --max-new-tokens -5", "max_new_tokens=-5"),
         ("no samples", f"{GENERATE} --num-samples 0", "num_samples=0"),
         ("a word for a count", f"{GENERATE} --num-samples two", "--num-samples 'two'"),
         ("a negative temperature", f"{GENERATE} --temperature -1", "temperature=-1"),
@@ -334,60 +302,48 @@ CASES = {
     "evaluate, attention, compare, lecture": [
         ("a stride above the block size", f"{EVALUATE} --stride 9", "stride=9 =8"),
         ("an unknown command", "-m jaxgpt evalute", "evalute"),
-        ("a folder that is not a run", "-m jaxgpt evaluate --run-dir tokens", "tokens"),
         ("an unknown split", f"{EVALUATE} --split test", "--split 'test' 'val'"),
         ("a stride of 0", f"{EVALUATE} --stride 0", "stride=0"),
         ("a batch size of 0", f"{EVALUATE} --batch-size 0", "batch_size=0"),
         ("text that does not exist", f"{EVALUATE} --data-path tex.txt", "tex.txt"),
-        ("text with other characters", f"{EVALUATE} --data-path text.txt",
-         "text.txt '!Zdsu'", OTHER_TEXT),
+        ("other characters", f"{EVALUATE} --data-path text.txt", "'!Zdsu'", OTHER_TEXT),
         ("text for a run without a tokenizer",
          "-m jaxgpt evaluate --run-dir runs/imported --data-path text.txt",
          "tokenizer.json --meta"),
         ("attention to an empty prompt", f"{ATTENTION} --prompt ''", "--prompt"),
         ("attention to other characters", f"{ATTENTION} --prompt Zounds", "'Z'"),
-        ("a picture in a missing folder", f"{ATTENTION} --prompt To --out no/maps.png",
-         "no/maps.png"),
+        ("a missing folder", f"{ATTENTION} --prompt To --out no/maps.png", "maps.png"),
         ("no attention", "-m jaxgpt attention --run-dir runs/bigram --prompt To",
          "bigram"),
         ("two models", f"{COMPARE} --hf gpt2 --nanogpt ckpt.pt", "--hf --nanogpt"),
-        ("a checkpoint of no run", f"{COMPARE} --checkpoint 8",
-         "--checkpoint --run-dir"),
+        ("a checkpoint of no run", f"{COMPARE} --checkpoint 8", "--run-dir"),
         ("comparing a missing file", f"{COMPARE} --nanogpt no.pt", "no.pt"),
         ("comparing a lecture model", f"{COMPARE} --run-dir runs/bigram", "bigram"),
-        ("comparing more than a block", f"{COMPARE} --run-dir runs/tiny --length 9",
-         "length=9 block_size=8"),
+        ("too long a text", f"{COMPARE} --run-dir runs/tiny --length 9", "length=9 =8"),
         ("a lecture of no steps", f"{LECTURE} --steps-scale 0", "--steps-scale 0"),
         ("a repeated seed", f"{LECTURE} --seeds 7 7", "--seeds 7,"),
         ("a file for a folder", f"{LECTURE} --out-dir text.txt", "text.txt"),
     ],
     "import and export": [
-        ("a checkpoint that runs a command", CKPT, "ckpt.pt",
-         {"ckpt.pt": torch_file({"model": Malicious()})}),
+        ("code in ckpt.pt", CKPT, "ckpt.pt", {"ckpt.pt": torch_file(Malicious())}),
         ("an unknown format", f"{IMPORT} llama ckpt.pt runs/new", "'llama' 'nanogpt'"),
         ("a missing file", f"{IMPORT} nanogpt no.pt runs/new", "no.pt"),
-        ("a folder for a file", f"{IMPORT} nanogpt gpt2 runs/new", "gpt2"),
+        ("importing a folder", f"{IMPORT} nanogpt gpt2 runs/new", "gpt2"),
         ("an empty checkpoint", CKPT, "ckpt.pt", {"ckpt.pt": ""}),
         ("a truncated checkpoint", CKPT, "ckpt.pt", {"ckpt.pt": 5000}),
         ("a checkpoint of a list", CKPT, "ckpt.pt", {"ckpt.pt": torch_file([1, 2])}),
-        ("a checkpoint of something else", CKPT, "ckpt.pt 'model_args'",
+        ("another checkpoint", CKPT, "model_args",
          {"ckpt.pt": torch_file({"epoch": 3})}),
         ("a file for a folder", f"{IMPORT} huggingface ckpt.pt runs/new", "ckpt.pt"),
-        ("a folder without a model", f"{IMPORT} huggingface tokens runs/new",
-         "tokens config.json"),
-        ("another model type", GPT2, "model_type=llama",
-         {GPT2_CONFIG: {"model_type": "llama"}}),
-        ("an unsupported activation", GPT2, "activation_function=relu gelu_new",
-         {GPT2_CONFIG: {"activation_function": "relu"}}),
+        ("no model", f"{IMPORT} huggingface tokens runs/new", "tokens config.json"),
+        ("another model type", GPT2, "=llama", {GPT2_CONFIG: {"model_type": "llama"}}),
+        ("another GELU", GPT2, "=relu", {GPT2_CONFIG: {"activation_function": "relu"}}),
         ("an empty config", GPT2, "gpt2/config.json", {"gpt2/config.json": "{}"}),
-        ("weights of another shape", GPT2, "gpt2 wpe 16",
-         {GPT2_CONFIG: {"n_positions": 16}}),
+        ("other shapes", GPT2, "wpe 16", {GPT2_CONFIG: {"n_positions": 16}}),
         ("truncated weights", GPT2, "gpt2", {"gpt2/model.safetensors": 9999}),
-        ("no weights", GPT2, "gpt2 model.safetensors",
-         {"gpt2/model.safetensors": remove}),
-        ("a cut tokenizer", GPT2, "gpt2/tokenizer.json", {"gpt2/tokenizer.json": 99}),
-        ("a tokenizer of another size", f"{CKPT} --tokenizer own.json", "4 11",
-         OWN_TOKENIZER),
+        ("no weights", GPT2, "safetensors", {"gpt2/model.safetensors": remove}),
+        ("a truncated tokenizer", GPT2, JSON, {JSON: 99}),
+        ("a tokenizer of another size", f"{CKPT} --tokenizer own.json", "4 11", OWN),
         ("two tokenizers", f"{CKPT} --meta {META} --tokenizer gpt2", "--meta"),
         ("over a run", f"{IMPORT} nanogpt ckpt.pt runs/tiny", "runs/tiny --overwrite"),
         ("over other files", f"{IMPORT} nanogpt ckpt.pt tokens --overwrite", "tokens"),
@@ -396,6 +352,7 @@ CASES = {
         ("a bigram as nanoGPT", f"{EXPORT} nanogpt runs/bigram new.pt", "bigram"),
         ("a bigram as GPT-2", f"{EXPORT} huggingface runs/bigram new", "bigram"),
         ("over ckpt.pt", f"{EXPORT} nanogpt runs/tiny ckpt.pt", "ckpt.pt --overwrite"),
+        ("over a folder", f"{EXPORT} nanogpt runs/tiny tokens --overwrite", "tokens"),
         ("over a meta.pkl", f"{EXPORT} nanogpt runs/tiny tokens/new.pt", META),
         ("over files of a folder", f"{TO_GPT2} gpt2", "gpt2 --overwrite"),
         ("exporting over a run", f"{TO_GPT2} runs/bigram --overwrite", "runs/bigram"),
@@ -488,8 +445,8 @@ def test_bad_input_ends_in_an_error_that_names_it_and_changes_no_file(
     group, case, shelf, rows, tmp_path, monkeypatch, capsys
 ):
     mistake, command, names, *changes = case
-    if "--plan" in command and not find_spec("libtpu"):
-        pytest.skip("libtpu is for Linux on x86-64")
+    if "--plan" in command:
+        pytest.importorskip("libtpu")  # for Linux on x86-64 only
     here = tmp_path / "here"
     shutil.copytree(shelf, here)
     monkeypatch.chdir(here)
@@ -510,9 +467,8 @@ def test_bad_input_ends_in_an_error_that_names_it_and_changes_no_file(
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     out, err = capsys.readouterr()
-    for file in held:
-        if isinstance(file, io.IOBase):
-            file.close()
+    for file in filter(None, held):
+        file.close()
 
     assert stopped.value.code in (1, 2)
     assert "Traceback" not in err

@@ -29,12 +29,7 @@ from safetensors.torch import load, save
 
 import generate
 from jaxgpt import BPETokenizer, CharTokenizer, Run
-from jaxgpt.interop import state_dict
-from jaxgpt.interop.huggingface import (
-    read_huggingface,
-    read_tokenizer,
-    write_huggingface,
-)
+from jaxgpt.interop import huggingface, state_dict
 from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.models import build_model
 from jaxgpt.run import load_config
@@ -149,9 +144,8 @@ def is_ours(error):
     if isinstance(error, UnicodeError):  # of str.encode, which leaves no frame
         return False
     frames = traceback.extract_tb(error.__traceback__)
-    return frames[-1].filename.startswith(OURS) or (
-        isinstance(error, OSError) and error.filename is not None
-    )
+    named = isinstance(error, OSError) and error.filename is not None
+    return named or frames[-1].filename.startswith(OURS)
 
 
 def outcome(read, path=None):
@@ -169,9 +163,10 @@ def outcome(read, path=None):
 
 
 def put(path, content):
-    """Writes a new file: the one before may still be mapped."""
+    """Writes and returns a new file: the one before may still be mapped."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +190,8 @@ def use(tokenizer, text):
 @given(st.data(), TEXTS)
 @pytest.mark.parametrize("tokenizer", [CHARACTERS, BPE], ids=["char", "bpe"])
 def test_any_tokenizer_json_is_read_or_refused(folder, tokenizer, data, text):
-    path = folder / "tokenizer.json"
-    put(path, data.draw(json_files(json.loads(tokenizer.to_json()))))
+    content = data.draw(json_files(json.loads(tokenizer.to_json())))
+    path = put(folder / "tokenizer.json", content)
     use(outcome(lambda: load_tokenizer(path), path), text)
 
 
@@ -213,9 +208,9 @@ ASCII = TEXTS.map(ascii).map(str.encode)
 def test_any_tables_of_bpe_are_read_or_refused(folder, vocab, merges, text):
     tables = folder / "tables"
     tables.mkdir(exist_ok=True)
-    put(tables / "vocab.json", vocab)
+    path = put(tables / "vocab.json", vocab)
     put(tables / "merges.txt", merges)
-    use(outcome(lambda: tokenizer_in(tables), tables / "vocab.json"), text)
+    use(outcome(lambda: tokenizer_in(tables), path), text)
 
 
 SIZED = resized(TINY.to_dict()["model"]).map(lambda model: as_json({"model": model}))
@@ -223,8 +218,7 @@ SIZED = resized(TINY.to_dict()["model"]).map(lambda model: as_json({"model": mod
 
 @given(json_files(TINY.to_dict()) | SIZED)
 def test_any_config_of_a_run_is_read_or_refused(folder, content):
-    path = folder / "config.json"
-    put(path, content)
+    path = put(folder / "config.json", content)
     outcome(lambda: load_config(folder), path)
 
 
@@ -290,25 +284,25 @@ def broken_pickles(whole):
     return damaged(whole) | SEQUENCES | spliced(whole)
 
 
-def pickles(document, values=PICKLED):
+def pickles(document):
     """Contents of a file that should hold the pickled document."""
     whole = pickle.dumps(document, protocol=4)
-    documents = edited(document, values).filter(lambda d: d is not document)
+    documents = edited(document, PICKLED)
     protocols = st.sampled_from([0, 2, 4, 5])
     return st.builds(pickle.dumps, documents, protocols) | broken_pickles(whole)
 
 
 @given(pickles({"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}))
 def test_any_meta_pkl_is_read_or_refused_and_never_run(folder, content):
-    path = folder / "meta.pkl"
-    put(path, content)
+    path = put(folder / "meta.pkl", content)
     use(outcome(lambda: load_nanogpt_meta(path), path), "ab")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_and_safe():
+def quick_and_safe(folder):
     """Traces each model once, to save time, and makes `os.system` harmless."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXGPT_CACHE", str(folder / "cache"))
         shapes = cache(state_dict.parameter_shapes)
         patch.setattr(state_dict, "parameter_shapes", shapes)
         patch.setattr(os, "system", never)
@@ -362,27 +356,27 @@ def saved(document):
     return file.getvalue()
 
 
-def with_pickle(zipped, content):
-    """The checkpoint with another data.pkl."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(zipped)) as old, zipfile.ZipFile(file, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, content if name.endswith("data.pkl") else old.read(name))
-    return file.getvalue()
-
-
 def in_zip(zipped):
     """Checkpoints with valid tensors and a broken pickle."""
     with zipfile.ZipFile(io.BytesIO(zipped)) as file:
-        (name,) = (name for name in file.namelist() if name.endswith("data.pkl"))
-        return broken_pickles(file.read(name)).map(partial(with_pickle, zipped))
+        members = {name: file.read(name) for name in file.namelist()}
+    (pickled,) = (name for name in members if name.endswith("data.pkl"))
+
+    def with_pickle(content):
+        new = io.BytesIO()
+        with zipfile.ZipFile(new, "w") as file:
+            for name, member in (members | {pickled: content}).items():
+                file.writestr(name, member)
+        return new.getvalue()
+
+    return broken_pickles(members[pickled]).map(with_pickle)
 
 
 @given(st.data())
 def test_any_checkpoint_of_nanogpt_is_read_or_refused_and_never_run(
     folder, checkpoint, data
 ):
-    (content, document), path = checkpoint, folder / "ckpt.pt"
+    content, document = checkpoint
     args = document["model_args"]
     if data.draw(st.booleans()):
         sizes = resized(args).map(lambda sizes: document | {"model_args": sizes})
@@ -390,7 +384,7 @@ def test_any_checkpoint_of_nanogpt_is_read_or_refused_and_never_run(
     else:
         odd = damaged(content) | in_zip(content) | pickles([args])
         content = data.draw(odd | edited(document, PICKLED).map(saved))
-    put(path, content)
+    path = put(folder / "ckpt.pt", content)
     outcome(lambda: read_nanogpt(path, lambda line: None), path)
 
 
@@ -398,7 +392,7 @@ def test_any_checkpoint_of_nanogpt_is_read_or_refused_and_never_run(
 def exported(folder):
     """A directory with a GPT-2 in Hugging Face's format."""
     config = changed(TINY, model={"vocab_size": BPE.vocab_size, "bias": True}).model
-    write_huggingface(folder / "gpt2", config, initial(config)[1], BPE)
+    huggingface.write_huggingface(folder / "gpt2", config, initial(config)[1], BPE)
     return folder / "gpt2"
 
 
@@ -461,31 +455,20 @@ def test_any_directory_of_hugging_face_is_read_or_refused(folder, exported, name
         content = data.draw(json_files(document) | resized(document).map(as_json))
     put(path, content)
     if name == "tokenizer.json":
-        use(outcome(lambda: read_tokenizer(model), path), data.draw(TEXTS))
+        use(outcome(lambda: huggingface.read_tokenizer(model), path), data.draw(TEXTS))
     else:
-        outcome(lambda: read_huggingface(model), model)
-
-
-@pytest.fixture(scope="module")
-def own_cache(folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXGPT_CACHE", str(folder / "cache"))
-        yield folder / "cache"
+        outcome(lambda: huggingface.read_huggingface(model), model)
 
 
 SIZES = st.sampled_from([None, 1, 11, 65, 300, 65_537])
 NAMES = st.sampled_from(["char", "bpe", "nowhere"])
+TRAIN = damaged(bytes(range(0, 11)) * 40) | st.binary()
+VAL = damaged(bytes(2 * [3, 0]) * 40) | st.binary()
 
 
-@given(
-    damaged(bytes(range(0, 11)) * 40) | st.binary(),
-    damaged(bytes(2 * [3, 0]) * 40) | st.binary(),
-    SIZES,
-    NAMES,
-    st.booleans(),
-)
+@given(TRAIN, VAL, SIZES, NAMES, st.booleans())
 def test_any_token_files_are_read_or_refused(
-    folder, own_cache, train, val, vocab_size, tokenizer, has_meta
+    folder, train, val, vocab_size, tokenizer, has_meta
 ):
     tokens = folder / "tokens"
     tokens.mkdir(exist_ok=True)
@@ -512,12 +495,9 @@ def corpus_of(path, vocab_size, tokenizer):
 
 
 @given(damaged(TEXT.encode()) | st.binary() | ASCII, SIZES, NAMES)
-def test_any_text_file_is_read_or_refused(
-    folder, own_cache, content, vocab_size, tokenizer
-):
-    put(folder / "text.txt", content)
-    corpus_of(folder / "text.txt", vocab_size, tokenizer)
-    shutil.rmtree(own_cache, ignore_errors=True)
+def test_any_text_file_is_read_or_refused(folder, content, vocab_size, tokenizer):
+    corpus_of(put(folder / "text.txt", content), vocab_size, tokenizer)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
 
 
 KINDS = {"char": CHARACTERS, "odd": CharTokenizer("a\ud800\x00\n<|>é🙂"), "bpe": BPE}
@@ -536,14 +516,13 @@ PROMPTS = TEXTS | st.text("abcdefghij\n") | st.text("a\ud800é<|>").map("FILE:".
 @given(PROMPTS, PROMPTS | st.just(""))
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_prompt_is_continued_in_utf8_or_refused(kind, prompt, stop):
-    arguments = generate.Arguments(
-        ROOT, prompt=prompt, stop=stop, max_new_tokens=1, num_samples=2
-    )
+    options = {"prompt": prompt, "stop": stop, "max_new_tokens": 1, "num_samples": 2}
+    arguments, run = generate.Arguments(ROOT, **options), untrained(kind)
     stdout = io.TextIOWrapper(io.BytesIO(), "utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate.tyro, "cli", lambda *args, **kwargs: arguments)
-        patch.setattr(generate, "load_config", lambda run_dir: untrained(kind).config)
-        patch.setattr(generate, "load_run", lambda *args: untrained(kind))
+        patch.setattr(generate, "load_config", lambda run_dir: run.config)
+        patch.setattr(generate, "load_run", lambda *args: run)
         patch.setattr(generate.start, "start", lambda: None)
         patch.setattr(sys, "stdout", stdout)
         outcome(generate.main)

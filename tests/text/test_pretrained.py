@@ -16,12 +16,7 @@ from jaxgpt import BPETokenizer, CharTokenizer
 from jaxgpt.start import cache_dir
 from jaxgpt.text import pretrained, tokenizer
 from jaxgpt.text.corpus import load_corpus
-from jaxgpt.text.pretrained import (
-    find_tokenizer,
-    gpt2_tokenizer,
-    load_nanogpt_meta,
-    save_nanogpt_meta,
-)
+from jaxgpt.text.pretrained import find_tokenizer, gpt2_tokenizer, load_nanogpt_meta
 from jaxgpt.text.tokenizer import load_tokenizer
 
 # Text that often meets GPT-2's rules for whitespace, apostrophes and numbers.
@@ -170,7 +165,7 @@ def test_settings_and_added_tokens_do_not_change_encoding(tmp_path, gpt2, refere
 
 def test_nanogpt_meta_comes_back_as_it_was_written(tmp_path):
     path = tmp_path / "meta.pkl"
-    save_nanogpt_meta(path, CharTokenizer("zaé"))
+    pretrained.save_nanogpt_meta(path, CharTokenizer("zaé"))
     assert load_nanogpt_meta(path).characters == "zaé"
     itos = {0: "z", 1: "a", 2: "é"}
     stoi = {"z": 0, "a": 1, "é": 2}

@@ -5,13 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxgpt.text.tokenizer import (
-    BPETokenizer,
-    CharTokenizer,
-    encode_prompt,
-    fits,
-    load_tokenizer,
-)
+from jaxgpt import BPETokenizer, CharTokenizer
+from jaxgpt.text.tokenizer import encode_prompt, fits, load_tokenizer
 
 TEXT = "To be, or not to be: that is the question 🙂.\n" * 20
 
