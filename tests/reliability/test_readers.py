@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch_nanogpt
 from conftest import ROOT, TEXT, TINY, changed
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
@@ -293,6 +293,7 @@ def pickles(document):
 
 
 @given(pickles({"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}))
+@example(b"(i" + NAME + b"\nnever\n.")  # calls `never`
 def test_any_meta_pkl_is_read_or_refused_and_never_run(folder, content):
     path = put(folder / "meta.pkl", content)
     use(outcome(lambda: load_nanogpt_meta(path), path), "ab")

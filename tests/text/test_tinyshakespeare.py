@@ -44,7 +44,7 @@ def test_a_web_that_does_not_answer_is_not_waited_for(monkeypatch, rebuilt):
     found, answered = threading.Event(), threading.Event()
 
     def urlopen(*args, **kwargs):
-        found.wait(600)
+        found.wait(60)
         answered.set()
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
