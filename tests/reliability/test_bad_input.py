@@ -130,7 +130,7 @@ OWN, OTHER_TEXT = {"own.json": CHARACTERS}, {"text.txt": "Zounds! " * 99}
 DAMAGED = {CHECKPOINTS: corrupt}
 
 # By group: the mistake, the command, and what the message must name, separated by
-# blanks; then the files that differ from what the page describes. A file is given its
+# spaces; then the files that differ from what the page describes. A file is given its
 # content, the length it is truncated to, new values of its JSON, or a function that
 # changes it. The first case of each group is run by default, the others as `messages`.
 # fmt: off
@@ -166,7 +166,8 @@ CASES = {
         ("a seed above 32 bits", f"{SMOKE} --train.seed 4294967296", "seed=4294967296"),
         ("a batch size of 0", f"{SMOKE} --data.batch-size 0", "batch_size=0"),
         ("uneven microbatches", f"{SMOKE} --data.gradient-accumulation-steps 5", "=5"),
-        ("an unused field", "train.py lecture-bigram --model.n-embd 32", "n-embd"),
+        ("a field of other models", "train.py lecture-bigram --model.n-embd 32",
+         "n-embd"),
     ],
     "The run directory": [
         ("it has a run", f"{TRAIN} --out-dir runs/tiny", "runs/tiny --overwrite"),
@@ -202,7 +203,8 @@ CASES = {
         ("no vocabulary", TOKENS, "tokens --model.vocab-size", {META: remove}),
         ("code in meta.pkl", TOKENS, META, {META: pickle.dumps({"itos": Malicious()})}),
         ("a truncated meta.pkl", TOKENS, META, {META: 50}),
-        ("a meta without itos", TOKENS, META, {META: pickle.dumps({"vocab_size": 11})}),
+        ("a meta.pkl without itos", TOKENS, META,
+         {META: pickle.dumps({"vocab_size": 11})}),
         ("a meta.pkl of words", TOKENS, META, {META: pickle.dumps({"itos": ["to"]})}),
     ],
     "Tokenizers": [
@@ -233,8 +235,10 @@ CASES = {
         ("none yet", GENERATE, CHECKPOINTS, {CHECKPOINTS: make_folder}),
         ("their folder is missing", GENERATE, CHECKPOINTS, {CHECKPOINTS: remove}),
         ("their folder is a file", RESUME, CHECKPOINTS, {CHECKPOINTS: ""}),
-        ("incomplete", GENERATE, STEP_8, {f"{STEP_8}/_CHECKPOINT_METADATA": remove}),
-        ("a lost file", GENERATE, STEP_8, {f"{STEP_8}/params/manifest.ocdbt": remove}),
+        ("an incomplete one", GENERATE, STEP_8,
+         {f"{STEP_8}/_CHECKPOINT_METADATA": remove}),
+        ("a missing file", GENERATE, STEP_8,
+         {f"{STEP_8}/params/manifest.ocdbt": remove}),
         ("of another config", GENERATE, STEP_8, {CONFIG: {"model": {"n_layer": 3}}}),
         ("parameters alone, to resume",
          "train.py --out-dir runs/imported --resume --data.path tokens", "--init-from"),
@@ -258,10 +262,14 @@ CASES = {
         ("no devices", f"{SMOKE} --mesh.data 0", "mesh.data=0"),
         ("a negative number of devices", f"{SMOKE} --mesh.fsdp -2", "mesh.fsdp=-2"),
         ("a negative number for tensor", f"{SMOKE} --mesh.tensor -1", "mesh.tensor=-1"),
-        ("FSDP for a lecture", "train.py lecture-residual --mesh.fsdp 2", "=residual"),
-        ("1 head on 2", f"{TRAIN} --model.n-head 1 --mesh.tensor 2", "mesh.tensor=2"),
-        ("9 positions on 2", f"{TRAIN} --model.block-size 9 --mesh.tensor 2", "size=9"),
-        ("36 channels on 8", f"{TRAIN} --model.n-embd 36 --mesh.fsdp 8", "fsdp=8"),
+        ("FSDP for a lecture model", "train.py lecture-residual --mesh.fsdp 2",
+         "=residual"),
+        ("one head on two devices", f"{TRAIN} --model.n-head 1 --mesh.tensor 2",
+         "mesh.tensor=2"),
+        ("9 positions on 2 devices", f"{TRAIN} --model.block-size 9 --mesh.tensor 2",
+         "size=9"),
+        ("36 channels on 8 devices", f"{TRAIN} --model.n-embd 36 --mesh.fsdp 8",
+         "fsdp=8"),
         ("data parallelism for sampling", f"{GENERATE} --mesh.data 2", "mesh.data=2"),
         ("no address", f"{SMOKE} --process-id 0", "--coordinator-address"),
         ("a process beyond the last", f"{DISTRIBUTED} 2 {ADDRESS}", "--process-id 2"),
@@ -287,7 +295,8 @@ CASES = {
         ("a stop outside the vocabulary", f"{GENERATE} --stop '!'", "'!'"),
         ("a missing file", f"{GENERATE} --prompt FILE:prompt.txt", "prompt.txt"),
         ("a folder for a file", f"{GENERATE} --prompt FILE:tokens", "tokens"),
-        ("not UTF-8", f"{GENERATE} --prompt FILE:p.txt", "p.txt", {"p.txt": b"\xff"}),
+        ("a prompt that is not UTF-8", f"{GENERATE} --prompt FILE:p.txt", "p.txt",
+         {"p.txt": b"\xff"}),
         ("no tokens", f"{GENERATE} --max-new-tokens 0", "max_new_tokens=0"),
         ("no samples", f"{GENERATE} --num-samples 0", "num_samples=0"),
         ("a word for a count", f"{GENERATE} --num-samples two", "--num-samples 'two'"),
@@ -337,7 +346,8 @@ CASES = {
         ("a file for a folder", f"{IMPORT} huggingface ckpt.pt runs/new", "ckpt.pt"),
         ("no model", f"{IMPORT} huggingface tokens runs/new", "tokens config.json"),
         ("another model type", GPT2, "=llama", {GPT2_CONFIG: {"model_type": "llama"}}),
-        ("another GELU", GPT2, "=relu", {GPT2_CONFIG: {"activation_function": "relu"}}),
+        ("another activation", GPT2, "=relu",
+         {GPT2_CONFIG: {"activation_function": "relu"}}),
         ("an empty config", GPT2, "gpt2/config.json", {"gpt2/config.json": "{}"}),
         ("other shapes", GPT2, "wpe 16", {GPT2_CONFIG: {"n_positions": 16}}),
         ("truncated weights", GPT2, "gpt2", {"gpt2/model.safetensors": 9999}),
