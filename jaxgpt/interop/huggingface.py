@@ -186,10 +186,11 @@ def _read_config(path: Path) -> GPTConfig:
             bias=True,
             gelu=ACTIVATIONS[activation],  # type: ignore[arg-type] # it is one of two
         )
-    except KeyError as error:
-        raise ValueError(f"{path} is not a GPT-2 config: it has no {error}") from error
-    except (AttributeError, ValueError, TypeError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    except (KeyError, AttributeError, TypeError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a GPT-2 config: {reason}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

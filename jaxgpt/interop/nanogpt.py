@@ -72,12 +72,11 @@ def read_nanogpt(
         step = jnp.asarray(int(checkpoint["iter_num"]), jnp.int32)
         opt_state = _read_optimizer(checkpoint, config, params, step, log)
         val_loss = float(checkpoint.get("best_val_loss", _NO_LOSS_YET))
-    except KeyError as error:
-        raise ValueError(
-            f"{path} is not a nanoGPT checkpoint: it has no {error}"
-        ) from error
-    except Exception as error:  # values of the wrong type raise many kinds of errors
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # values of the wrong type raise many kinds of errors
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a nanoGPT checkpoint: {reason}") from error
     state = TrainState(step, params, opt_state)
     return config, state, val_loss if 0 <= val_loss < _NO_LOSS_YET else None
 

@@ -340,7 +340,7 @@ CASES = {
         ("importing a folder", f"{IMPORT} nanogpt gpt2 runs/new", "gpt2"),
         ("an empty checkpoint", CKPT, "ckpt.pt", {"ckpt.pt": ""}),
         ("a truncated checkpoint", CKPT, "ckpt.pt", {"ckpt.pt": 5000}),
-        ("a checkpoint of a list", CKPT, "ckpt.pt", {"ckpt.pt": torch_file([1, 2])}),
+        ("a checkpoint of a list", CKPT, "nanoGPT", {"ckpt.pt": torch_file([1, 2])}),
         ("another checkpoint", CKPT, "model_args",
          {"ckpt.pt": torch_file({"epoch": 3})}),
         ("a file for a folder", f"{IMPORT} huggingface ckpt.pt runs/new", "ckpt.pt"),
