@@ -1,7 +1,9 @@
-"""A second objective, of which every device and every microbatch counts another part.
+"""An objective of which every device and every microbatch has a different weight.
 
 B batch   T time
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,37 +29,40 @@ B, T = 16, TINY.model.block_size
 CONFIG = changed(
     TINY, model={"architecture": "bigram"}, data={"batch_size": B}, mesh={"data": 8}
 )
-MODEL = build_model(CONFIG.model, "cpu")
+MESH, MODEL = make_mesh(CONFIG), build_model(CONFIG.model, "cpu")
 SGD = Optimizer(*optax.sgd(1.0), learning_rate=lambda state: jnp.float32(1))
+ADAMW = make_optimizer(CONFIG.optimizer, CONFIG.train.max_steps)
 
 
 def objective(params, batch, context):
-    """The loss and the accuracy of some of the tokens, and the mean number of rows."""
+    """The loss and the accuracy of some of the tokens, and the mean row index."""
     logits_BTV = MODEL.apply({"params": params}, batch["tokens"][:, :-1])
     targets_BT, counts_BT = batch["tokens"][:, 1:], batch["counts"]
     losses_BT = ops.cross_entropy(logits_BTV, targets_BT)
     right_BT = logits_BTV.argmax(axis=-1) == targets_BT
-    weight = counts_BT.sum()
+    rows_B, weight = context.rows_B, counts_BT.sum()
     return LossSum((losses_BT * counts_BT).sum(), weight), {
         "accuracy": LossSum((right_BT * counts_BT).sum(dtype=jnp.float32), weight),
-        "row": LossSum(
-            context.rows_B.sum(dtype=jnp.float32), jnp.float32(len(context.rows_B))
-        ),
+        "row": LossSum(rows_B.sum(dtype=jnp.float32), jnp.float32(len(rows_B))),
     }
 
 
-def batch(counted_of_row):
-    """Random tokens, of which so many of each row count."""
+def make_batch(counts):
+    """Random tokens; in each row, the first `counts[row]` targets have weight 1."""
     tokens = np.random.default_rng(0).integers(11, size=(B, T + 1)).astype(np.int32)
-    counts = np.arange(T) < np.array(counted_of_row)[:, None]
-    return {"tokens": tokens, "counts": counts.astype(np.float32)}
+    weights = np.arange(T) < np.array(counts)[:, None]
+    return {"tokens": tokens, "counts": weights.astype(np.float32)}
 
 
-BATCH = batch([row % (T + 1) for row in range(B)])
+BATCH = make_batch([row % (T + 1) for row in range(B)])
 
 
-def start(optimizer=SGD):
-    params = create_state(MODEL, CONFIG, make_mesh(CONFIG)).params
+@pytest.fixture(scope="module")
+def params():
+    return jax.device_get(create_state(MODEL, CONFIG, MESH).params)
+
+
+def initial(params, optimizer):
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), zero)
 
@@ -66,52 +71,28 @@ def with_microbatches(microbatches):
     return changed(CONFIG, data={"gradient_accumulation_steps": microbatches})
 
 
-def under_jit(microbatches):
-    traced = jax.jit(make_train_step(objective, SGD, with_microbatches(microbatches)))
-    return traced(start(), BATCH)
+def under_jit(step, state):
+    return jax.jit(step)(state, BATCH)
 
 
-def on_8_devices(microbatches):
-    config, state = (
-        with_microbatches(microbatches),
-        create_state(MODEL, CONFIG, make_mesh(CONFIG)),
-    )
-    stacked = jax.tree.map(lambda a: a[None], BATCH)
-    mesh = make_mesh(config)
-    batches = jax.device_put(stacked, jax.NamedSharding(mesh, P(None, "data")))
-    traced = trace_train_steps(objective, config, mesh, state, batches)
-    state, metrics = traced.lower().compile()(state, batches)
-    return state, jax.tree.map(lambda a: a[0], metrics)
+def in_shard_map(step, state):
+    specs = {"in_specs": (P(), P("data")), "out_specs": P()}
+    return jax.jit(jax.shard_map(step, mesh=MESH, **specs))(state, BATCH)
 
 
-def in_shard_map(microbatches):
-    step = make_train_step(
-        objective, SGD, with_microbatches(microbatches), axis_name="data"
-    )
-    sharded = jax.shard_map(
-        step,
-        mesh=make_mesh(CONFIG),
-        in_specs=(P(), P("data")),
-        out_specs=P(),
-    )
-    return jax.jit(sharded)(start(), BATCH)
-
-
-def in_pmap(microbatches):
-    step = make_train_step(
-        objective, SGD, with_microbatches(microbatches), axis_name="data"
-    )
+def in_pmap(step, state):
     shards = jax.tree.map(lambda a: a.reshape(8, B // 8, *a.shape[1:]), BATCH)
-    copies = jax.tree.map(lambda a: np.stack([a] * 8), start())
+    copies = jax.tree.map(lambda a: np.stack([a] * 8), state)
     out = jax.pmap(step, axis_name="data")(copies, shards)
     return jax.tree.map(lambda a: a[3], out)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("run", [under_jit, in_shard_map, in_pmap])
-def test_loss_gradients_and_figures_are_means_over_what_counts(run, microbatches):
-    before = start().params
-    state, metrics = run(microbatches)
+def test_loss_gradients_and_metrics_are_weighted_means(params, run, microbatches):
+    axis_name = None if run is under_jit else "data"
+    step = make_train_step(objective, SGD, with_microbatches(microbatches), axis_name)
+    state, metrics = run(step, initial(params, SGD))
     counted = BATCH["counts"] > 0
 
     def mean_loss(params):
@@ -119,7 +100,7 @@ def test_loss_gradients_and_figures_are_means_over_what_counts(run, microbatches
         losses = ops.cross_entropy(logits, BATCH["tokens"][:, 1:])
         return losses[counted].mean(), logits
 
-    (loss, logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(before)
+    (loss, logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
     right = (logits.argmax(axis=-1) == BATCH["tokens"][:, 1:])[counted].mean()
     assert metrics["loss"] == pytest.approx(float(loss), rel=1e-6)
     assert metrics["accuracy"] == pytest.approx(float(right), rel=1e-6)
@@ -127,41 +108,32 @@ def test_loss_gradients_and_figures_are_means_over_what_counts(run, microbatches
     assert metrics["tokens"] == counted.sum()
     norm = float(optax.tree.norm(grads))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    jax.tree.map(
-        lambda b, a, g: np.testing.assert_allclose(b - a, g, atol=1e-6),
-        before,
-        state.params,
-        grads,
-    )
+    updates = jax.tree.map(np.subtract, params, state.params)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), updates, grads)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_compiled_for_8_devices_it_trains_as_on_one(microbatches):
-    optimizer = make_optimizer(CONFIG.optimizer, CONFIG.train.max_steps)
-    alone = jax.jit(make_train_step(objective, optimizer, CONFIG))
-    one, of_one = alone(start(optimizer), BATCH)
-    eight, of_eight = on_8_devices(microbatches)
-    for ours, theirs in ((one, eight), (of_one, of_eight)):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-            ours,
-            theirs,
-        )
+def test_a_program_for_8_devices_trains_like_one_device(params, microbatches):
+    one = under_jit(make_train_step(objective, ADAMW, CONFIG), initial(params, ADAMW))
+    config, state = with_microbatches(microbatches), create_state(MODEL, CONFIG, MESH)
+    stacked = jax.tree.map(lambda a: a[None], BATCH)
+    batches = jax.device_put(stacked, jax.NamedSharding(MESH, P(None, "data")))
+    traced = trace_train_steps(objective, config, MESH, state, batches)
+    state, metrics = traced.lower().compile()(state, batches)
+    eight = state, jax.tree.map(lambda a: a[0], metrics)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, one, eight)
 
 
-def test_where_nothing_counts_parameters_and_moments_stay_and_no_step_is_skipped():
-    optimizer = make_optimizer(CONFIG.optimizer, CONFIG.train.max_steps)
-    step = jax.jit(make_train_step(objective, optimizer, CONFIG))
-    before, first = step(start(optimizer), BATCH)
-    after, metrics = step(before, batch([0] * B))
+def test_a_batch_of_weight_0_changes_nothing_and_is_not_a_skipped_step(params):
+    step = jax.jit(make_train_step(objective, ADAMW, CONFIG))
+    before, first = step(initial(params, ADAMW), BATCH)
+    after, metrics = step(before, make_batch([0] * B))
     assert (after.step, after.skipped) == (before.step + 1, 0)
     assert metrics["tokens"] == 0
     assert np.isnan(metrics["loss"])
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        (before.params, before.opt_state),
-        (after.params, after.opt_state),
-    )
+    unchanged = (before.params, before.opt_state), (after.params, after.opt_state)
+    jax.tree.map(np.testing.assert_array_equal, *unchanged)
     _, later = step(after, BATCH)
-    assert later["learning_rate"] == metrics["learning_rate"]  # as no step was taken
+    assert later["learning_rate"] == metrics["learning_rate"]  # as no update was made
     assert later["learning_rate"] > first["learning_rate"]
