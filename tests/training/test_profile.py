@@ -4,21 +4,16 @@ import pytest
 from jaxgpt.training.profile import profiled
 
 
-@pytest.mark.parametrize(("calls", "made", "traced"), [(2, 5, 2), (2, 2, 1), (1, 1, 0)])
-def test_dispatches_from_the_second_on_are_traced(
+@pytest.mark.parametrize(
+    ("calls", "made", "traced"), [(2, 5, 2), (2, 2, 1), (1, 1, 0), (0, 3, None)]
+)
+def test_dispatches_are_traced_from_the_second_on(
     tmp_path, capsys, calls, made, traced
 ):
     with profiled(tmp_path, calls) as called:
         for number in range(made):
             called(jnp.square(number))
-    told = f"traced {traced} dispatches into {tmp_path}"
-    assert capsys.readouterr().err.splitlines() == [told]
-    assert len(list(tmp_path.rglob("perfetto_trace.json.gz"))) == 1
-    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
-
-
-def test_nothing_is_traced_unless_asked_for(tmp_path):
-    with profiled(tmp_path, 0) as called:
-        for _ in range(3):
-            called(None)
-    assert not list(tmp_path.iterdir())
+    lines, wanted = capsys.readouterr().err.splitlines(), int(traced is not None)
+    assert [line.split()[1] for line in lines] == [str(traced)] * wanted
+    for pattern in ("perfetto_trace.json.gz", "*.xplane.pb"):
+        assert len(list(tmp_path.rglob(pattern))) == wanted
