@@ -1,4 +1,3 @@
-import contextlib
 import json
 import re
 import shutil
@@ -9,7 +8,7 @@ import pytest
 from conftest import TINY, changed, save_params
 
 from jaxgpt import CharTokenizer, Config
-from jaxgpt.cli import parse_arguments, read_options
+from jaxgpt.cli import parse_arguments
 from jaxgpt.parallel import processes
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import load_config, save_config
@@ -17,7 +16,7 @@ from jaxgpt.training.checkpoint import open_checkpoints
 
 
 def config_of(*argv):
-    return parse_arguments(list(argv))[0]
+    return parse_arguments(list(map(str, argv)))[0]
 
 
 @pytest.fixture
@@ -36,15 +35,15 @@ def test_a_preset_trains_into_its_own_directory(preset):
     assert run_dir == Path("runs") / preset
 
 
-def test_without_a_preset_the_one_for_the_device_is_taken_and_named(capsys):
+def test_without_a_preset_the_devices_default_is_used_and_named(capsys):
     config, run_dir, _ = parse_arguments(["--train.max-steps", "7"])
     expected = PRESETS["shakespeare-char-cpu"]()
     assert config == changed(expected, train={"max_steps": 7})
     assert run_dir == Path("runs/shakespeare-char-cpu")
-    assert "no preset given: shakespeare-char-cpu" in capsys.readouterr().err
+    assert "shakespeare-char-cpu" in capsys.readouterr().err
 
 
-def test_fields_are_overridden_and_the_rest_is_kept():
+def test_flags_override_fields_of_the_preset():
     argv = ["smoke", "--model.n-layer", "3", "--optimizer.learning-rate", "1e-2"]
     argv += ["--data.path", "a.txt", "b.txt", "--model.bias", "--train.seed=5"]
     assert config_of(*argv) == changed(
@@ -56,151 +55,141 @@ def test_fields_are_overridden_and_the_rest_is_kept():
     )
 
 
-def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(ValueError, match="did you mean shakespeare-char"):
-        parse_arguments(["shakespear-char"])
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--train.max-step", "3"], "--train.max-steps"),
-        (["--model.n-layer", "four"], "invalid literal for int"),
+        (["--model.n-layer", "four"], "int"),
         (["--model.gelu", "fast"], "('exact', 'tanh')"),
         (["--model.n-head", "3"], "n_embd=64 is not divisible by n_head=3"),
-        (["--optimizer.beta1", "2"], "beta1=2.0 must be at least 0, under 1"),
+        (["--optimizer.beta1", "2"], "beta1=2.0"),
         (["--out-dir"], "--out-dir"),
     ],
 )
-def test_a_bad_flag_exits_with_a_message(capsys, argv, message):
-    with pytest.raises(SystemExit) as stopped:
+def test_an_invalid_flag_exits_with_a_message_that_names_it(capsys, argv, message):
+    with pytest.raises(SystemExit, match="2"):
         parse_arguments(["smoke", *argv])
-    assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
-def test_help_explains_every_field_and_lists_the_presets(capsys):
-    with pytest.raises(SystemExit) as stopped:
+def test_the_help_explains_every_field_and_lists_the_presets(capsys):
+    with pytest.raises(SystemExit, match="0"):
         parse_arguments(["--help"])
-    assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", "").split())
     for preset in PRESETS:
-        assert f"{preset}:" in text
+        assert f" {preset}: " in text
     assert "--model.n-layer INT Transformer blocks (default: 4)" in text
-    assert "--init-from {None}|PATH run to start from" in text
     for section in fields(Config):
         for setting in fields(getattr(Config(), section.name)):
             flag = f"--{section.name}.{setting.name.replace('_', '-')}"
-            if setting.name == "init_from":  # --init-from fills it in
-                assert flag not in text
-                continue
             values_and_help = re.search(rf"{flag}\b(.*?)\(default", text)
-            assert re.search(r"[a-z]+ [a-z]+", values_and_help[1]), flag
+            if setting.name == "init_from":  # --init-from fills it in
+                assert not values_and_help
+            else:
+                assert re.search(r"[a-z]+ [a-z]+", values_and_help[1]), flag
 
 
-def test_a_resumed_run_keeps_its_config_but_for_overrides(run_dir):
-    argv = ["--out-dir", str(run_dir), "--resume", "--train.max-steps", "99"]
-    assert config_of(*argv) == changed(TINY, train={"max_steps": 99})
-
-
-def test_an_override_that_changes_a_resumed_model_is_refused(run_dir):
-    argv = ["--out-dir", str(run_dir), "--resume", "--model.n-layer", "3"]
-    with pytest.raises(ValueError, match=r"--model\.n-layer 3 contradicts the run"):
-        parse_arguments(argv)
-
-
-def test_resuming_nothing_is_an_error_without_a_preset_to_start(tmp_path):
-    argv = ["--out-dir", str(tmp_path / "none"), "--resume"]
-    with pytest.raises(FileNotFoundError, match=r"no run in .* to resume"):
-        parse_arguments(argv)
-    assert config_of("smoke", *argv) == PRESETS["smoke"]()
-
-
-def test_resume_and_overwrite_exclude_each_other():
-    with pytest.raises(ValueError, match="exclude each other"):
-        parse_arguments(["smoke", "--resume", "--overwrite"])
+def test_a_resumed_run_keeps_its_config_except_for_overrides(run_dir):
+    config = config_of("--out-dir", run_dir, "--resume", "--train.max-steps", "99")
+    assert config == changed(TINY, train={"max_steps": 99})
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"model": {"x": 1}})])
 def test_a_damaged_config_is_named(run_dir, content):
     (run_dir / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json is not a config of jaxgpt"):
-        parse_arguments(["--out-dir", str(run_dir), "--resume"])
+    with pytest.raises(ValueError, match=str(run_dir / "config.json")):
+        config_of("--out-dir", run_dir, "--resume")
 
 
-def test_a_start_from_a_run_takes_its_model_and_tokenizer_and_the_presets_rest(
+@pytest.mark.parametrize(
+    ("argv", "error", "message"),
+    [
+        ("shakespear-char", ValueError, "'shakespear-char'.* shakespeare-char"),
+        ("smoke --resume --overwrite", ValueError, "--resume and --overwrite"),
+        ("smoke --data.tokenizer bpe", ValueError, r"--model\.vocab-size"),
+        ("smoke --checkpoint latest", ValueError, "--checkpoint latest.*--init-from"),
+        ("smoke --init-from NEW", FileNotFoundError, r"run .*config\.json"),
+        ("smoke --init-from RUN", FileNotFoundError, "run/checkpoints"),
+        ("--out-dir NEW --resume", FileNotFoundError, "no run in"),
+        ("--out-dir RUN --resume --model.n-layer 3", ValueError, r"--model\.n-layer 3"),
+    ],
+)
+def test_flags_that_contradict_each_other_or_the_run_are_an_error(
+    run_dir, argv, error, message
+):
+    folders = {"RUN": run_dir, "NEW": run_dir.with_name("new-run")}
+    with pytest.raises(error, match=message):
+        config_of(*(folders.get(word, word) for word in argv.split()))
+
+
+def test_resuming_with_a_preset_starts_a_run_if_there_is_none(tmp_path):
+    config = config_of("smoke", "--out-dir", tmp_path / "none", "--resume")
+    assert config == PRESETS["smoke"]()
+
+
+def test_init_from_takes_model_and_tokenizer_from_the_run_and_the_rest_from_the_preset(
     tiny_run, capsys
 ):
-    config = config_of("smoke", "--init-from", str(tiny_run), "--model.remat")
+    config = config_of("smoke", "--init-from", tiny_run, "--model.remat")
     base, smoke = load_config(tiny_run), PRESETS["smoke"]()
     assert smoke.model.dropout != base.model.dropout
-    checkpoint = tiny_run.resolve() / "checkpoints" / "8"
+    checkpoint = str(tiny_run.resolve() / "checkpoints" / "8")
     assert config == changed(
         smoke,
         model=vars(base.model) | {"dropout": smoke.model.dropout, "remat": True},
         data={"tokenizer": str(tiny_run.resolve() / "tokenizer.json")},
-        train={"init_from": str(checkpoint)},
+        train={"init_from": checkpoint},
     )
-    assert capsys.readouterr().err == f"starting from {checkpoint}\n"
+    assert checkpoint in capsys.readouterr().err
     for which in ("latest", "8"):
-        argv = ["smoke", "--init-from", str(tiny_run), "--checkpoint", which]
-        assert config_of(*argv).train.init_from == str(checkpoint)
+        config = config_of("smoke", "--init-from", tiny_run, "--checkpoint", which)
+        assert config.train.init_from == checkpoint
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--model.n-layer", "3"], r"--model\.n-layer 3 contradicts the run"),
-        (["--model.vocab-size", "12"], r"--model\.vocab-size 12 contradicts the run"),
-        (["--data.tokenizer", "gpt2"], r"tokenizer gpt2 can't replace the run's own"),
-        (["--model.block-size", "9"], "9 is more than the 8 positions"),
-        (["--checkpoint", "7"], "checkpoint '7' is not one of: best, latest, 8"),
-        (["--out-dir", "RUN"], "is the run to start from; give another --out-dir"),
-        (["--resume"], "--resume goes on .* --init-from begins .*; choose one"),
+        ("--model.n-layer 3", r"--model\.n-layer 3 .*2"),
+        ("--model.vocab-size 12", r"--model\.vocab-size 12"),
+        ("--data.tokenizer gpt2", r"--data\.tokenizer gpt2"),
+        ("--model.block-size 9", r"--model\.block-size 9 .*8"),
+        ("--checkpoint 7", "'7' .*: best, latest, 8"),
+        ("--out-dir RUN", "--out-dir"),
+        ("--resume", "--resume .*--init-from"),
     ],
 )
-def test_a_start_that_contradicts_the_run_is_refused(tiny_run, argv, message):
-    argv = [str(tiny_run) if word == "RUN" else word for word in argv]
+def test_flags_that_contradict_the_run_of_init_from_are_an_error(
+    tiny_run, argv, message
+):
+    words = argv.replace("RUN", str(tiny_run)).split()
     with pytest.raises(ValueError, match=message):
-        parse_arguments(["smoke", "--init-from", str(tiny_run), *argv])
+        config_of("smoke", "--init-from", tiny_run, *words)
 
 
 def test_a_resumed_run_keeps_its_tokenizer(tiny_run):
-    argv = ["--out-dir", str(tiny_run), "--resume", "--data.tokenizer", "gpt2"]
-    with pytest.raises(ValueError, match="tokenizer gpt2 can't replace the run's own"):
-        parse_arguments(argv)
+    with pytest.raises(ValueError, match=r"--data\.tokenizer gpt2"):
+        config_of("--out-dir", tiny_run, "--resume", "--data.tokenizer", "gpt2")
 
 
-def test_a_start_without_a_tokenizer_gets_none_by_chance(tiny_run, tmp_path, text_file):
-    shutil.copytree(tiny_run, tmp_path / "base")
-    (tmp_path / "base" / "tokenizer.json").unlink()
-    argv = ["smoke", "--init-from", str(tmp_path / "base")]
-    with pytest.raises(
-        ValueError, match=r"base has no tokenizer.* --data\.tokenizer it"
-    ):
-        parse_arguments([*argv, "--data.path", str(text_file)])
-    assert config_of(*argv, "--data.path", str(tmp_path)).data.path == (str(tmp_path),)
+def test_a_model_without_tokenizer_needs_one_to_read_text(
+    tiny_run, tmp_path, text_file
+):
+    base = shutil.copytree(tiny_run, tmp_path / "base")
+    (base / "tokenizer.json").unlink()
+    argv = ["smoke", "--init-from", base]
+    with pytest.raises(ValueError, match=rf"{base} .*--data\.tokenizer"):
+        config_of(*argv, "--data.path", text_file)
+    assert config_of(*argv, "--data.path", tmp_path).data.path == (str(tmp_path),)
     assert config_of(*argv, "--data.tokenizer", "gpt2").data.tokenizer == "gpt2"
-    with pytest.raises(ValueError, match="bpe can't replace"):
-        parse_arguments([*argv, "--data.tokenizer", "bpe"])
+    with pytest.raises(ValueError, match=r"--data\.tokenizer bpe"):
+        config_of(*argv, "--data.tokenizer", "bpe")
 
 
-def test_a_start_needs_a_run(tmp_path, run_dir):
-    with pytest.raises(
-        FileNotFoundError, match=r"is not a run: it has no config\.json"
-    ):
-        parse_arguments(["smoke", "--init-from", str(tmp_path / "nowhere")])
-    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
-        parse_arguments(["smoke", "--init-from", str(run_dir)])
-    with pytest.raises(ValueError, match="is one of --init-from's run; give that"):
-        parse_arguments(["smoke", "--checkpoint", "latest"])
-
-
-def test_the_fine_tuning_preset_starts_from_the_run_that_its_text_names(
+def test_the_fine_tuning_preset_starts_from_the_run_in_runs_gpt2(
     tiny_run, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"runs/gpt2 is not a run: .* import"):
+    with pytest.raises(FileNotFoundError, match=r"runs/gpt2 .* import"):
         parse_arguments(["finetune-shakespeare"])
     shutil.copytree(tiny_run, tmp_path / "runs" / "gpt2")
     config, run_dir, _ = parse_arguments(["finetune-shakespeare"])
@@ -209,37 +198,25 @@ def test_the_fine_tuning_preset_starts_from_the_run_that_its_text_names(
     assert config.model.n_embd == load_config(tiny_run).model.n_embd
     assert config.model.compute_dtype == "bfloat16"
     assert config.optimizer == PRESETS["finetune-shakespeare"]().optimizer
-    other = config_of("finetune-shakespeare", "--init-from", str(tiny_run))
+    other = config_of("finetune-shakespeare", "--init-from", tiny_run)
     assert Path(other.train.init_from) == tiny_run.resolve() / "checkpoints/8"
 
 
-def test_a_start_from_a_run_that_reads_no_dropout_leaves_it_alone(tmp_path, bigram):
+def test_init_from_a_model_without_dropout_gives_it_none(tmp_path, bigram):
     model, params = bigram
     config = changed(TINY, model=vars(model.config))
     save_config(tmp_path, config, CharTokenizer("abcdefghijk"))
     with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
         save_params(checkpoints, 0, params)
-    assert config_of("smoke", "--init-from", str(tmp_path)).model == model.config
+    assert config_of("smoke", "--init-from", tmp_path).model == model.config
 
 
-def test_bpe_without_a_size_is_told_to_give_one():
-    with pytest.raises(ValueError, match=r"as in --model\.vocab-size 1024"):
-        parse_arguments(["smoke", "--data.tokenizer", "bpe"])
-
-
-def test_a_preset_is_checked_before_other_processes_are_waited_for():
-    with pytest.raises(ValueError, match="there is no preset 'smok'"):
-        read_options(["smok", "--process-id", "1"])
-
-
-@pytest.mark.parametrize("flag", ["--dry-run", "--help"])
-def test_what_one_process_does_alone_waits_for_no_others(flag, call, monkeypatch):
-    def wait(*ids):
+def test_help_and_an_unknown_preset_do_not_wait_for_other_processes(call, monkeypatch):
+    def join(*ids):
         raise AssertionError("it waits")
 
-    monkeypatch.setattr(processes, "join_processes", wait)
-    with contextlib.suppress(SystemExit):  # after the help
-        out, _ = call("train.py", "smoke", flag, "--model.vocab-size", "65")
-        assert "FLOPs per step" in out
-    with pytest.raises(AssertionError, match="it waits"):
-        call("train.py", "smoke")
+    monkeypatch.setattr(processes, "join_processes", join)
+    with pytest.raises(SystemExit, match="0"):
+        call("train.py", "smoke", "--help")
+    with pytest.raises(ValueError, match="'smok'"):
+        call("train.py", "smok", "--process-id", "1")

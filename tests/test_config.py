@@ -1,7 +1,5 @@
-import contextlib
 import dataclasses
 import json
-import re
 from functools import partial
 
 import pytest
@@ -20,21 +18,9 @@ from jaxgpt import (
 )
 from jaxgpt.presets import PRESETS
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["model", "data", "n_layer", "path"]) | st.text(max_size=5),
-            inner,
-            max_size=3,
-        )
-    ),
-)
-
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_config_comes_back_from_json_as_it_was(preset):
+def test_from_dict_inverts_to_dict_and_json(preset):
     config = PRESETS[preset]()
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -42,81 +28,93 @@ def test_a_config_comes_back_from_json_as_it_was(preset):
 @pytest.mark.parametrize(
     ("section", "fields", "message"),
     [
-        (
-            GPTConfig,
-            {"n_embd": 384, "n_head": 5},
-            "n_embd=384 is not divisible by n_head=5; n_head could be 1, 2, 3, 4, 6, 8",
-        ),
-        (GPTConfig, {"n_layer": 0}, "n_layer=0 must be at least 1"),
-        (GPTConfig, {"block_size": 0}, "block_size=0 must be at least 1"),
-        (GPTConfig, {"vocab_size": 0}, "vocab_size=0 must be at least 1"),
-        (GPTConfig, {"n_layer": 10**12}, "at least 1, under 2147483648"),
-        (GPTConfig, {"n_embd": 2**31 - 1}, "by n_head=4; n_head could be 1"),
-        (GPTConfig, {"dropout": 1.0}, "dropout=1.0 must be at least 0, under 1"),
-        (GPTConfig, {"dropout": float("nan")}, "dropout=nan must be"),
-        (DataConfig, {"batch_size": 0}, "batch_size=0 must be at least 1"),
+        (GPTConfig, {"n_embd": 384, "n_head": 5}, "n_embd=384 .*n_head=5.*1, 2, 3, 4"),
+        (GPTConfig, {"n_layer": 0}, "n_layer=0"),
+        (GPTConfig, {"block_size": 0}, "block_size=0"),
+        (GPTConfig, {"vocab_size": 0}, "vocab_size=0"),
+        (GPTConfig, {"n_layer": 10**12}, "n_layer=1000000000000 .*2147483648"),
+        (GPTConfig, {"n_embd": 2**31 - 1}, "n_embd=2147483647 .*n_head=4"),
+        (GPTConfig, {"dropout": 1.0}, "dropout=1.0"),
+        (GPTConfig, {"dropout": float("nan")}, "dropout=nan"),
+        (DataConfig, {"batch_size": 0}, "batch_size=0"),
         (
             DataConfig,
             {"batch_size": 12, "gradient_accumulation_steps": 5},
-            "batch_size=12 is not divisible by gradient_accumulation_steps=5",
+            "batch_size=12 .*gradient_accumulation_steps=5",
         ),
-        (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
-        (OptimizerConfig, {"learning_rate": 10**400}, "must be above 0, under 3.4e+38"),
-        (OptimizerConfig, {"min_lr": 1.0}, "min_lr=1.0 is above learning_rate=0.001"),
-        (OptimizerConfig, {"beta2": 1.0}, "beta2=1.0 must be at least 0, under 1"),
-        (OptimizerConfig, {"grad_clip": -1.0}, "grad_clip=-1.0 must be at least 0"),
-        (TrainConfig, {"max_steps": 0}, "max_steps=0 must be at least 1"),
-        (TrainConfig, {"seed": -1}, "seed=-1 must be from 0 to 4294967295"),
-        (MeshConfig, {"data": 0}, "mesh.data=0 must be -1"),
-        (MeshConfig, {"fsdp": -2}, "mesh.fsdp=-2 must be -1"),
-        (MeshConfig, {"tensor": -1}, "mesh.tensor=-1 must be at least 1"),
+        (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate=0.0"),
+        (OptimizerConfig, {"learning_rate": 10**400}, "learning_rate=1000"),
+        (OptimizerConfig, {"min_lr": 1.0}, "min_lr=1.0 .*learning_rate=0.001"),
+        (OptimizerConfig, {"beta2": 1.0}, "beta2=1.0"),
+        (OptimizerConfig, {"grad_clip": -1.0}, "grad_clip=-1.0"),
+        (TrainConfig, {"max_steps": 0}, "max_steps=0"),
+        (TrainConfig, {"seed": -1}, "seed=-1 .*4294967295"),
+        (MeshConfig, {"data": 0}, "mesh.data=0"),
+        (MeshConfig, {"fsdp": -2}, "mesh.fsdp=-2"),
+        (MeshConfig, {"tensor": -1}, "mesh.tensor=-1"),
         (
             partial(Config, LectureConfig(architecture="residual")),
             {"mesh": MeshConfig(fsdp=2)},
-            "mesh.fsdp=2 and mesh.tensor=1 change nothing with architecture=residual",
+            "mesh.fsdp=2 .*architecture=residual",
         ),
+        (Config, {"data": DataConfig(tokenizer="bpe")}, r"--model\.vocab-size 1024"),
     ],
 )
-def test_a_value_out_of_range_is_named_with_a_way_out(section, fields, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_a_value_out_of_range_is_an_error_that_names_it(section, fields, message):
+    with pytest.raises(ValueError, match=message):
         section(**fields)
-
-
-def test_bpe_says_how_many_tokens_it_shall_have():
-    with pytest.raises(ValueError, match=r"as in --model\.vocab-size 1024"):
-        Config(data=DataConfig(tokenizer="bpe"))
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": {"n_layers": 2}}, "unexpected keyword argument 'n_layers'"),
-        ({"modle": {}}, "unknown section 'modle'"),
-        ({"model": {"n_layer": "two"}}, "n_layer='two' must be int"),
-        ({"model": {"n_layer": True}}, "n_layer=True must be int"),
-        ({"model": {"gelu": "fast"}}, "gelu='fast' must be one of exact, tanh"),
-        ({"model": {"vocab_size": 1.5}}, "vocab_size=1.5 must be int | None"),
-        ({"data": {"path": [1]}}, "path=(1,) must be"),
-        ({"data": []}, "'list' object is not a mapping"),
-        ([], "'list' object is not a mapping"),
+        ({"model": {"n_layers": 2}}, "'n_layers'"),
+        ({"modle": {}}, "'modle'"),
+        ({"model": {"n_layer": "two"}}, "n_layer='two' .*int"),
+        ({"model": {"n_layer": True}}, "n_layer=True .*int"),
+        ({"model": {"gelu": "fast"}}, "gelu='fast' .*exact, tanh"),
+        ({"model": {"vocab_size": 1.5}}, r"vocab_size=1.5 .*int \| None"),
+        ({"model": {"architecture": "rnn"}}, "architecture='rnn'"),
+        ({"model": {"architecture": "bigram", "n_layer": 5}}, "'n_layer'"),
+        ({"data": {"path": [1]}}, r"path=\(1,\)"),
+        ({"data": []}, "'list'"),
+        ([], "'list'"),
     ],
 )
-def test_a_saved_config_with_a_mistake_is_refused_by_name(values, message):
-    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+def test_an_invalid_saved_config_is_an_error_that_names_the_mistake(values, message):
+    with pytest.raises((ValueError, TypeError), match=message):
         Config.from_dict(values)
 
 
-def test_a_model_has_its_own_fields_and_one_of_before_reads_as_it_was():
-    of_before = dataclasses.asdict(GPTConfig(block_size=8)) | {"architecture": "bigram"}
-    read = Config.from_dict({"model": of_before}).model
-    assert read == BigramConfig(block_size=8)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'n_layer'"):
-        Config.from_dict({"model": of_before | {"n_layer": 5}})
-    with pytest.raises(ValueError, match="architecture='rnn' is not known"):
-        Config.from_dict({"model": {"architecture": "rnn"}})
+def test_fields_that_older_versions_saved_for_every_model_are_ignored_at_defaults():
+    saved = dataclasses.asdict(GPTConfig(block_size=8)) | {"architecture": "bigram"}
+    assert Config.from_dict({"model": saved}).model == BigramConfig(block_size=8)
 
 
-@given(JSON)
-def test_any_json_gives_a_config_or_a_clear_error(values):
-    with contextlib.suppress(ValueError, TypeError):
-        assert Config.from_dict(json.loads(json.dumps(values))) is not None
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+JSON = st.recursive(
+    VALUES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+)
+CHANGES = st.fixed_dictionaries(
+    {},
+    optional={
+        section: st.dictionaries(st.sampled_from(list(fields)), JSON, max_size=2)
+        for section, fields in Config().to_dict().items()
+    },
+)
+
+
+@given(JSON | CHANGES)
+def test_any_json_is_either_read_with_all_its_values_or_an_error(values):
+    values = json.loads(json.dumps(values))
+    try:
+        config = Config.from_dict(values)
+    except (ValueError, TypeError):
+        return
+    saved = json.loads(json.dumps(config.to_dict()))
+    for section, fields in values.items():
+        assert saved[section] | fields == saved[section]

@@ -10,13 +10,13 @@ from conftest import finish, start_script
 from jaxgpt import start
 
 
-def test_only_what_a_failed_save_leaves_behind_is_not_told_of():
-    left_behind = """
+def test_of_unraisable_errors_only_those_of_a_failed_save_are_hidden():
+    script = """
 import asyncio, tensorstore
 from jaxgpt.start import start
 class Broken:
     def __del__(self):
-        raise ValueError("a defect")
+        raise ValueError("a bug")
 start()
 promise, written = tensorstore.Promise.new()
 loop = asyncio.new_event_loop()
@@ -25,27 +25,27 @@ loop.close()
 promise.set_result(None)
 Broken()
 """
-    _, err = finish(start_script("-c", left_behind))
-    assert "ValueError: a defect" in err
+    _, err = finish(start_script("-c", script))
+    assert "ValueError: a bug" in err
     assert "Event loop is closed" not in err
 
 
 def flags_after_start(flags):
-    show = "from jaxgpt import start; start.start(); import os, jax"
-    show += "; jax.devices(); print(os.environ.get('XLA_FLAGS'))"
-    out, _ = finish(start_script("-c", show, XLA_FLAGS=flags))
+    script = "from jaxgpt import start; start.start(); import os, jax"
+    script += "; jax.devices(); print(os.environ.get('XLA_FLAGS'))"
+    out, _ = finish(start_script("-c", script, XLA_FLAGS=flags))
     return out.split()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="set where measured")
-def test_xlas_flags_are_the_users_where_they_name_them():
+def test_xla_flags_of_the_user_take_precedence_and_others_are_added():
     theirs, ours = "--xla_cpu_ftz=true", start._XLA_FLAGS
     assert flags_after_start(theirs) == [theirs, *ours]
-    one = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
+    one = f"--{start._YNN}=LIBRARY_FUSION_TYPE_REDUCE"
     assert flags_after_start(one) == [one, *ours[1:]]
 
 
-def test_float32_training_fuses_products_unless_the_user_says_how_to_multiply(
+def test_float32_training_fuses_matmuls_unless_the_user_sets_the_fusion_type(
     monkeypatch,
 ):
     monkeypatch.setenv("XLA_FLAGS", start._XLA_FLAGS[0])
@@ -62,17 +62,17 @@ def test_a_flag_that_xla_does_not_know_is_not_set(monkeypatch):
     assert os.environ["XLA_FLAGS"] == ""
 
 
-def test_memory_that_is_given_back_is_that_of_cycles_too():
+def test_release_memory_frees_reference_cycles():
     class Node:
         pass
 
     node = Node()
-    node.itself, seen = node, weakref.ref(node)
+    node.itself, reference = node, weakref.ref(node)
     gc.disable()
     try:
         del node
-        assert seen() is not None
+        assert isinstance(reference(), Node)
         start.release_memory()
-        assert seen() is None
+        assert reference() is None
     finally:
         gc.enable()
