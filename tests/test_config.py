@@ -3,8 +3,6 @@ import json
 from functools import partial
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxgpt import (
     BigramConfig,
@@ -30,24 +28,16 @@ def test_from_dict_inverts_to_dict_and_json(preset):
     [
         (GPTConfig, {"n_embd": 384, "n_head": 5}, "n_embd=384 .*n_head=5.*1, 2, 3, 4"),
         (GPTConfig, {"n_layer": 0}, "n_layer=0"),
-        (GPTConfig, {"block_size": 0}, "block_size=0"),
-        (GPTConfig, {"vocab_size": 0}, "vocab_size=0"),
-        (GPTConfig, {"n_layer": 10**12}, "n_layer=1000000000000 .*2147483648"),
         (GPTConfig, {"n_embd": 2**31 - 1}, "n_embd=2147483647 .*n_head=4"),
-        (GPTConfig, {"dropout": 1.0}, "dropout=1.0"),
         (GPTConfig, {"dropout": float("nan")}, "dropout=nan"),
-        (DataConfig, {"batch_size": 0}, "batch_size=0"),
         (
             DataConfig,
             {"batch_size": 12, "gradient_accumulation_steps": 5},
             "batch_size=12 .*gradient_accumulation_steps=5",
         ),
-        (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate=0.0"),
         (OptimizerConfig, {"learning_rate": 10**400}, "learning_rate=1000"),
         (OptimizerConfig, {"min_lr": 1.0}, "min_lr=1.0 .*learning_rate=0.001"),
         (OptimizerConfig, {"beta2": 1.0}, "beta2=1.0"),
-        (OptimizerConfig, {"grad_clip": -1.0}, "grad_clip=-1.0"),
-        (TrainConfig, {"max_steps": 0}, "max_steps=0"),
         (TrainConfig, {"seed": -1}, "seed=-1 .*4294967295"),
         (MeshConfig, {"data": 0}, "mesh.data=0"),
         (MeshConfig, {"fsdp": -2}, "mesh.fsdp=-2"),
@@ -89,32 +79,3 @@ def test_an_invalid_saved_config_is_an_error_that_names_the_mistake(values, mess
 def test_fields_that_older_versions_saved_for_every_model_are_ignored_at_defaults():
     saved = dataclasses.asdict(GPTConfig(block_size=8)) | {"architecture": "bigram"}
     assert Config.from_dict({"model": saved}).model == BigramConfig(block_size=8)
-
-
-VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-JSON = st.recursive(
-    VALUES,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-)
-CHANGES = st.fixed_dictionaries(
-    {},
-    optional={
-        section: st.dictionaries(st.sampled_from(list(fields)), JSON, max_size=2)
-        for section, fields in Config().to_dict().items()
-    },
-)
-
-
-@given(JSON | CHANGES)
-def test_any_json_is_either_read_with_all_its_values_or_an_error(values):
-    values = json.loads(json.dumps(values))
-    try:
-        config = Config.from_dict(values)
-    except (ValueError, TypeError):
-        return
-    saved = json.loads(json.dumps(config.to_dict()))
-    for section, fields in values.items():
-        assert saved[section] | fields == saved[section]

@@ -95,13 +95,6 @@ with plain_errors():
     finish(start_script("-c", compiling, JAX_ENABLE_COMPILATION_CACHE="0"), code=143)
 
 
-def test_a_deferred_signal_is_recorded_and_raises_nothing():
-    with plain_errors(), deferred_interrupts() as pending:
-        assert pending() == 0
-        signal.raise_signal(signal.SIGTERM)
-        assert pending() == signal.SIGTERM
-
-
 def test_an_interrupt_in_the_garbage_collector_is_recorded(monkeypatch):
     class Interrupting:
         def __del__(self):

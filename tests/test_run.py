@@ -81,19 +81,11 @@ def test_clearing_a_run_with_linked_checkpoints_removes_only_the_link(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize(
-    ("name", "others"), [("thesis.tex", []), ("config.json", ["tokenizer.json"])]
-)
-def test_a_folder_with_files_of_other_programs_never_becomes_a_run(
-    tmp_path, name, others, overwrite
-):
-    for path in (name, *others):
-        (tmp_path / path).write_text('{"model_type": "gpt2"}')
-    before = contents(tmp_path)
-    with (
-        pytest.raises(FileExistsError, match=name),
-        claim(tmp_path, overwrite=overwrite),
-    ):
+def test_a_folder_of_another_program_never_becomes_a_run(tmp_path, overwrite):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text('{"model_type": "gpt2"}')
+    before, claimed = contents(tmp_path), claim(tmp_path, overwrite=overwrite)
+    with pytest.raises(FileExistsError, match=r"config\.json"), claimed:
         pass
     assert contents(tmp_path) == before
 
@@ -154,21 +146,7 @@ def test_only_known_formats_of_config_json_are_read(run_dir):
     assert load_run(run_dir).config == CONFIG
 
 
-def test_an_incomplete_or_inconsistent_run_is_an_error_that_names_the_fault(
-    run_dir, tmp_path
-):
-    with pytest.raises(FileNotFoundError, match=r"nowhere .*config\.json"):
-        load_run(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="'7'"):
-        load_run(run_dir, "7")
-    for model, message in (
-        ({"n_embd": 32}, r"checkpoints/0 .*config\.json"),
-        ({"vocab_size": 12}, r"tokenizer\.json has 11 .* 12"),
-    ):
-        save_config(run_dir, changed(CONFIG, model=model), TOKENIZER)
-        with pytest.raises(ValueError, match=message):
-            load_run(run_dir)
-    save_config(run_dir, CONFIG, TOKENIZER)
-    (run_dir / "checkpoints").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=f"{run_dir}/checkpoints"):
+def test_a_tokenizer_of_another_size_than_the_models_is_an_error(run_dir):
+    save_config(run_dir, changed(CONFIG, model={"vocab_size": 12}), TOKENIZER)
+    with pytest.raises(ValueError, match=r"tokenizer\.json has 11 .* 12"):
         load_run(run_dir)

@@ -132,20 +132,12 @@ def test_resuming_deletes_partial_lines_later_rows_and_the_end(tmp_path):
 @pytest.mark.parametrize(
     "content", [b'[{"event": "train"}]\n3\nnull\n', b'{"a": 1}\n', b"\xff\0\n", b""]
 )
-def test_a_run_resumes_even_if_metrics_jsonl_is_another_file(tmp_path, content):
+def test_a_finished_run_can_be_resumed_without_valid_rows(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    with monitor_of(tmp_path, resumed_step=4) as monitor:
-        monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5})
-        monitor.done(8, 2.25)
-    rows = read_rows(tmp_path / "metrics.jsonl")
-    assert [row["event"] for row in rows] == ["eval", "done"]
-
-
-def test_a_finished_run_without_rows_can_be_resumed(tmp_path):
     with monitor_of(tmp_path, resumed_step=8) as monitor:
         monitor.done(8, 2.25)
-    (done,) = rows_of(tmp_path, "done")
-    assert done["best_val_loss"] == 2.25
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert (row["event"], row["best_val_loss"]) == ("done", 2.25)
 
 
 def test_metrics_of_an_objective_are_logged(tmp_path, capsys):

@@ -50,15 +50,6 @@ def run(config, steps_per_call=STEPS):
     return jax.device_get((rows, state.params))
 
 
-def run_mapped(train_step, state, batches):
-    """As `run`, with a step that is mapped over devices."""
-    rows = []
-    for step in range(STEPS):
-        state, metrics = train_step(state, jax.tree.map(lambda a: a[step], batches))  # noqa: B023
-        rows.append((metrics["loss"], metrics["grad_norm"]))
-    return jax.device_get((rows, state.params))
-
-
 def step_of(config, axis_name=None):
     """The train step, for use inside `jit`, `pmap` or `shard_map`."""
     objective = next_token(build_model(config.model, "cpu"))
@@ -103,33 +94,44 @@ def test_steps_in_one_call_equal_steps_in_several_calls_bit_for_bit(reference):
     assert_same(run(ONE_DEVICE, steps_per_call=1), reference, 0)
 
 
-@pytest.mark.devices
-def test_pmap_trains_like_one_device(reference):
-    shards = jax.tree.map(lambda a: a.reshape(STEPS, 8, 1, *a.shape[2:]), BATCHES)
-    copies = jax.tree.map(lambda a: np.stack([a] * 8), state_of(ONE_LAYER))
-    mapped = jax.pmap(step_of(ONE_LAYER, "data"), axis_name="data")
-    result = run_mapped(mapped, copies, shards)
-    for device in range(8):
-        one = jax.tree.map(lambda a: a[device], result)  # noqa: B023
-        assert_same(one, reference, 2e-5)
+def in_shard_map(step, config, **options):
+    specs = {"in_specs": (P(), P("data")), "out_specs": P()}
+    return jax.jit(jax.shard_map(step, mesh=mesh_of(config), **specs, **options))
+
+
+def in_pmap(step, config):
+    mapped = jax.pmap(step, axis_name="data", in_axes=(None, 0))
+
+    def train_step(state, batch):
+        shards = jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[1:]), batch)
+        return jax.tree.map(lambda a: a[3], mapped(state, shards))  # of one device
+
+    return train_step
+
+
+UNCHECKED = partial(in_shard_map, check_vma=False)
 
 
 @pytest.mark.parametrize(
-    ("microbatches", "check_vma"),
-    [(2, True), WIDER(2, False), WIDER(1, True), WIDER(1, False)],
+    ("mapping", "microbatches"),
+    [
+        (in_shard_map, 2),
+        WIDER(in_shard_map, 1),
+        *(WIDER(mapping, n) for mapping in (UNCHECKED, in_pmap) for n in (1, 2)),
+    ],
 )
-def test_shard_map_trains_like_one_device(reference, microbatches, check_vma):
+def test_a_step_mapped_over_devices_trains_like_one_device(
+    reference, mapping, microbatches
+):
     data = {"gradient_accumulation_steps": microbatches}
     config = changed(ONE_LAYER, data=data, mesh={"data": 4})
-    sharded_step = jax.shard_map(
-        step_of(config, "data"),
-        mesh=mesh_of(config),
-        in_specs=(P(), P("data")),
-        out_specs=P(),
-        check_vma=check_vma,
-    )
-    result = run_mapped(jax.jit(sharded_step), state_of(config), BATCHES)
-    assert_same(result, reference, 2e-5)
+    train_step = mapping(step_of(config, "data"), config)
+    state, rows = state_of(config), []
+    for step in range(STEPS):
+        batch = jax.tree.map(lambda a: a[step], BATCHES)  # noqa: B023
+        state, metrics = train_step(state, batch)
+        rows.append((metrics["loss"], metrics["grad_norm"]))
+    assert_same(jax.device_get((rows, state.params)), reference, 2e-5)
 
 
 def test_dropout_differs_between_rows_and_between_steps():
