@@ -6,12 +6,12 @@ import pytest
 from jaxgpt.files import log_line, replace_file
 
 
-def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
+def test_a_failed_write_leaves_the_file_unchanged(tmp_path):
     path = tmp_path / "new" / "file"
-    replace_file(path, lambda aside: aside.write_text("whole"))
+    replace_file(path, lambda tmp_path: tmp_path.write_text("whole"))
 
-    def fail(aside):
-        aside.write_text("ha")
+    def fail(tmp_path):
+        tmp_path.write_text("ha")
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space"):
@@ -20,10 +20,10 @@ def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_line_that_cannot_be_written_is_no_error(monkeypatch):
+def test_a_log_line_that_cannot_be_written_is_dropped(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w", buffering=1) as nobody_reads:
-        monkeypatch.setattr(sys, "stderr", nobody_reads)
+    with os.fdopen(writer, "w", buffering=1) as closed_pipe:
+        monkeypatch.setattr(sys, "stderr", closed_pipe)
         log_line("step 1")
         os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # so that it can be closed

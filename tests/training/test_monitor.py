@@ -36,20 +36,25 @@ def rows_of(run_dir, event):
     return [row for row in rows if row["event"] == event]
 
 
-def test_rows_have_the_fields_of_their_event(tmp_path):
+def test_rows_have_the_fields_of_their_event_and_of_the_objective(tmp_path, capsys):
     with monitor_of(tmp_path) as monitor:
         monitor.eval(0, {"train_loss": 4.0, "val_loss": 4.5})
-        train(monitor, 0, metrics_of(3))
-        train(monitor, 3, metrics_of(5))
-        monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5})
+        train(monitor, 0, metrics_of(3, accuracy=[0.0, 0.25, 0.0]))
+        train(monitor, 3, metrics_of(5, accuracy=[float("nan")] * 5))  # of weight 0
+        monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5, "val_accuracy": 0.5})
         monitor.done(8, 2.25)
     rows = rows_of(tmp_path, "train")
     assert [row["step"] for row in rows] == [2, 4, 6, 8]  # every log_interval
-    assert list(rows[0]) == ["event", "step", *TRAIN_ROW, "elapsed_seconds"]
+    assert [row["accuracy"] for row in rows] == [0.25, None, None, None]
+    fields = (*STEP_METRICS, "accuracy", "tokens_per_second", "elapsed_seconds")
+    assert list(rows[0]) == ["event", "step", *fields]
     evals = rows_of(tmp_path, "eval")
     assert list(evals[0])[1:] == ["step", "train_loss", "val_loss", "elapsed_seconds"]
+    assert evals[1]["val_accuracy"] == 0.5
     (done,) = rows_of(tmp_path, "done")
     assert (done["step"], done["val_loss"], done["best_val_loss"]) == (8, 2.25, 2.5)
+    assert "val accuracy 0.5" in (err := capsys.readouterr().err)
+    assert "skipped" not in err
 
 
 def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsys):
@@ -115,13 +120,8 @@ def test_a_skipped_step_is_reported_and_logged_as_null(tmp_path, capsys):
 def test_resuming_deletes_partial_lines_later_rows_and_the_end(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [
-        {"event": event, "step": step, **values, "elapsed_seconds": 1.0}
-        for event, step, values in [
-            ("train", 1, TRAIN_ROW),
-            ("eval", 2, {"train_loss": 1.0, "val_loss": 1.0}),
-            ("done", 2, {"val_loss": 1.0, "best_val_loss": 1.0}),
-            ("train", 3, TRAIN_ROW),
-        ]
+        {"event": event, "step": step, **TRAIN_ROW, "elapsed_seconds": 1.0}
+        for event, step in [("train", 1), ("eval", 2), ("done", 2), ("train", 3)]
     ]
     lines = [json.dumps(row) for row in rows]
     path.write_text("\n".join([lines[0], "{torn", *lines[1:], '{"event": "tra']))
@@ -138,19 +138,6 @@ def test_a_finished_run_can_be_resumed_without_valid_rows(tmp_path, content):
         monitor.done(8, 2.25)
     (row,) = read_rows(tmp_path / "metrics.jsonl")
     assert (row["event"], row["best_val_loss"]) == ("done", 2.25)
-
-
-def test_metrics_of_an_objective_are_logged(tmp_path, capsys):
-    with monitor_of(tmp_path) as monitor:
-        train(monitor, 0, metrics_of(2, accuracy=[0.25, float("nan")]))  # of weight 0
-        monitor.eval(2, {"train_loss": 2.0, "val_loss": 2.5, "val_accuracy": 0.5})
-    (row,) = rows_of(tmp_path, "train")
-    assert list(row)[2:6] == [*STEP_METRICS, "accuracy"]
-    assert row["accuracy"] is None
-    assert rows_of(tmp_path, "eval")[0]["val_accuracy"] == 0.5
-    err = capsys.readouterr().err
-    assert "val accuracy 0.5" in err
-    assert "skipped" not in err
 
 
 @pytest.fixture
