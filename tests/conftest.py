@@ -29,7 +29,7 @@ from jaxgpt import (
     __main__,
     start,
 )
-from jaxgpt.models import build_model
+from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.feeding import batch_shapes
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.training import checkpoint
@@ -63,6 +63,8 @@ TINY = Config(
     optimizer=OptimizerConfig(warmup_steps=2),
     train=TrainConfig(max_steps=8, eval_interval=4, eval_iters=2, seed=3),
 )
+ONE_ROW = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])  # tokens for TINY
+PLATFORMS = ("cpu", "tpu", "cuda", "gpu")  # as in jaxgpt.ops
 
 # Every case has the time it needs; CI's are the same ones each time.
 settings.register_profile("ci", deadline=None, derandomize=True, database=None)
@@ -93,6 +95,21 @@ def changed(config: Config, **sections: dict[str, object]) -> Config:
         known = {field.name for field in dataclasses.fields(kind)} | fields.keys()
         replaced[name] = kind(**{key: values[key] for key in values if key in known})
     return dataclasses.replace(config, **replaced)
+
+
+def init_model(**fields):
+    """A model like TINY's with some fields changed, and its initial parameters."""
+    model = build_model(changed(TINY, model=fields).model, "cpu")
+    return model, jax.jit(model.init)(jax.random.key(0), ONE_ROW[:, :1])["params"]
+
+
+def random_params(model, mean=0.2, std=0.4):
+    """Parameters from a normal distribution, so that no scale is 1 and no bias 0."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda leaf: rng.normal(mean, std, leaf.shape).astype(np.float32),
+        parameter_shapes(model.config),
+    )
 
 
 def train_on(model, config, mesh, state, batches):
@@ -166,6 +183,12 @@ def assert_every_flag_is_explained(help_text):
 
 
 @partial(jax.jit, static_argnums=0)
+def logits_of(model, params, tokens):
+    """Logits without dropout."""
+    return model.apply({"params": params}, tokens)
+
+
+@partial(jax.jit, static_argnums=0)
 def dropped_logits(model, params, tokens, rows):
     """Logits with dropout on; `rows` are the rows' numbers in the whole batch."""
     return model.apply(
@@ -217,8 +240,7 @@ def smoke(make_once):
 @pytest.fixture(scope="session")
 def bigram():
     """A bigram model and its initial parameters."""
-    model = build_model(BigramConfig(block_size=8, vocab_size=11), "cpu")
-    return model, model.init(jax.random.key(0), jax.numpy.zeros((1, 1), int))["params"]
+    return init_model(architecture="bigram")
 
 
 @pytest.fixture(scope="session")
@@ -275,8 +297,6 @@ def fresh_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_model():
     """A GPT of two layers with parameters that are not small, and those parameters."""
-    model = build_model(TINY.model, "cpu")
-    tokens_BT = jax.numpy.zeros((1, 1), jax.numpy.int32)
-    params = model.init(jax.random.key(0), tokens_BT)["params"]
+    model, params = init_model()
     # GPT-2's small initialisation makes every logit nearly 0, and a test blind.
     return model, jax.tree.map(lambda a: 8 * a if a.ndim > 2 else a, params)

@@ -5,15 +5,14 @@ Written from nanoGPT's definition, to check the model against.
 
 import math
 
+import jax
 import numpy as np
-
-_erf = np.vectorize(math.erf)
 
 
 def gelu(x, kind):
     if kind == "tanh":
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
 def layer_norm(x, p):
@@ -26,17 +25,19 @@ def softmax(x):
     return exp / exp.sum(-1, keepdims=True)
 
 
+def causal_attention(q, k, v):
+    """The attention of one head, [T, D]."""
+    scores = q @ k.T / math.sqrt(k.shape[1])
+    scores[np.triu_indices(len(q), 1)] = -np.inf
+    return softmax(scores) @ v
+
+
 def attention(x, p):
-    _, _, n_head, head_dim = p["c_attn"]["kernel"].shape
-    bias = p["c_attn"].get("bias", np.zeros((3, n_head, head_dim)))
-    out = p["c_proj"].get("bias", 0)
-    for head in range(n_head):
-        q, k, v = (
-            x @ p["c_attn"]["kernel"][:, i, head] + bias[i, head] for i in range(3)
-        )
-        scores = q @ k.T / math.sqrt(head_dim)
-        scores[np.triu_indices(len(x), 1)] = -np.inf
-        out = out + softmax(scores) @ v @ p["c_proj"]["kernel"][head]
+    kernel, out = p["c_attn"]["kernel"], p["c_proj"].get("bias", 0)
+    bias = p["c_attn"].get("bias", np.zeros(kernel.shape[1:]))
+    for head in range(kernel.shape[2]):
+        qkv = (x @ kernel[:, i, head] + bias[i, head] for i in range(3))
+        out = out + causal_attention(*qkv) @ p["c_proj"]["kernel"][head]
     return out
 
 
@@ -47,16 +48,11 @@ def mlp(x, p, kind):
 
 def logits(params, tokens, kind):
     """Logits [T, V] of one sequence of token ids."""
+    params = jax.tree.map(np.float64, params)
     embedding = params["wte"]["embedding"]
     x = embedding[tokens] + params["wpe"]["embedding"][: len(tokens)]
-    n_layer = len(params["h"]["ln_1"]["scale"])
-    for i in range(n_layer):
-        block = _take(params["h"], i)
+    for i in range(len(params["h"]["ln_1"]["scale"])):
+        block = jax.tree.map(lambda stack, i=i: stack[i], params["h"])
         x = x + attention(layer_norm(x, block["ln_1"]), block["attn"])
         x = x + mlp(layer_norm(x, block["ln_2"]), block["mlp"], kind)
     return layer_norm(x, params["ln_f"]) @ embedding.T
-
-
-def _take(tree, i):
-    """The parameters of layer `i` out of the stacked ones."""
-    return {k: _take(v, i) if isinstance(v, dict) else v[i] for k, v in tree.items()}

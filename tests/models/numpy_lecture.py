@@ -3,8 +3,9 @@
 Written from the lecture's definition, to check the models against.
 """
 
+import jax
 import numpy as np
-from numpy_gpt import layer_norm, softmax
+from numpy_gpt import causal_attention, layer_norm
 
 
 def linear(x, p):
@@ -13,14 +14,9 @@ def linear(x, p):
 
 def heads(x, p):
     """The outputs of all heads, concatenated."""
-    outputs = []
-    for key, query, value in zip(
-        *(p[name]["kernel"] for name in ("key", "query", "value")), strict=True
-    ):
-        scores = (x @ query) @ (x @ key).T / np.sqrt(key.shape[1])
-        scores[np.triu_indices(len(x), 1)] = -np.inf
-        outputs.append(softmax(scores) @ (x @ value))
-    return np.concatenate(outputs, axis=1)
+    kernels = zip(*(p[n]["kernel"] for n in ("query", "key", "value")), strict=True)
+    each = [causal_attention(x @ q, x @ k, x @ v) for q, k, v in kernels]
+    return np.concatenate(each, axis=1)
 
 
 def block(x, p, architecture):
@@ -37,6 +33,7 @@ def block(x, p, architecture):
 
 def logits(params, tokens, architecture, n_layer):
     """Logits [T, V] of one sequence of token ids."""
+    params = jax.tree.map(np.float64, params)
     x = params["token_embedding"]["embedding"][tokens]
     x = x + params["position_embedding"]["embedding"][: len(tokens)]
     for layer in range(n_layer):

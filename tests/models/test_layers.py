@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -10,34 +9,33 @@ from jaxgpt.ops.attention import Mask
 
 B, T, S = 2, 4, 7
 CONFIG = changed(TINY, model={"bias": True, "dropout": 0.0}).model
-C, H, D = CONFIG.n_embd, CONFIG.n_head, CONFIG.head_dim
+C, H = CONFIG.n_embd, CONFIG.n_head
 LENGTHS_B = np.array([7, 3])
+MASK = Mask(causal=False, lengths_B=LENGTHS_B)
+X_BTC, MEMORY_BSC = (
+    np.random.default_rng(n).normal(size=(B, n, C)).astype(np.float32) for n in (T, S)
+)
 
 
 def cross_attend(attention, x_BTC, memory_BSC):
     """To all of a padded memory, whose keys and values are computed once."""
-    mask = Mask(causal=False, lengths_B=LENGTHS_B)
-    return attention(x_BTC, mask, memory=attention.keys_and_values(memory_BSC))[0]
+    return attention(x_BTC, MASK, memory=attention.keys_and_values(memory_BSC))[0]
 
 
 @pytest.fixture(scope="module")
 def cross():
-    """Attention, its parameters for a memory, x and the memory."""
-    x_BTC, memory_BSC = (
-        jax.random.normal(jax.random.key(n), (B, n, C)) for n in (T, S)
-    )
+    """Attention, its parameters for a memory, and what x attends to there."""
     attention = Attention(CONFIG, "cpu")
-    variables = attention.init(
-        jax.random.key(0), x_BTC, memory_BSC, method=cross_attend
-    )
+    key = jax.random.key(0)
+    variables = attention.init(key, X_BTC, MEMORY_BSC, method=cross_attend)
     params = jax.tree.map(lambda a: 8 * a, variables["params"])
     params["c_attn"]["bias"] += 0.5
-    return attention, params, x_BTC, memory_BSC
+    out = attention.apply({"params": params}, X_BTC, MEMORY_BSC, method=cross_attend)
+    return attention, params, out
 
 
 def test_attention_to_a_memory_is_pytorchs_multi_head_attention(cross):
-    attention, params, x_BTC, memory_BSC = cross
-    reference = torch.nn.MultiheadAttention(C, H, batch_first=True)
+    _, params, found = cross
     packed, out = params["c_attn"], params["c_proj"]
     state = {
         "in_proj_weight": packed["kernel"].reshape(C, 3 * C).T,
@@ -45,31 +43,28 @@ def test_attention_to_a_memory_is_pytorchs_multi_head_attention(cross):
         "out_proj.weight": out["kernel"].reshape(C, C).T,
         "out_proj.bias": out["bias"],
     }
-    reference.load_state_dict(
-        {name: torch.tensor(np.array(a)) for name, a in state.items()}
-    )
-    x, memory = (torch.tensor(np.asarray(a)) for a in (x_BTC, memory_BSC))
+    reference = torch.nn.MultiheadAttention(C, H, batch_first=True)
+    reference.load_state_dict({k: torch.tensor(np.array(a)) for k, a in state.items()})
+    x, memory = torch.tensor(X_BTC), torch.tensor(MEMORY_BSC)
     padding = torch.tensor(np.arange(S) >= LENGTHS_B[:, None])
     expected, _ = reference(x, memory, memory, key_padding_mask=padding)
-    found = attention.apply({"params": params}, x_BTC, memory_BSC, method=cross_attend)
     np.testing.assert_allclose(found, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_memory_is_read_once_for_many_queries(cross):
-    attention, params, x_BTC, memory_BSC = cross
-    variables, mask = {"params": params}, Mask(False, lengths_B=LENGTHS_B)
-    whole = attention.apply(variables, x_BTC, memory_BSC, method=cross_attend)
-    memory = attention.apply(variables, memory_BSC, method="keys_and_values")
+def test_keys_and_values_of_a_memory_serve_later_queries(cross):
+    attention, params, whole = cross
+    variables = {"params": params}
+    memory = attention.apply(variables, MEMORY_BSC, method="keys_and_values")
     for t in range(T):
-        one, _ = attention.apply(variables, x_BTC[:, t : t + 1], mask, memory=memory)
+        one, _ = attention.apply(variables, X_BTC[:, t : t + 1], MASK, memory=memory)
         np.testing.assert_allclose(one[:, 0], whole[:, t], rtol=1e-5, atol=1e-5)
 
 
-def test_a_block_computes_the_positions_that_are_asked_for_as_among_all():
-    block, x_BTC = Block(CONFIG, "cpu"), jax.random.normal(jax.random.key(1), (B, T, C))
-    variables = block.init(jax.random.key(0), x_BTC, Mask())
-    whole, _ = block.apply(variables, x_BTC, Mask())
-    last_B = jnp.array([2, 0])
+def test_a_block_computes_a_single_position_as_among_all():
+    block, last_B = Block(CONFIG, "cpu"), np.array([2, 0])
+    apply = jax.jit(block.apply)
+    variables = jax.jit(block.init)(jax.random.key(0), X_BTC, Mask())
+    whole, _ = apply(variables, X_BTC, Mask())
     mask = Mask(positions_BT=last_B[:, None])
-    last, _ = block.apply(variables, x_BTC, mask, last_B=last_B)
-    np.testing.assert_allclose(last[:, 0], whole[jnp.arange(B), last_B], atol=2e-6)
+    last, _ = apply(variables, X_BTC, mask, last_B=last_B)
+    np.testing.assert_allclose(last[:, 0], whole[np.arange(B), last_B], atol=2e-6)

@@ -2,7 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, changed, dropped_logits
+from conftest import (
+    ONE_ROW,
+    TINY,
+    changed,
+    dropped_logits,
+    init_model,
+    logits_of,
+    random_params,
+)
 from numpy_lecture import logits as numpy_logits
 
 from jaxgpt.models import build_model, parameter_shapes
@@ -18,54 +26,44 @@ from jaxgpt.models.lecture import (
 )
 from jaxgpt.presets import PRESETS
 
-ONE_ROW = jnp.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
-
-def init(architecture, **model):
-    """A model of the ladder and its initial parameters."""
-    fields = {"architecture": architecture, "dropout": 0.0, **model}
-    model = build_model(changed(TINY, model=fields).model, "cpu")
-    return model, model.init(jax.random.key(0), ONE_ROW)["params"]
+def build(architecture, dropout=0.0, **model):
+    """A model of the ladder."""
+    model |= {"architecture": architecture, "dropout": dropout}
+    return build_model(changed(TINY, model=model).model, "cpu")
 
 
 def test_the_bigram_model_is_a_table_of_logits(bigram):
     model, params = bigram
-    tokens = jnp.array([[3, 1, 3], [1, 0, 10]])
+    tokens_BT = jnp.array([[3, 1, 3], [1, 0, 10]])
     table = params["table"]["embedding"]
     assert table.shape == (11, 11)
     assert 0.8 < table.std() < 1.2  # PyTorch's N(0, 1), as in the lecture
-    np.testing.assert_array_equal(
-        model.apply({"params": params}, tokens), table[tokens]
-    )
+    logits_BTV = logits_of(model, params, tokens_BT)
+    np.testing.assert_array_equal(logits_BTV, table[tokens_BT])
 
 
-def test_four_ways_to_average_the_past_agree():
-    x_BTC = jax.random.normal(jax.random.key(0), (4, 8, 2))
-    means = np.array([x_BTC[:, : t + 1].sum(axis=1) / (t + 1) for t in range(8)])
-    for average in (
-        average_by_loop,
-        average_by_matrix,
-        average_by_softmax,
-        average_by_attention,
-    ):
-        np.testing.assert_allclose(
-            average(x_BTC), means.swapaxes(0, 1), atol=1e-6, err_msg=average.__name__
-        )
+@pytest.mark.parametrize(
+    "average",
+    [average_by_loop, average_by_matrix, average_by_softmax, average_by_attention],
+)
+def test_all_ways_to_average_the_past_give_the_running_mean(average):
+    x_BTC = np.random.default_rng(0).normal(size=(4, 8, 2)).astype(np.float32)
+    means_BTC = x_BTC.cumsum(axis=1) / np.arange(1, 9)[:, None]
+    np.testing.assert_allclose(average(jnp.array(x_BTC)), means_BTC, atol=1e-6)
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 256])
-def test_scaling_keeps_scores_at_variance_one_and_softmax_spread(head_dim):
-    q_key, k_key = jax.random.split(jax.random.key(0))
-    q_BTD = jax.random.normal(q_key, (8, 64, head_dim))
-    k_BSD = jax.random.normal(k_key, (8, 64, head_dim))
-    raw_BTS = q_BTD @ k_BSD.swapaxes(1, 2)
-    scaled_BTS = attention_scores(q_BTD, k_BSD)
+@pytest.mark.parametrize(("head_dim", "favourite"), [(16, 0.4), (64, 0.7), (256, 0.85)])
+def test_scaling_keeps_scores_at_variance_one_and_softmax_spread(head_dim, favourite):
+    rng = np.random.default_rng(0)
+    q_BTD, k_BSD = rng.normal(size=(2, 8, 64, head_dim)).astype(np.float32)
+    raw_BTS, scaled_BTS = q_BTD @ k_BSD.swapaxes(1, 2), attention_scores(q_BTD, k_BSD)
     assert raw_BTS.var() == pytest.approx(head_dim, rel=0.1)
     assert scaled_BTS.var() == pytest.approx(1, rel=0.1)
-    # What a position gives to its favourite among 64 others, on average.
+    # The largest weight of a position among 64, on average.
     raw, scaled = (jax.nn.softmax(s).max(axis=-1).mean() for s in (raw_BTS, scaled_BTS))
     assert scaled < 0.2
-    assert raw > {16: 0.4, 64: 0.7, 256: 0.85}[head_dim]
+    assert raw > favourite
     # And the weights of a head come from the scaled ones.
     last_BS = attention_weights(q_BTD, k_BSD)[:, -1]
     np.testing.assert_allclose(last_BS, jax.nn.softmax(scaled_BTS[:, -1]), rtol=1e-4)
@@ -74,46 +72,35 @@ def test_scaling_keeps_scores_at_variance_one_and_softmax_spread(head_dim):
 @pytest.mark.parametrize("n_head", [1, 4])
 @pytest.mark.parametrize("architecture", BLOCKS)
 def test_logits_are_those_of_the_lectures_definition_in_numpy(architecture, n_head):
-    model, params = init(architecture, n_layer=3, n_head=n_head)
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(  # nothing at zero, or at one
-        lambda a: rng.normal(0.2, 0.4, a.shape).astype(np.float32), params
-    )
-    expected = numpy_logits(
-        jax.tree.map(lambda a: np.asarray(a, np.float64), params),
-        ONE_ROW[0],
-        architecture,
-        n_layer=3,
-    )
-    logits = model.apply({"params": params}, ONE_ROW)[0]
+    model = build(architecture, n_layer=3, n_head=n_head)
+    params = random_params(model)
+    expected = numpy_logits(params, ONE_ROW[0], architecture, n_layer=3)
+    logits = logits_of(model, params, ONE_ROW)[0]
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_initial_parameters_are_spread_as_pytorchs():
-    _, params = init("layer-norm", n_embd=64, vocab_size=200, block_size=128)
+    shape = {"n_embd": 64, "vocab_size": 200, "block_size": 128}
+    _, params = init_model(architecture="layer-norm", **shape)
     for table in (params["token_embedding"], params["position_embedding"]):
         assert table["embedding"].mean() == pytest.approx(0, abs=0.05)
         assert table["embedding"].std() == pytest.approx(1, rel=0.05)
     block = params["block_0"]
-    heads = block["sa"]["multi_head"]["heads"]
-    for layer, inputs in (
-        *((heads[name], 64) for name in ("key", "query", "value")),
-        (block["sa"]["proj"], 64),
-        (block["ffwd"]["fc"], 64),
-        (block["ffwd"]["proj"], 256),
-        (params["lm_head"], 64),
-    ):
+    heads, mlp = block["sa"]["multi_head"]["heads"], block["ffwd"]
+    narrow = *heads.values(), block["sa"]["proj"], mlp["fc"], params["lm_head"]
+    for layer, inputs in [*((layer, 64) for layer in narrow), (mlp["proj"], 256)]:
         for values in layer.values():  # kernel and, but for the heads, bias
             bound = inputs**-0.5
             assert 0.9 * bound < np.abs(values).max() <= bound
             assert values.std() == pytest.approx(bound / 3**0.5, rel=0.15)
+    assert heads.keys() == {"key", "query", "value"}
     assert "bias" not in heads["key"]
     assert not np.allclose(*heads["key"]["kernel"][:2])  # heads differ
     other = params["block_1"]["ffwd"]["fc"]["kernel"]
-    assert not np.allclose(block["ffwd"]["fc"]["kernel"], other)  # layers differ
+    assert not np.allclose(mlp["fc"]["kernel"], other)  # layers differ
 
 
-def test_parameters_are_as_many_as_the_lecture_says():
+def test_parameters_are_as_many_as_in_the_lecture():
     counts = {}
     for name in PRESETS:
         if name.startswith("lecture-"):
@@ -134,10 +121,10 @@ def test_parameters_are_as_many_as_the_lecture_says():
     }
 
 
-def test_each_head_drops_weights_of_its_own():
-    model, params = init("attention", n_head=4, n_layer=1, dropout=0.5)
+def test_each_head_draws_its_own_dropout_mask():
+    model = build("attention", n_head=4, n_layer=1, dropout=0.5)
     _, sown = model.apply(
-        {"params": params},
+        {"params": random_params(model)},
         jnp.tile(ONE_ROW, (8, 1)),
         deterministic=False,
         rngs={"dropout": jax.random.key(1)},
@@ -151,10 +138,9 @@ def test_each_head_drops_weights_of_its_own():
 
 
 @pytest.mark.parametrize("architecture", ["residual", "layer-norm"])
-def test_both_projections_drop_what_they_add_to_the_stream(architecture):
-    shape = {"n_layer": 1, "n_embd": 64, "vocab_size": 64, "dropout": 0.5}
-    model, params = init(architecture, **shape)
-    params = jax.tree.map(jnp.zeros_like, params)
+def test_both_projections_apply_dropout_to_what_they_add(architecture):
+    model = build(architecture, n_layer=1, n_embd=64, vocab_size=64, dropout=0.5)
+    params = jax.tree.map(jnp.zeros_like, random_params(model))
     for half in ("sa", "ffwd"):
         params["block_0"][half]["proj"]["bias"] += 1.0
     if architecture == "layer-norm":
