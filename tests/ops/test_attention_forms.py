@@ -6,40 +6,44 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import PLATFORMS
 
 from jaxgpt import ops
 from jaxgpt.ops.attention import Mask, plain_attention
 
 B, H, D = 2, 3, 8
-PLATFORMS = ("cpu", "tpu", "cuda", "gpu")
 
 
-def drawn(T, S=None):
-    """Queries, keys and values, and the weights of a sum over the output."""
+def qkv_and_weights(T, S=None):
+    """Random queries, keys, values, and the weights of a sum over the output."""
+    rng = np.random.default_rng(T)
     shapes = [(B, length, H, D) for length in (T, S or T, S or T, T)]
-    keys = jax.random.split(jax.random.key(T), 4)
-    return [jax.random.normal(*pair) for pair in zip(keys, shapes, strict=True)]
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def value_and_gradient(attend, q, k, v, weights):
+@partial(jax.jit, static_argnames=("attend", "platform"))
+def value_and_gradient(
+    qkv, weights, mask, keys_B=None, attend=ops.attention, platform="cpu"
+):
     """The output, and the gradients of queries, keys and values."""
+    drop = None if keys_B is None else partial(ops.dropout, 0.3, keys_B)
 
-    def total(q, k, v):
-        out = attend(q, k, v)
+    def total(*qkv):
+        out = attend(*qkv, mask, drop, platform)
         return (out * weights).sum(), out
 
-    (_, out), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v)
+    (_, out), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*qkv)
     return out, *grads
 
 
-def pytorchs(q, k, v, weights, visible):
+def pytorchs(qkv, weights, visible):
     """The same by PyTorch's scaled_dot_product_attention."""
-    leaves = [torch.tensor(np.asarray(a), requires_grad=True) for a in (q, k, v)]
+    leaves = [torch.tensor(a, requires_grad=True) for a in qkv]
     q, k, v = (a.transpose(1, 2) for a in leaves)
     out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, torch.tensor(np.asarray(visible))
+        q, k, v, torch.tensor(visible)
     ).transpose(1, 2)
-    (out * torch.tensor(np.asarray(weights))).sum().backward()
+    (out * torch.tensor(weights)).sum().backward()
     return [a.detach().numpy() for a in (out, *(leaf.grad for leaf in leaves))]
 
 
@@ -48,22 +52,12 @@ def assert_all_close(found, expected):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("T", [1, 7, 64, 130, 256])  # from one block to four
-def test_every_form_of_causal_attention_is_pytorchs(platform, T):
-    qkv_and_weights = drawn(T)
-    visible = np.tril(np.ones((T, T), bool))
-    attend = partial(ops.attention, mask=Mask(), drop=None, platform=platform)
-    found = value_and_gradient(attend, *qkv_and_weights)
-    assert_all_close(found, pytorchs(*qkv_and_weights, visible))
-
-
 LENGTHS_B = np.array([70, 3])
 MASKS = {
     "causal": Mask(),
     "lengths": Mask(lengths_B=LENGTHS_B),
     "positions": Mask(positions_BT=np.arange(70)[None] + np.array([[0], [20]])),
-    "segments": Mask(segments_BS=np.arange(2 * 90).reshape(2, 90) // 13),
+    "segments": Mask(segments_BS=np.arange(2 * 70).reshape(2, 70) // 13),
     "all": Mask(causal=False),
     "all within lengths": Mask(causal=False, lengths_B=LENGTHS_B),
 }
@@ -74,45 +68,43 @@ def visible_by_hand(mask, T, S):
     visible = np.zeros((B, 1, T, S), bool)
     for b, t, s in itertools.product(range(B), range(T), range(S)):
         at = t if mask.positions_BT is None else mask.positions_BT[b, t]
+        segments_S = None if mask.segments_BS is None else mask.segments_BS[b]
         visible[b, 0, t, s] = (
             (not mask.causal or s <= at)
             and (mask.lengths_B is None or s < mask.lengths_B[b])
-            and (
-                mask.segments_BS is None
-                or mask.segments_BS[b, t] == mask.segments_BS[b, s]
-            )
+            and (segments_S is None or segments_S[t] == segments_S[s])
         )
     return visible
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("name", MASKS)
-def test_every_mask_hides_what_it_says(platform, name):
-    mask, T, S = MASKS[name], 70, 90
-    if name in ("lengths", "segments"):  # of as many queries as keys, in blocks too
-        T = S
-    qkv_and_weights = drawn(T, S)
-    visible = visible_by_hand(mask, T, S)
+@pytest.mark.parametrize(
+    ("name", "T", "S"),
+    [
+        *(("causal", T, T) for T in (1, 7, 64, 130, 256)),  # from one block to four
+        *((name, 70, 70) for name in ("lengths", "segments")),
+        *((name, 70, 90) for name in MASKS if name not in ("lengths", "segments")),
+    ],
+)
+def test_attention_is_pytorchs_on_every_platform_and_with_every_mask(
+    platform, name, T, S
+):
+    *qkv, weights = qkv_and_weights(T, S)
+    visible = visible_by_hand(MASKS[name], T, S)
     assert 0 < visible.mean() <= 1
-    attend = partial(ops.attention, mask=mask, drop=None, platform=platform)
-    found = value_and_gradient(attend, *qkv_and_weights)
-    assert_all_close(found, pytorchs(*qkv_and_weights, visible))
+    found = value_and_gradient(qkv, weights, MASKS[name], platform=platform)
+    assert_all_close(found, pytorchs(qkv, weights, visible))
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize(("T", "S"), [(5, 5), (130, 130), (256, 256), (130, 70)])
-def test_every_form_drops_the_same_weights(platform, T, S):
-    keys_B = jax.random.split(jax.random.key(9), B)
-    options = {"mask": Mask(), "drop": partial(ops.dropout, 0.3, keys_B)}
-    *found, expected, undropped = (
-        value_and_gradient(partial(attend, **options | more), *drawn(T, S))
-        for attend, more in [
-            (ops.attention, {"platform": platform}),
-            (plain_attention, {"platform": "cpu"}),
-            (plain_attention, {"platform": "cpu", "drop": None}),
-        ]
-    )
-    assert_all_close(*found, expected)
+def test_attention_drops_the_same_weights_on_every_platform(platform, T, S):
+    *qkv, weights = qkv_and_weights(T, S)
+    arguments = qkv, weights, Mask(), jax.random.split(jax.random.key(9), B)
+    found = value_and_gradient(*arguments, platform=platform)
+    expected = value_and_gradient(*arguments, attend=plain_attention)
+    assert_all_close(found, expected)
+    undropped = value_and_gradient(*arguments[:3], attend=plain_attention)
     assert not np.allclose(expected[0], undropped[0], atol=0.1)
 
 
@@ -120,23 +112,19 @@ def test_every_form_drops_the_same_weights(platform, T, S):
 def test_cudnn_is_given_what_the_definition_means(monkeypatch, name):
     """In bfloat16, JAX's own implementation stands for cuDNN's, which needs a GPU."""
     attention = jax.nn.dot_product_attention
-    asked = []
+    implementations = []
 
     def instead(*qkv, implementation, **options):
-        asked.append(implementation)
+        implementations.append(implementation)
         return attention(*qkv, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
-    *qkv, weights = (a.astype(jnp.bfloat16) for a in drawn(90))
+    *qkv, weights = (a.astype(jnp.bfloat16) for a in qkv_and_weights(90))
     found, expected = (
-        value_and_gradient(
-            partial(ops.attention, mask=MASKS[name], drop=None, platform=platform),
-            *qkv,
-            weights,
-        )
+        value_and_gradient(qkv, weights, MASKS[name], platform=platform)
         for platform in ("cuda", "cpu")
     )
-    assert asked == ["cudnn"]
+    assert implementations == ["cudnn"]
     for a, b in zip(found, expected, strict=True):
         a, b = (np.asarray(each, np.float32) for each in (a, b))
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
@@ -144,42 +132,35 @@ def test_cudnn_is_given_what_the_definition_means(monkeypatch, name):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("starts", [[4, 4], [0, 6], [5]])
-def test_a_cache_gives_each_row_the_attention_to_all_it_has_read(platform, starts):
+def test_a_cache_gives_each_row_the_attention_to_all_that_it_holds(platform, starts):
     rows, T, S = len(starts), 3, 9
-    q, k, v, _ = (a[:rows] for a in drawn(S))
-    cache = (np.zeros((rows * H, S, D), np.float32),) * 2
-    start_B, own = np.array(starts), np.array(starts)[:, None] + np.arange(T)
-    late = [np.take_along_axis(a, own[..., None, None], 1) for a in (q, k + 1, v + 1)]
-    cache = ops.update(cache, (k, v), np.zeros(rows, int))
-    cache = ops.update(cache, late[1:], start_B)
-    mask = Mask(positions_BT=own)
-    out = ops.cached_attention(late[0], cache, mask, platform)
-    for row, start in enumerate(starts):
-        end = start + T
-        keys, values = (
-            jnp.concatenate([a[row, :start], b[row]])[None]
-            for a, b in zip((k, v), late[1:], strict=True)
-        )
-        alone = Mask(positions_BT=np.arange(start, end)[None])
-        query = late[0][row : row + 1]
-        expected = plain_attention(query, keys, values, alone, None, "cpu")
-        np.testing.assert_allclose(out[row], expected[0], atol=2e-6)
+    q, k, v, weights = (a[:rows] for a in qkv_and_weights(S))
+    start_B, own_BT = np.array(starts), np.array(starts)[:, None] + np.arange(T)
+    index = own_BT[..., None, None]
+    new = [np.take_along_axis(a, index, 1) for a in (q, k + 1, v + 1)]
+
+    @jax.jit
+    def cached(start_B, own_BT):
+        cache = (jnp.zeros((rows * H, S, D)),) * 2
+        cache = ops.update_cache(cache, (k, v), np.zeros(rows, int))
+        cache = ops.update_cache(cache, new[1:], start_B)
+        return ops.cached_attention(new[0], cache, Mask(positions_BT=own_BT), platform)
+
+    for old, late in zip((k, v), new[1:], strict=True):
+        np.put_along_axis(old, index, late, 1)
+    visible = np.arange(S) <= own_BT[:, None, :, None]
+    expected, *_ = pytorchs((new[0], k, v), weights[:, :T], visible)
+    np.testing.assert_allclose(cached(start_B, own_BT), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_unpacked_queries_keys_and_values_have_the_gradients_of_slices(platform):
-    packed, weights = jax.random.normal(jax.random.key(0), (2, B, 5, 3, H, D))
+    rng = np.random.default_rng(0)
+    packed, weights = rng.normal(size=(2, B, 5, 3, H, D)).astype(np.float32)
 
-    def total(packed, parts):
-        return sum(
-            (i + 1) * (a * weights[:, :, i]).sum() for i, a in enumerate(parts(packed))
-        )
+    def total(packed):
+        parts = ops.unpack_qkv(packed, platform)
+        return sum((a * weights[:, :, i]).sum() for i, a in enumerate(parts))
 
-    def slices(packed):
-        return [packed[:, :, i] for i in range(3)]
-
-    found, expected = (
-        jax.value_and_grad(partial(total, parts=parts))(packed)
-        for parts in (partial(ops.unpack, platform=platform), slices)
-    )
-    assert_all_close(found, expected)
+    found = jax.value_and_grad(total)(packed)
+    assert_all_close(found, ((packed * weights).sum(), weights))

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import PLATFORMS
 
 from jaxgpt import ops
 from jaxgpt.ops.dropout import random_bits
 
-PLATFORMS = ("cpu", "tpu", "cuda", "gpu")
+
+def normal(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -26,42 +29,40 @@ PLATFORMS = ("cpu", "tpu", "cuda", "gpu")
     ],
 )
 def test_einsum_and_its_gradients_are_jaxs_own(platform, spec, shapes):
-    a, b = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
+    operands = [normal(shape, seed) for seed, shape in enumerate(shapes)]
 
     def total(product, a, b):
         return (product(spec, a, b) ** 2).sum()
 
-    ours = partial(ops.einsum, dtype=jnp.float32, platform=platform)
+    def ours(*arguments):
+        return ops.einsum(*arguments, jnp.float32, platform)
+
     found, expected = (
-        jax.value_and_grad(total, (1, 2))(product, a, b)
-        for product in (lambda *args: ours(*args), jnp.einsum)
+        jax.jit(jax.value_and_grad(partial(total, product), (0, 1)))(*operands)
+        for product in (ours, jnp.einsum)
     )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), found, expected)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_gradients_of_bfloat16_products_multiply_bfloat16_alone(platform):
-    a, b = (jax.random.normal(jax.random.key(i), (64, 64)) for i in (0, 1))
-    halves = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    operands = normal((2, 64, 64))
+    halves = [jnp.asarray(a, jnp.bfloat16) for a in operands]
 
-    def total(product, a, b):
-        return (product(a, b) ** 2).sum()  # whose gradient is float32
+    def total(a, b):  # its gradient is float32
+        return (ops.einsum("TC,CF->TF", a, b, jnp.float32, platform) ** 2).sum()
 
-    product = partial(ops.einsum, "TC,CF->TF", dtype=jnp.float32, platform=platform)
-    gradient = jax.grad(lambda a, b: total(lambda *ab: product(*ab), a, b), (0, 1))
-    for found, exact in zip(
-        gradient(*halves),
-        jax.grad(partial(total, jnp.matmul), (0, 1))(a, b),
-        strict=True,
-    ):
+    gradient = jax.jit(jax.grad(total, (0, 1)))
+    exact = jax.grad(lambda a, b: ((a @ b) ** 2).sum(), (0, 1))(*operands)
+    for found, expected in zip(gradient(*halves), exact, strict=True):
         assert found.dtype == jnp.bfloat16
-        assert jnp.linalg.norm(found - exact) < 0.02 * jnp.linalg.norm(exact)
-    text = jax.jit(gradient).lower(*halves).as_text()
-    operands = re.findall(
-        r"dot_general.*: \(tensor<\S+x(\w+)>, tensor<\S+x(\w+)>\)", text
+        error = jnp.linalg.norm(found - expected)
+        assert error < 0.02 * jnp.linalg.norm(expected)
+    types = re.findall(
+        r"dot_general.*: \(tensor<\S+x(\w+)>, tensor<\S+x(\w+)>\)",
+        gradient.lower(*halves).as_text(),
     )
-    assert len(operands) == 3
-    assert set(operands) == {("bf16", "bf16")}
+    assert types == [("bf16", "bf16")] * 3
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -75,25 +76,25 @@ def test_products_of_bfloat16_are_summed_in_float32_and_rounded_once(platform):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_gradient_of_a_frequent_token_counts_every_place_it_stands(platform, dtype):
+def test_the_gradient_of_a_frequent_token_sums_all_its_occurrences(platform, dtype):
     table_VC, tokens_BT = jnp.zeros((3, 2)), jnp.array([[1, 2] + [1] * 248])
 
     def total(table_VC):
-        rows_BTC = ops.embed(table_VC, tokens_BT, dtype, platform)
-        return rows_BTC.sum(dtype=jnp.float32)
+        x_BTC = ops.embed(table_VC, tokens_BT, dtype, platform)
+        return x_BTC.sum(dtype=jnp.float32)
 
     assert jax.grad(total)(table_VC).tolist() == [[0, 0], [249, 249], [1, 1]]
-    drawn_VC = jax.random.normal(jax.random.key(0), (3, 2))
-    found_BTC = ops.embed(drawn_VC, tokens_BT, dtype, platform)
-    np.testing.assert_array_equal(found_BTC, drawn_VC.astype(dtype)[tokens_BT])
+    table_VC = jnp.array(normal((3, 2)))
+    x_BTC = ops.embed(table_VC, tokens_BT, dtype, platform)
+    np.testing.assert_array_equal(x_BTC, table_VC.astype(dtype)[tokens_BT])
 
 
-def test_only_tpus_add_embeddings_gradients_in_bfloat16():
+def test_only_tpus_sum_gradients_of_embeddings_in_bfloat16():
     table_VC, tokens_BT = jnp.zeros((1, 1)), jnp.zeros((1, 1000), int)
 
     def gradient(platform):
-        rows = partial(ops.embed, dtype=jnp.bfloat16, platform=platform)
-        return jax.grad(lambda t: rows(t, tokens_BT).sum(dtype=jnp.float32))(table_VC)
+        embed = partial(ops.embed, dtype=jnp.bfloat16, platform=platform)
+        return jax.grad(lambda t: embed(t, tokens_BT).sum(dtype=jnp.float32))(table_VC)
 
     assert [gradient(p).item() for p in PLATFORMS] == [1000, 256, 1000, 1000]
 
@@ -105,43 +106,42 @@ def test_gelu_and_its_gradient_are_pytorchs(platform, kind, approximate):
     theirs = torch.tensor(x, requires_grad=True)
     y = torch.nn.functional.gelu(theirs, approximate=approximate)
     y.sum().backward()
-    ours = partial(ops.gelu, kind=kind, platform=platform)
-    np.testing.assert_allclose(ours(jnp.array(x)), y.detach(), atol=2e-6)
-    np.testing.assert_allclose(jax.vmap(jax.grad(ours))(x), theirs.grad, atol=5e-6)
+    gelu = partial(ops.gelu, kind=kind, platform=platform)
+    np.testing.assert_allclose(gelu(jnp.array(x)), y.detach(), atol=2e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), theirs.grad, atol=5e-6)
 
 
-def test_a_gpu_keeps_nothing_for_gelus_gradient_but_its_input():
-    x = jax.random.normal(jax.random.key(0), (16, 16), jnp.bfloat16)
+def test_gpus_store_only_the_input_for_the_gradient_of_gelu():
+    x = jnp.array(normal((16, 16)), jnp.bfloat16)
 
-    def kept(platform):
+    def stored(platform):
         _, backward = jax.vjp(lambda x: ops.gelu(x, "exact", platform), x)
-        return sum(each.nbytes for each in jax.tree.leaves(backward) if each.size > 1)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(backward) if leaf.size > 1)
 
-    assert kept("cuda") == kept("gpu") == x.nbytes < kept("cpu")
+    assert stored("cuda") == stored("gpu") == x.nbytes < stored("cpu")
 
 
-def test_random_bits_are_as_those_of_fair_coins():
+def test_random_bits_are_independent_and_fair():
     keys = jax.random.split(jax.random.key(1), 32)
     bits = np.asarray(random_bits(keys, (16, 64, 32), (), ()))
     assert len(np.unique(bits)) > 0.999 * bits.size  # 0.9999 of them are expected
     coins = np.unpackbits(bits.view(np.uint8)).reshape(-1, 32) - 0.5
     spread = 5 * 0.5 / len(coins) ** 0.5  # five standard deviations
     assert abs(coins.mean(axis=0)).max() < spread
-    together = coins.T @ coins / len(coins) - np.eye(32) / 4
-    assert abs(together).max() < 2 * spread
-    # Neither neighbours along an axis nor rows have to do with each other.
+    covariance = coins.T @ coins / len(coins) - np.eye(32) / 4
+    assert abs(covariance).max() < 2 * spread
+    # Neighbours along an axis and neighbouring rows are independent.
+    low = bits < 0.2 * 2**32
+    assert abs(low.mean() - 0.2) < 5 * 0.4 / bits.size**0.5
     for axis in range(bits.ndim):
-        low = bits < 0.2 * 2**32
         pairs = low & np.roll(low, 1, axis)
-        assert abs(low.mean() - 0.2) < 5 * 0.4 / bits.size**0.5
         assert abs(pairs.mean() - 0.04) < 5 * 0.2 / bits.size**0.5
 
 
-def test_a_block_of_a_row_drops_what_the_row_does():
+def test_dropout_of_a_block_is_that_of_its_place_in_the_row():
     keys = jax.random.split(jax.random.key(1), 2)
     whole = ops.dropout(0.4, keys, jnp.ones((2, 3, 8, 10)))
     np.testing.assert_allclose(np.unique(whole), [0, 1 / 0.6])
-    block = ops.dropout(
-        0.4, keys, jnp.ones((2, 3, 5, 7)), start=(0, 2, 0), shape=(3, 8, 10)
-    )
+    place = {"start": (0, 2, 0), "shape": (3, 8, 10)}
+    block = ops.dropout(0.4, keys, jnp.ones((2, 3, 5, 7)), **place)
     np.testing.assert_array_equal(block, whole[:, :, 2:7, :7])
