@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 from conftest import logits_of
+from numpy.lib.stride_tricks import sliding_window_view
 
 from jaxgpt import load_run
 from jaxgpt.ops import cross_entropy
@@ -63,10 +64,16 @@ def test_the_split_is_val_and_the_checkpoint_the_best_by_default(report_of, tiny
         assert report_of("--checkpoint", name) == report
 
 
-def test_a_stride_predicts_the_same_tokens_from_more_context(report_of):
-    plain, overlapping = report_of(), report_of("--stride", "1")
-    assert overlapping["tokens"] == plain["tokens"]
-    assert overlapping["nats_per_token"] != plain["nats_per_token"]
+def test_with_stride_1_each_token_is_predicted_from_a_full_window(report_of, tiny_run):
+    run = load_run(tiny_run)
+    tokens = load_corpus(run.config)[0].val.astype(np.int32)
+    windows_BT = sliding_window_view(tokens, run.config.model.block_size + 1)
+    logits_BTV = logits_of(run.model, run.params, windows_BT[:, :-1])
+    losses_BT = cross_entropy(logits_BTV, windows_BT[:, 1:])
+    expected = np.mean([*losses_BT[0], *losses_BT[1:, -1]])  # all of the first window
+    report = report_of("--stride", "1")
+    assert report["tokens"] == len(tokens) - 1
+    assert report["nats_per_token"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_other_text_than_the_runs_can_be_evaluated(evaluate, tiny_run, tmp_path):
@@ -84,10 +91,11 @@ def test_bits_per_character_are_unknown_without_a_tokenizer(call, tiny_run, tmp_
         (np.arange(99) % 11).astype(np.uint16).tofile(tmp_path / f"{split}.bin")
     run_dir = shutil.copytree(tiny_run, tmp_path / "run")
     (run_dir / TOKENIZER).unlink()
-    flags = ["evaluate", "--run-dir", run_dir, "--data-path", tmp_path]
-    report = json.loads(call("jaxgpt", *flags, "--json").out)
-    assert report["bits_per_character"] is None
-    assert report["tokens"] == 98
+    for folder, known in [(tiny_run, True), (run_dir, False)]:
+        flags = ["evaluate", "--run-dir", folder, "--data-path", tmp_path]
+        report = json.loads(call("jaxgpt", *flags, "--json").out)
+        assert (report["bits_per_character"] is not None) == known
+        assert report["tokens"] == 98
     out, _ = call("jaxgpt", *flags)
     (line,) = (line for line in out.splitlines() if line.startswith("bits"))
     assert line.split()[-1] == "unknown"
