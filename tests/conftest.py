@@ -97,9 +97,14 @@ def changed(config: Config, **sections: dict[str, object]) -> Config:
     return dataclasses.replace(config, **replaced)
 
 
+def build(**fields):
+    """A model like TINY's with some fields changed."""
+    return build_model(changed(TINY, model=fields).model, "cpu")
+
+
 def init_model(**fields):
-    """A model like TINY's with some fields changed, and its initial parameters."""
-    model = build_model(changed(TINY, model=fields).model, "cpu")
+    """Such a model, and its initial parameters."""
+    model = build(**fields)
     return model, jax.jit(model.init)(jax.random.key(0), ONE_ROW[:, :1])["params"]
 
 

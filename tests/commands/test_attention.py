@@ -4,12 +4,11 @@ import shutil
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import TINY, changed, random_params
+from conftest import build, random_params
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from jaxgpt.commands.attention import attention_maps, draw_maps
-from jaxgpt.models import build_model
 from jaxgpt.models.lecture import BLOCKS
 
 TOKENS = np.array([3, 1, 4, 1, 5, 9])
@@ -34,8 +33,7 @@ def zero_queries(params, architecture, layer, head):
     [*((name, 2) for name in ("gpt", *BLOCKS)), ("layer-norm", 11)],
 )
 def test_maps_are_in_the_order_of_layers_and_heads(architecture, n_layer):
-    shape = {"architecture": architecture, "n_layer": n_layer, "n_head": 4}
-    model = build_model(changed(TINY, model=shape).model, "cpu")
+    model = build(architecture=architecture, n_layer=n_layer, n_head=4)
     params = random_params(model, mean=0, std=0.3)
     zero_queries(params, architecture, n_layer - 1, head=2)
     maps_LHTS = attention_maps(model, params, TOKENS)
@@ -97,10 +95,7 @@ def test_both_axes_are_labelled_with_the_tokens_in_order(monkeypatch, tmp_path):
 
 
 def test_maps_in_bfloat16_are_near_those_in_float32_and_can_be_drawn(tmp_path):
-    models = [
-        build_model(changed(TINY, model={"compute_dtype": dtype}).model, "cpu")
-        for dtype in ("bfloat16", "float32")
-    ]
+    models = [build(compute_dtype=dtype) for dtype in ("bfloat16", "float32")]
     params = random_params(models[0])
     maps_LHTS, exact_LHTS = (attention_maps(model, params, TOKENS) for model in models)
     assert maps_LHTS.dtype == np.float32

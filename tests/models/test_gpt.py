@@ -6,41 +6,59 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
+import torch_nanogpt
 from conftest import (
     ONE_ROW,
     TINY,
+    build,
     changed,
     dropped_logits,
     init_model,
     logits_of,
     random_params,
+    train_on,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy_gpt import logits as numpy_logits
+from torch.nn import functional
 
 from jaxgpt.generation.decode import generate_tokens, unstack_layers
+from jaxgpt.interop.state_dict import to_state_dict
 from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.ops import cross_entropy
+from jaxgpt.parallel.mesh import single_device_mesh
 from jaxgpt.presets import PRESETS
 from jaxgpt.training.objectives import Context, next_token
+from jaxgpt.training.step import create_state
 
 T, V = TINY.model.block_size, TINY.model.vocab_size
 
 
-def build(**model):
-    """A model like TINY's with some fields changed."""
-    return build_model(changed(TINY, model=model).model, "cpu")
-
-
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("gelu", ["exact", "tanh"])
-def test_logits_are_those_of_nanogpts_definition_in_numpy(bias, gelu):
-    model = build(bias=bias, gelu=gelu)
-    params = random_params(model)
-    expected = numpy_logits(params, ONE_ROW[0], gelu)
-    logits = logits_of(model, params, ONE_ROW)[0]
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+def test_loss_and_gradients_are_those_of_nanogpts_gpt_in_pytorch(bias):
+    model = build(bias=bias, dropout=0.0)
+    params = random_params(model, mean=0.1, std=0.2)
+    names = [*torch_nanogpt.MODEL_ARGS, "bias"]
+    reference = torch_nanogpt.GPT(**{n: getattr(model.config, n) for n in names})
+    state = to_state_dict(params, model.config, out_in=True)
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    reference.load_state_dict({name: torch.tensor(a) for name, a in state.items()})
+    tokens_BT = np.random.default_rng(0).integers(V, size=(4, T + 1))
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    logits = reference(torch.tensor(inputs_BT)).flatten(0, 1)
+    expected = functional.cross_entropy(logits, torch.tensor(targets_BT).flatten())
+    expected.backward()
+
+    def mean_loss(params):
+        return cross_entropy(logits_of(model, params, inputs_BT), targets_BT).mean()
+
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
+    assert float(loss) == pytest.approx(expected.item(), abs=1e-6)
+    grads = to_state_dict(grads, model.config, out_in=True)
+    for name, parameter in reference.named_parameters():
+        assert parameter.grad.abs().max() > 1e-5
+        np.testing.assert_allclose(grads[name], parameter.grad, atol=2e-6, err_msg=name)
 
 
 def test_each_logit_has_a_gradient_from_every_past_position_and_no_future_one(
@@ -98,26 +116,15 @@ def test_initial_scales_are_gpt2s():
 
 
 def test_one_batch_can_be_overfit():
-    model, params = init_model(n_embd=32, unroll=1)
-    optimizer = optax.adam(1e-2)
-
-    def step(carry, _):
-        params, state = carry
-
-        def mean_loss(params):
-            logits_BTV = logits_of(model, params, ONE_ROW[:, :-1])
-            return cross_entropy(logits_BTV, ONE_ROW[:, 1:]).mean()
-
-        loss, grads = jax.value_and_grad(mean_loss)(params)
-        updates, state = optimizer.update(grads, state)
-        return (optax.apply_updates(params, updates), state), loss
-
-    state = optimizer.init(params)
-    losses = jax.jit(lambda carry: jax.lax.scan(step, carry, length=100)[1])(
-        (params, state)
-    )
-    assert losses[0] > 2
-    assert losses[-1] < 0.01
+    shape = {"n_embd": 32, "dropout": 0.0, "unroll": 1}
+    config = changed(TINY, model=shape, train={"max_steps": 100})
+    config = changed(config, data={"batch_size": 1}, optimizer={"learning_rate": 1e-2})
+    model, mesh = build_model(config.model, "cpu"), single_device_mesh()
+    batches = [np.tile(a, (100, 1, 1)) for a in (ONE_ROW[:, :-1], ONE_ROW[:, 1:])]
+    state = create_state(model, config, mesh)
+    _, metrics = train_on(model, config, mesh, state, tuple(batches))
+    assert metrics["loss"][0] > 2
+    assert metrics["loss"][-1] < 0.01
 
 
 def test_the_program_is_as_long_for_a_deep_model_as_for_a_shallow_one():
@@ -148,16 +155,6 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient():
     assert remade_bytes < 0.5 * kept_bytes
 
 
-def test_bfloat16_computes_near_float32_and_keeps_parameters_and_logits_float32():
-    model, params = init_model(compute_dtype="bfloat16")
-    assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    logits = logits_of(model, params, ONE_ROW)
-    assert logits.dtype == jnp.float32
-    expected = logits_of(build(), params, ONE_ROW)
-    assert not np.array_equal(logits, expected)
-    np.testing.assert_allclose(logits, expected, atol=2e-2 * np.abs(expected).max())
-
-
 @pytest.mark.parametrize(
     ("n_head", "n_embd", "block_size", "vocab_size", "rows"),
     [(3, 9, 7, 11, 3), (1, 1, 1, 2, 1), (1, 8, 1, 1, 1), (5, 40, 130, 11, 2)],
@@ -181,7 +178,9 @@ def test_bfloat16_trains_and_generates_near_float32_in_all_shapes(
 
     found, exact = gradient(model), gradient(exact_model)
     error = optax.tree.norm(optax.tree.sub(found, exact))
-    assert error <= 0.02 * optax.tree.norm(exact)
+    assert 0 < error < 0.02 * optax.tree.norm(exact) or vocab_size == 1
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    assert logits_of(model, params, batch[0]).dtype == jnp.float32
 
     @jax.jit
     def exact_log_probs(text_BT):
@@ -208,15 +207,6 @@ def test_each_layer_draws_its_own_dropout_mask():
     stream_C = np.sort(dropped_logits(model, params, ONE_ROW, None)[0, 0])
     levels = 1 + (np.diff(stream_C) > 0.1 * np.ptp(stream_C)).sum()
     assert levels == 3  # kept by no layer, by one, by both; equal masks would give 2
-
-
-def test_dropout_keeps_the_mean():
-    model, params = init_model(dropout=0.3)
-    tokens_BT = jnp.tile(ONE_ROW[:, :1], (4000, 1))
-    mean = dropped_logits(model, params, tokens_BT, None).mean(axis=0)
-    # For one layer a linear head would do; LayerNorm bends the mean a little.
-    off = logits_of(model, params, ONE_ROW[:, :1])[0]
-    assert np.corrcoef(mean.ravel(), off.ravel())[0, 1] > 0.98
 
 
 @partial(jax.jit, static_argnums=0)

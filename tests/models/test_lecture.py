@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import (
     ONE_ROW,
-    TINY,
+    build,
     changed,
     dropped_logits,
     init_model,
@@ -13,24 +13,16 @@ from conftest import (
 )
 from numpy_lecture import logits as numpy_logits
 
-from jaxgpt.models import build_model, parameter_shapes
+from jaxgpt.models import parameter_shapes
 from jaxgpt.models.lecture import (
     BLOCKS,
     Head,
-    attention_scores,
-    attention_weights,
     average_by_attention,
     average_by_loop,
     average_by_matrix,
     average_by_softmax,
 )
 from jaxgpt.presets import PRESETS
-
-
-def build(architecture, dropout=0.0, **model):
-    """A model of the ladder."""
-    model |= {"architecture": architecture, "dropout": dropout}
-    return build_model(changed(TINY, model=model).model, "cpu")
 
 
 def test_the_bigram_model_is_a_table_of_logits(bigram):
@@ -53,26 +45,10 @@ def test_all_ways_to_average_the_past_give_the_running_mean(average):
     np.testing.assert_allclose(average(jnp.array(x_BTC)), means_BTC, atol=1e-6)
 
 
-@pytest.mark.parametrize(("head_dim", "favourite"), [(16, 0.4), (64, 0.7), (256, 0.85)])
-def test_scaling_keeps_scores_at_variance_one_and_softmax_spread(head_dim, favourite):
-    rng = np.random.default_rng(0)
-    q_BTD, k_BSD = rng.normal(size=(2, 8, 64, head_dim)).astype(np.float32)
-    raw_BTS, scaled_BTS = q_BTD @ k_BSD.swapaxes(1, 2), attention_scores(q_BTD, k_BSD)
-    assert raw_BTS.var() == pytest.approx(head_dim, rel=0.1)
-    assert scaled_BTS.var() == pytest.approx(1, rel=0.1)
-    # The largest weight of a position among 64, on average.
-    raw, scaled = (jax.nn.softmax(s).max(axis=-1).mean() for s in (raw_BTS, scaled_BTS))
-    assert scaled < 0.2
-    assert raw > favourite
-    # And the weights of a head come from the scaled ones.
-    last_BS = attention_weights(q_BTD, k_BSD)[:, -1]
-    np.testing.assert_allclose(last_BS, jax.nn.softmax(scaled_BTS[:, -1]), rtol=1e-4)
-
-
 @pytest.mark.parametrize("n_head", [1, 4])
 @pytest.mark.parametrize("architecture", BLOCKS)
 def test_logits_are_those_of_the_lectures_definition_in_numpy(architecture, n_head):
-    model = build(architecture, n_layer=3, n_head=n_head)
+    model = build(architecture=architecture, n_layer=3, n_head=n_head)
     params = random_params(model)
     expected = numpy_logits(params, ONE_ROW[0], architecture, n_layer=3)
     logits = logits_of(model, params, ONE_ROW)[0]
@@ -122,7 +98,7 @@ def test_parameters_are_as_many_as_in_the_lecture():
 
 
 def test_each_head_draws_its_own_dropout_mask():
-    model = build("attention", n_head=4, n_layer=1, dropout=0.5)
+    model = build(architecture="attention", n_head=4, n_layer=1, dropout=0.5)
     _, sown = model.apply(
         {"params": random_params(model)},
         jnp.tile(ONE_ROW, (8, 1)),
@@ -139,7 +115,8 @@ def test_each_head_draws_its_own_dropout_mask():
 
 @pytest.mark.parametrize("architecture", ["residual", "layer-norm"])
 def test_both_projections_apply_dropout_to_what_they_add(architecture):
-    model = build(architecture, n_layer=1, n_embd=64, vocab_size=64, dropout=0.5)
+    shape = {"n_layer": 1, "n_embd": 64, "vocab_size": 64}
+    model = build(architecture=architecture, dropout=0.5, **shape)
     params = jax.tree.map(jnp.zeros_like, random_params(model))
     for half in ("sa", "ffwd"):
         params["block_0"][half]["proj"]["bias"] += 1.0

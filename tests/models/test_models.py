@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_ROW, TINY, changed, dropped_logits, logits_of, random_params
+from conftest import ONE_ROW, TINY, build, dropped_logits, logits_of, random_params
 
 from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.models.lecture import BLOCKS
@@ -20,8 +20,7 @@ def any_model(request, tiny_model):
     """A Transformer of two layers, and parameters of it that are not small."""
     if request.param == "gpt":
         return tiny_model
-    config = changed(TINY, model={"architecture": request.param}).model
-    model = build_model(config, "cpu")
+    model = build(architecture=request.param)
     return model, random_params(model, mean=0, std=0.25)
 
 
