@@ -1,27 +1,27 @@
 import json
+from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 import torch
 import torch_nanogpt
 from conftest import finish, start_script
 
+from benchmarks import rounds, wall_clock
 from benchmarks.generate import judge as judge_generation
 from benchmarks.rounds import compete, rates, wanted
 from benchmarks.torch_recipe import exact_loss, make_schedule
-from benchmarks.train import best_of
-from benchmarks.wall_clock import judge as judge_wall_clock
-from benchmarks.wall_clock import wait_for
+from benchmarks.train import best_of, shape_config
+from benchmarks.train import judge as judge_training
 from jaxgpt import OptimizerConfig
 from jaxgpt.interop.nanogpt import read_nanogpt
-from jaxgpt.interop.state_dict import to_state_dict
 from jaxgpt.models import build_model
-from jaxgpt.ops import cross_entropy
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.planning.flops import step_flops
 from jaxgpt.training.evaluation import compile_losses, evaluate_exactly
 from jaxgpt.training.optimizer import learning_rate_schedule
 
+# A contender whose rounds take made-up seconds.
 FAKE = """
 import time
 
@@ -29,7 +29,8 @@ def build(name, log, seconds=0, fails_at=None):
     if fails_at == 0:
         raise ValueError(f"{name} can't begin")
     print("chatter that is no answer")
-    turns = []
+    now, turns = [0], []
+    time.perf_counter = lambda: now[0]
 
     def run():
         turns.append(name)
@@ -37,10 +38,20 @@ def build(name, log, seconds=0, fails_at=None):
             raise ValueError(f"{name} can't go on")
         with open(log, "a") as file:
             file.write(name)
-        time.sleep(seconds)
+        now[0] += seconds
         return {"turn": len(turns)}
 
     return {"tokens": 6}, run
+"""
+
+WAITS_UNTIL_SEEN = """
+import pathlib, sys, time
+
+print("step 1/", flush=True)
+deadline = time.monotonic() + 60
+while not pathlib.Path(sys.argv[1]).exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
 """
 
 
@@ -49,63 +60,27 @@ def fake(tmp_path, monkeypatch):
     """Has fake contenders compete; returns what is found, and whose turns it was."""
     (tmp_path / "fake_contender.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    log = tmp_path / "log"
+    monkeypatch.setattr(rounds, "_PAUSE", 0)
 
-    def run(rounds, **tasks):
-        for name, task in tasks.items():
-            task |= {"name": name, "log": str(log)}
-        return compete("fake_contender", tasks, rounds), log.read_text()
+    def run(count, **tasks):
+        log = tmp_path / "log"
+        tasks = {k: {"name": k, "log": str(log), **task} for k, task in tasks.items()}
+        return compete("fake_contender", tasks, count), log.read_text()
 
     return run
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_plain_pytorch_gpt_has_our_loss_and_gradients(tmp_path, bias):
-    path = tmp_path / "ckpt.pt"
-    theirs, _ = torch_nanogpt.make(path, bias=bias)
-    for parameter in theirs.parameters():
-        if parameter.dim() >= 2:  # small ones make the two kinds of GELU one
-            parameter.data *= 8
-    torch.save(torch.load(path) | {"model": theirs.state_dict()}, path)
-    config, state, _ = read_nanogpt(path, log=pytest.fail)
-    ((inputs, targets),) = torch_nanogpt.batches([9])
-    model = build_model(config.model, "cpu")
-
-    def our_loss(params):
-        return cross_entropy(model.apply({"params": params}, inputs), targets).mean()
-
-    our, gradients = jax.value_and_grad(our_loss)(state.params)
-    loss = torch.nn.functional.cross_entropy(
-        theirs(torch.tensor(inputs)).flatten(0, 1),
-        torch.tensor(targets, dtype=torch.int64).flatten(),
-    )
-    theirs.zero_grad()
-    loss.backward()
-    assert float(our) == pytest.approx(loss.item(), abs=1e-6)
-    ours = to_state_dict(gradients, config.model, out_in=True)
-    for name, parameter in theirs.named_parameters():
-        name = name.replace("lm_head", "transformer.wte") if "lm" in name else name
-        assert parameter.grad.abs().max() > 1e-5
-        np.testing.assert_allclose(
-            ours[name], parameter.grad.numpy(), atol=2e-6, err_msg=name
-        )
-
-
 def test_contenders_take_turns_and_every_other_round_goes_backwards(fake):
-    found, turns = fake(3, a={}, b={}, c={})
+    found, turns = fake(3, a={}, b={"seconds": 5}, c={})
     assert turns == "abccbaabc"
-    assert [turn["turn"] for turn in found["b"]["rounds"]] == [1, 2, 3]
-    assert found["b"]["tokens"] == 6
-    assert found["b"]["peak_mib"] > 1
+    peaks = [facts.pop("peak_mib") for facts in found.values()]
+    assert all(1 < peak < 1000 for peak in peaks)
+    for name, seconds in (("a", 0), ("b", 5), ("c", 0)):
+        turns = [{"seconds": seconds, "turn": turn} for turn in (1, 2, 3)]
+        assert found[name] == {"tokens": 6, "rounds": turns}
 
 
-def test_a_round_lasts_as_long_as_its_contender_works(fake):
-    found, _ = fake(1, quick={}, slow={"seconds": 0.5})
-    seconds = {name: facts["rounds"][0]["seconds"] for name, facts in found.items()}
-    assert seconds["quick"] < 0.5 <= seconds["slow"] < 5
-
-
-def test_one_that_fails_is_told_of_and_the_others_go_on(fake):
+def test_a_contenders_failure_is_reported_and_the_others_go_on(fake):
     found, turns = fake(3, a={}, b={"fails_at": 0}, c={"fails_at": 2}, d={})
     assert turns == "acddaad"
     assert found["b"] == {"failed": "ValueError: b can't begin"}
@@ -113,33 +88,67 @@ def test_one_that_fails_is_told_of_and_the_others_go_on(fake):
     assert len(found["a"]["rounds"]) == len(found["d"]["rounds"]) == 3
 
 
+def rounds_of(tokens, *seconds):
+    return {"tokens": tokens, "rounds": [{"seconds": s} for s in seconds]}
+
+
 def test_rates_are_of_the_rounds_one_by_one():
-    facts = {"tokens": 12, "rounds": [{"seconds": s} for s in (1, 4, 2)]}
-    assert rates(facts, "tokens") == {"median": 6, "lowest": 3, "highest": 12}
+    found = rates(rounds_of(12, 1, 4, 2), "tokens")
+    assert found == {"median": 6, "lowest": 3, "highest": 12}
 
 
 def test_the_best_of_each_side_at_a_precision_are_compared():
-    speeds = {
-        "jaxgpt float32": 30.0,
-        "jaxgpt bfloat16": 10.0,
-        "torch eager float32": 15.0,
-        "torch eager bfloat16": 60.0,
-    }
-    assert best_of(speeds, "float32") == {
-        "ours": "jaxgpt float32",
-        "theirs": "torch eager float32",
-        "ratio": 2.0,
-    }
-    assert best_of(speeds, "")["ratio"] == 0.5
-    assert best_of({"jaxgpt float32": 30.0}, "float32") is None
+    ours = {"jaxgpt float32": 30.0, "jaxgpt bfloat16": 10.0}
+    theirs = {"torch eager float32": 15.0, "torch eager bfloat16": 60.0}
+    best = {"ours": "jaxgpt float32", "theirs": "torch eager float32", "ratio": 2.0}
+    assert best_of(ours | theirs, "float32") == best
+    assert best_of(ours | theirs, "")["ratio"] == 0.5
+    assert best_of(ours, "float32") is None
 
 
-def test_one_that_is_left_out_of_generation_has_no_ratio():
-    turn = {"seconds": 2.0, "first_seconds": 0.5}
+def test_training_is_judged_by_median_speeds_and_the_highest_ceiling():
+    config = shape_config("tiny")
+    results = {
+        "jaxgpt float32": rounds_of(600, 1, 3, 2),
+        "torch eager float32": rounds_of(600, 4, 6, 5),
+        "torch compile float32": {"failed": "no compiler"},
+    }
+    ceilings = {"jax float32": {"gflops": 2.0}, "torch float32": {"gflops": 5.0}}
+    ceilings["torch bfloat16"] = {"gflops": 9.0}
+    report = judge_training(config, results, ceilings)
+    ours, theirs, failed = report["contenders"].values()
+    assert failed == {"failed": "no compiler"}
+    assert ours["tokens_per_second"]["median"] == 300
+    gflops = 300 / (16 * 32) * step_flops(config) / 1e9
+    assert ours["share_of_ceiling"] == pytest.approx(gflops / 5.0)
+    assert (ours["ratio"], theirs["ratio"]) == (1.0, 2.5)
+    assert report["best_float32"]["ratio"] == report["best"]["ratio"] == 2.5
+
+
+@pytest.mark.processes
+def test_the_training_benchmark_runs_and_writes_its_report(tmp_path):
+    out, names = tmp_path / "train.json", ["jaxgpt float32", "torch eager float32"]
+    flags = ["--rounds", 3, "--seconds", 0.05, "--out", out, "--shapes", "tiny"]
+    command = ["-m", "benchmarks.train", *flags, "--contenders", *names]
+    shown, _ = finish(start_script(*command))
+    report = json.loads(out.read_text())
+    found = report["shapes"]["tiny"]["contenders"]
+    assert list(found) == names
+    for facts in found.values():
+        speed = facts["tokens_per_second"]["median"]
+        each = sorted(facts["tokens"] / turn["seconds"] for turn in facts["rounds"])
+        assert speed == each[1]
+        assert f"{speed:,.0f}" in shown
+        assert all(0 < turn["loss"] < 5 for turn in facts["rounds"])
+    expected = judge_training(shape_config("tiny"), found, report["ceilings"])
+    assert json.loads(json.dumps(expected)) == report["shapes"]["tiny"]
+
+
+def test_a_contender_that_is_left_out_of_generation_has_no_ratio():
     judged = judge_generation(
         {
-            "jaxgpt": {"tokens": 8, "rounds": [turn]},
-            "transformers": {"tokens": 2, "rounds": [{"seconds": 2.0}]},
+            "jaxgpt": {"tokens": 8, "rounds": [{"seconds": 2.0, "first_seconds": 0.5}]},
+            "transformers": rounds_of(2, 2.0),
             "torch lecture": {"left_out": "too long"},
         }
     )
@@ -148,37 +157,10 @@ def test_one_that_is_left_out_of_generation_has_no_ratio():
     assert judged["torch lecture"] == {"left_out": "too long"}
 
 
-def test_names_are_chosen_by_their_parts():
-    names = ("jaxgpt float32", "torch eager float32", "torch eager bfloat16")
-    assert wanted(names, ()) == list(names)
+def test_contenders_are_chosen_by_parts_of_their_names():
+    names = ["jaxgpt float32", "torch eager float32", "torch eager bfloat16"]
+    assert wanted(names, ()) == names
     assert wanted(names, ("jaxgpt", "bfloat16")) == [names[0], names[2]]
-
-
-def test_the_ratios_of_a_report_are_the_quotients_of_its_medians(tmp_path):
-    out = tmp_path / "train.json"
-    arguments = ["--rounds", "3", "--seconds", "0.05", "--out", out, "--shapes", "tiny"]
-    names = ["jaxgpt float32", "torch eager float32"]
-    process = start_script(
-        *("-m", "benchmarks.train", *arguments, "--contenders", *names)
-    )
-    shown, _ = finish(process)
-    report = json.loads(out.read_text())
-    found = report["shapes"]["tiny"]
-    assert list(found["contenders"]) == names
-    ceiling = max(facts["gflops"] for facts in report["ceilings"].values())
-    ours = found["contenders"][names[0]]["tokens_per_second"]["median"]
-    for facts in found["contenders"].values():
-        speed = facts["tokens_per_second"]["median"]
-        each = sorted(facts["tokens"] / turn["seconds"] for turn in facts["rounds"])
-        assert speed == each[1]
-        assert facts["ratio"] == pytest.approx(ours / speed)
-        gflops = speed * found["flops_per_update"] / (16 * 32) / 1e9
-        assert facts["share_of_ceiling"] == pytest.approx(gflops / ceiling)
-        assert f"{speed:,.0f}" in shown
-        assert all(0 < turn["loss"] < 5 for turn in facts["rounds"])
-    assert found["best_float32"]["ratio"] == pytest.approx(
-        ours / found["contenders"][names[1]]["tokens_per_second"]["median"]
-    )
 
 
 def test_pytorchs_recipe_has_our_learning_rates():
@@ -192,30 +174,37 @@ def test_pytorchs_recipe_has_our_learning_rates():
         schedule.step()
 
 
-@pytest.mark.parametrize("length", [2, 8, 9, 20, 8 * 65 + 3])
-def test_pytorchs_exact_loss_is_ours(tmp_path, length):
+def test_pytorchs_exact_loss_is_ours(tmp_path):
     path = tmp_path / "ckpt.pt"
     theirs, _ = torch_nanogpt.make(path)
     config, state, _ = read_nanogpt(path, log=pytest.fail)
     T = config.model.block_size
-    tokens = np.random.default_rng(0).integers(11, size=length).astype(np.int32)
-    model = build_model(config.model, "cpu")
-    losses = compile_losses(model, make_mesh(config))
-    ours = evaluate_exactly(losses, state.params, tokens, config)
-    found = exact_loss(theirs, torch.tensor(tokens, dtype=torch.int64), T)
-    assert found == pytest.approx(ours.nats_per_token, rel=1e-5)
+    losses = compile_losses(build_model(config.model, "cpu"), make_mesh(config))
+    for length in (2, T, T + 1, 20, 65 * T + 3):
+        tokens = np.random.default_rng(0).integers(11, size=length).astype(np.int32)
+        ours = evaluate_exactly(losses, state.params, tokens, config)
+        found = exact_loss(theirs, torch.tensor(tokens, dtype=torch.int64), T)
+        assert found == pytest.approx(ours.nats_per_token, rel=1e-5)
 
 
-def test_seconds_are_those_until_the_line_is_printed():
-    late = "import time; time.sleep(0.5); print('step 1/', flush=True); time.sleep(1)"
-    seconds, line = wait_for("step 1/", ["-c", late], {})
-    assert 0.5 < seconds < 1.4
-    assert line == "step 1/\n"
+def test_seconds_are_read_when_the_line_is_printed(tmp_path, monkeypatch):
+    readings, seen = [], tmp_path / "seen"
+
+    def clock():  # a second later at each reading; the second lets the script end
+        readings.append(float(len(readings)))
+        if len(readings) == 2:
+            seen.touch()
+        return readings[-1]
+
+    monkeypatch.setattr(wall_clock, "time", SimpleNamespace(perf_counter=clock))
+    (tmp_path / "script.py").write_text(WAITS_UNTIL_SEEN)
+    command = [str(tmp_path / "script.py"), str(seen)]
+    assert wall_clock.wait_for("step 1/", command, {}) == (1.0, "step 1/\n")
     with pytest.raises(RuntimeError, match="chatter"):
-        wait_for("step 1/", ["-c", "print('chatter')"], {})
+        wall_clock.wait_for("step 1/", ["-c", "print('chatter')"], {})
 
 
 def test_the_wall_clock_compares_with_the_faster_of_pytorchs():
     seconds = {"first start": 8.0, "second start": 2.0, "jaxgpt fast": 20.0}
     seconds |= {"jaxgpt": 50.0, "torch eager": 100.0, "torch compile": 80.0}
-    assert list(judge_wall_clock(seconds).values()) == [0.25, 0.25, 0.625]
+    assert list(wall_clock.judge(seconds).values()) == [0.25, 0.25, 0.625]

@@ -1,4 +1,4 @@
-"""The pages in docs/ and the commands of README.md, as a reader would try them."""
+"""The commands, sessions, tables and samples of README.md and docs/."""
 
 import doctest
 import hashlib
@@ -18,6 +18,7 @@ from rich.console import Console
 from torch_nanogpt import CHARACTERS
 
 from jaxgpt import CharTokenizer
+from jaxgpt.cli import parse_arguments
 from jaxgpt.commands import lecture
 from jaxgpt.models import lecture as models
 from jaxgpt.models import parameter_shapes
@@ -28,12 +29,13 @@ from jaxgpt.text import tinyshakespeare
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.text.pretrained import save_nanogpt_meta
 
-SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-LECTURE = (ROOT / "docs" / "lecture.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PRESETS_PAGE = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
-PYTORCH = (ROOT / "docs" / "pytorch.md").read_text(encoding="utf-8")
-RESULTS = json.loads((ROOT / "docs" / "lecture.json").read_text(encoding="utf-8"))
+DOCS = ROOT / "docs"
+README, PRESETS_PAGE, SCALING, PYTORCH, LECTURE = (
+    (DOCS / name).with_suffix(".md").read_text(encoding="utf-8")
+    for name in ("../README", "presets", "scaling", "pytorch", "lecture")
+)
+RESULTS = json.loads((DOCS / "lecture.json").read_text(encoding="utf-8"))
+TRAIN = re.findall(r"python train\.py(?! --help)([^#`\n]*)", README + SCALING + LECTURE)
 
 SHORTER = {
     "train.py": "--train.max-steps 2 --train.eval-interval 1 --train.eval-iters 1 "
@@ -46,10 +48,8 @@ SHORTER = {
 
 def commands(text, *programs):
     """The arguments of `python ...` in indented blocks, comments left out."""
-    found = [
-        shlex.split(line, comments=True)
-        for line in re.findall(r"^    python (?:-m )?(.*)$", text, re.MULTILINE)
-    ]
+    lines = re.findall(r"^    python (?:-m )?(.*)$", text, re.MULTILINE)
+    found = [shlex.split(line, comments=True) for line in lines]
     return [words for words in found if words[0] in programs]
 
 
@@ -57,18 +57,19 @@ def commands(text, *programs):
 def short_shakespeare(tmp_path, monkeypatch):
     """The start of Tiny Shakespeare, with all its characters, in its place."""
     load_corpus(lecture_bigram())  # says so if it has to fetch
-    cache = cache_dir()
+    cache, short_cache = cache_dir(), tmp_path / "cache"
     text = (cache / "tinyshakespeare.txt").read_text(encoding="utf-8")
     short = text[:30_000] + "".join(sorted(set(text)))
-    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache").mkdir()
+    short_cache.mkdir()
     (cache / "gpt2").mkdir(exist_ok=True)
-    (tmp_path / "cache" / "gpt2").symlink_to(cache / "gpt2")
-    (tmp_path / "cache" / "tinyshakespeare.txt").write_text(short, encoding="utf-8")
+    (short_cache / "gpt2").symlink_to(cache / "gpt2")
+    (short_cache / "tinyshakespeare.txt").write_text(short, encoding="utf-8")
+    monkeypatch.setenv("JAXGPT_CACHE", str(short_cache))
     digest = hashlib.sha256(short.encode()).hexdigest()
     monkeypatch.setattr(tinyshakespeare, "SHA256", digest)
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("short_shakespeare")
 def test_every_command_of_the_lectures_page_works(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -77,19 +78,32 @@ def test_every_command_of_the_lectures_page_works(call, tmp_path, monkeypatch):
     torch_nanogpt.make(tmp_path / "ckpt.pt")
     save_nanogpt_meta(tmp_path / "meta.pkl", CharTokenizer(CHARACTERS))
     torch_gpt2.make(tmp_path / "gpt2")  # stands for the hub's
-    on_the_page = commands(LECTURE, "train.py", "generate.py", "jaxgpt")
-    assert len(on_the_page) > 10
-    on_others = dict.fromkeys(map(tuple, commands(README + PYTORCH, "jaxgpt")))
-    for words in [*on_the_page, *on_others]:  # those on both pages once
+    commands_here = commands(LECTURE, "train.py", "generate.py", "jaxgpt")
+    assert len(commands_here) > 10
+    commands_there = dict.fromkeys(map(tuple, commands(README + PYTORCH, "jaxgpt")))
+    for words in [*commands_here, *commands_there]:  # those on both pages once
         name = " ".join(words[: 1 + (words[0] == "jaxgpt")])
         shorter = SHORTER.get(name, "").split()
-        short_ladder_misses = int(name == "jaxgpt lecture")
-        out, _ = call(*words, *shorter, status=short_ladder_misses)
+        status = int(name == "jaxgpt lecture")  # after so few steps no rung agrees
+        out, _ = call(*words, *shorter, status=status)
         assert out
     assert (tmp_path / "runs/shakespeare-char-cpu/attention.png").exists()
 
 
-def test_the_python_session_of_the_lectures_page_is_true():
+@pytest.mark.parametrize("flags", sorted(set(TRAIN)))
+def test_every_train_command_is_valid(tiny_run, flags):
+    parse_arguments(shlex.split(re.sub(r"\bDIR\b|runs/gpt2$", str(tiny_run), flags)))
+
+
+def test_the_python_example_of_the_readme_runs(smoke, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(example.replace("runs/shakespeare-char-cpu", str(smoke[0])), names)
+    assert len(capsys.readouterr().out) == 201
+    assert names["logits_BTV"].shape == (1, 19, 65)
+
+
+def test_the_python_session_of_the_lectures_page_prints_what_it_shows():
     load_corpus(lecture_bigram())  # says so if it has to fetch
     session = "\n".join(re.findall(r"```python\n(.*?)```", LECTURE, re.DOTALL))
     test = doctest.DocTestParser().get_doctest(session, {}, "lecture.md", None, 0)
@@ -114,55 +128,48 @@ def test_the_lectures_page_shows_the_table_of_its_results():
         assert rung.agrees(result["val_loss"])
 
 
-@pytest.mark.parametrize("result", RESULTS["rungs"], ids=lambda result: result["rung"])
-def test_the_lectures_page_shows_each_rungs_own_sample_and_loss(result):
-    title = {
-        "lecture-bigram": "The bigram model",
-        "lecture-single-head": "One head of self-attention",
-        "lecture-multi-head": "Many heads",
-        "lecture-feed-forward": "Feed-forward",
-        "lecture-blocks": "Blocks",
-        "lecture-residual": "Residual connections",
-        "lecture-layer-norm": "LayerNorm",
-    }[result["rung"]]
-    (section,) = re.findall(rf"^## {title}\n(.*?)^## ", LECTURE, re.DOTALL | re.M)
-    (sample,) = re.findall(r"```text\n(.*?)\n```", section, re.DOTALL)
-    assert len(sample) > 100
-    assert sample in result["sample"]
-    if result["rung"] != "lecture-bigram":
-        assert f"{result['val_loss']:.2f}" in section
-    summary = (PRESETS[result["rung"]].__doc__ or "").splitlines()[0]
-    assert f"val {result['val_loss']:.2f}." in summary
-    row = rf"`{result['rung']}` .*\| {result['val_loss']:.2f} \|"
-    assert re.search(row, PRESETS_PAGE)
+def test_the_pages_show_each_rungs_own_sample_and_loss():
+    samples = re.findall(r"```text\n(.*?)\n```", LECTURE, re.DOTALL)
+    for sample, result in zip(samples, RESULTS["rungs"], strict=True):
+        assert len(sample) > 100
+        assert sample in result["sample"]
+        loss, name = f"{result['val_loss']:.2f}", result["rung"]
+        assert re.search(rf"`{name}` .*\| {loss} \|", PRESETS_PAGE)
+        summary, *_ = PRESETS[name].__doc__.splitlines()
+        assert f"val {loss}." in summary
+        if name != "lecture-bigram":
+            (section,) = (part for part in LECTURE.split("\n## ") if sample in part)
+            assert loss in section
 
 
-def test_the_picture_of_attention_is_of_the_prompt_above_it():
-    with PIL.Image.open(ROOT / "docs" / "attention.png") as picture:
+def test_every_preset_is_in_the_table_of_presets():
+    assert re.findall(r"^\| `([\w.-]+)` \|", PRESETS_PAGE, re.M) == list(PRESETS)
+
+
+def test_the_attention_maps_are_of_the_prompt_above_them():
+    with PIL.Image.open(DOCS / "attention.png") as picture:
         prompt = picture.info["Description"]
     section = LECTURE.split("attention.png")[0].split("## ")[-1]
     assert f'--prompt "{prompt}"' in section
 
 
-def test_the_code_that_the_lectures_page_names_is_there():
+def test_the_functions_that_the_lectures_page_names_exist():
     named = set(re.findall(r"`(average_by_\w+|attention_\w+|[A-Z]\w+)`", LECTURE))
     assert len(named) > 10
     for name in named:
         assert hasattr(models, name), name
 
 
-def test_the_table_of_shapes_is_what_the_rules_give():
+def test_the_table_of_shards_follows_from_the_sharding_rules():
     mesh = AbstractMesh((1, 64, 8), AXES)
     shapes = with_shardings(parameter_shapes(PRESETS["gpt3-175b"]().model), mesh)
-    expected = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            list(leaf.shape),
-            list(leaf.sharding.shard_shape(leaf.shape)),
-        )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-    }
+    expected = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        expected[name] = list(leaf.shape), list(shard)
     row = r"^\| `(\w+/[\w/]+)` \|.*\| (\[.*\]) \| (\[.*\]) \|"
-    told = re.findall(row, SCALING, re.MULTILINE)
-    assert len(told) == 10
-    for name, whole, part in told:
+    rows = re.findall(row, SCALING, re.MULTILINE)
+    assert len(rows) == 10
+    for name, whole, part in rows:
         assert (json.loads(whole), json.loads(part)) == expected[name], name

@@ -1,30 +1,43 @@
+"""What holds for generate.py and every command of `python -m jaxgpt`."""
+
 import pytest
 from conftest import assert_every_flag_is_explained, finish, start_script
 
 from jaxgpt.__main__ import COMMANDS
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_explains_every_flag_of_a_command(call, capsys, command):
+@pytest.mark.parametrize(
+    "command", ["generate.py", *(f"jaxgpt {command}" for command in COMMANDS)]
+)
+def test_help_explains_every_flag(call, capsys, command):
     with pytest.raises(SystemExit) as stopped:
-        call("jaxgpt", command, "--help")
+        call(*command.split(), "--help")
     assert stopped.value.code == 0
     assert_every_flag_is_explained(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("arguments", [[], ["evalute"]])
-def test_without_a_command_that_there_is_all_are_listed(call, capsys, arguments):
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("generate.py --run-dir x --tmperature 1", ["--temperature"]),
+        ("jaxgpt", COMMANDS),
+        ("jaxgpt evalute", COMMANDS),
+    ],
+)
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones(
+    call, capsys, command, names
+):
     with pytest.raises(SystemExit) as stopped:
-        call("jaxgpt", *arguments)
+        call(*command.split())
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    for command in COMMANDS:
-        assert command in error
+    for name in names:
+        assert name in error
 
 
-def test_an_error_is_one_line_and_the_status_1(tmp_path):
-    process = start_script("-m", "jaxgpt", "evaluate", "--run-dir", tmp_path)
-    out, err = finish(process, code=1)
-    assert out == ""
+@pytest.mark.parametrize("command", [["generate.py"], ["-m", "jaxgpt", "evaluate"]])
+def test_an_error_is_one_line_and_the_status_1(tmp_path, command):
+    out, err = finish(start_script(*command, "--run-dir", tmp_path), code=1)
     (line,) = err.splitlines()
-    assert line.startswith(f"error: {tmp_path} is not a run")
+    assert out == ""
+    assert line.startswith(f"error: {tmp_path}")
