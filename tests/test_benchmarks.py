@@ -9,10 +9,10 @@ from conftest import finish, start_script
 
 from benchmarks import rounds, wall_clock
 from benchmarks.generate import judge as judge_generation
-from benchmarks.rounds import compete, rates, wanted
+from benchmarks.rounds import compete, wanted
 from benchmarks.torch_recipe import exact_loss, make_schedule
-from benchmarks.train import best_of, shape_config
 from benchmarks.train import judge as judge_training
+from benchmarks.train import shape_config
 from jaxgpt import OptimizerConfig
 from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.models import build_model
@@ -92,37 +92,27 @@ def rounds_of(tokens, *seconds):
     return {"tokens": tokens, "rounds": [{"seconds": s} for s in seconds]}
 
 
-def test_rates_are_of_the_rounds_one_by_one():
-    found = rates(rounds_of(12, 1, 4, 2), "tokens")
-    assert found == {"median": 6, "lowest": 3, "highest": 12}
-
-
-def test_the_best_of_each_side_at_a_precision_are_compared():
-    ours = {"jaxgpt float32": 30.0, "jaxgpt bfloat16": 10.0}
-    theirs = {"torch eager float32": 15.0, "torch eager bfloat16": 60.0}
-    best = {"ours": "jaxgpt float32", "theirs": "torch eager float32", "ratio": 2.0}
-    assert best_of(ours | theirs, "float32") == best
-    assert best_of(ours | theirs, "")["ratio"] == 0.5
-    assert best_of(ours, "float32") is None
-
-
 def test_training_is_judged_by_median_speeds_and_the_highest_ceiling():
     config = shape_config("tiny")
     results = {
         "jaxgpt float32": rounds_of(600, 1, 3, 2),
         "torch eager float32": rounds_of(600, 4, 6, 5),
         "torch compile float32": {"failed": "no compiler"},
+        "torch eager bfloat16": rounds_of(600, 1, 1, 1),
     }
-    ceilings = {"jax float32": {"gflops": 2.0}, "torch float32": {"gflops": 5.0}}
-    ceilings["torch bfloat16"] = {"gflops": 9.0}
+    gflops = {"jax float32": 2.0, "torch float32": 5.0, "torch bfloat16": 9.0}
+    ceilings = {f"ceiling {name}": {"gflops": n} for name, n in gflops.items()}
     report = judge_training(config, results, ceilings)
-    ours, theirs, failed = report["contenders"].values()
+    ours, theirs, failed, half = report["contenders"].values()
     assert failed == {"failed": "no compiler"}
-    assert ours["tokens_per_second"]["median"] == 300
-    gflops = 300 / (16 * 32) * step_flops(config) / 1e9
-    assert ours["share_of_ceiling"] == pytest.approx(gflops / 5.0)
-    assert (ours["ratio"], theirs["ratio"]) == (1.0, 2.5)
-    assert report["best_float32"]["ratio"] == report["best"]["ratio"] == 2.5
+    speeds = {"median": 300, "lowest": 200, "highest": 600}
+    assert ours["tokens_per_second"] == speeds
+    expected = 300 / (16 * 32) * step_flops(config) / 1e9
+    assert ours["share_of_ceiling"] == pytest.approx(expected / 5.0)
+    assert [facts["ratio"] for facts in (ours, theirs, half)] == [1.0, 2.5, 0.5]
+    best = {"ours": "jaxgpt float32", "theirs": "torch eager float32", "ratio": 2.5}
+    assert report["best_float32"] == best
+    assert report["best"] == best | {"theirs": "torch eager bfloat16", "ratio": 0.5}
 
 
 @pytest.mark.processes

@@ -182,11 +182,6 @@ def test_devices_that_share_the_rows_draw_what_one_draws(
     assert set.union(*calls) == devices  # of 8 those that divide the rows
 
 
-def test_the_first_token_comes_alone(tiny_model):
-    drawn = generate_tokens(*tiny_model, [[1, 2]], 5)
-    assert [tokens.shape for tokens, _ in drawn] == [(1, 1), (1, 4)]
-
-
 def test_models_without_a_cache_generate_too(bigram):
     prompts = [[3], [4, 1, 5]]
     drawn = tokens_of(bigram, prompts, 20, SAMPLED, seed=1)

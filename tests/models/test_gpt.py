@@ -10,6 +10,7 @@ import torch
 import torch_nanogpt
 from conftest import (
     ONE_ROW,
+    PLATFORMS,
     TINY,
     build,
     changed,
@@ -35,9 +36,12 @@ from jaxgpt.training.step import create_state
 T, V = TINY.model.block_size, TINY.model.vocab_size
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_loss_and_gradients_are_those_of_nanogpts_gpt_in_pytorch(bias):
-    model = build(bias=bias, dropout=0.0)
+@pytest.mark.parametrize(
+    ("platform", "bias"),
+    [("cpu", True), *((platform, False) for platform in PLATFORMS)],
+)
+def test_loss_and_gradients_are_those_of_nanogpts_gpt_in_pytorch(platform, bias):
+    model = build(bias=bias, dropout=0.0).clone(platform=platform)
     params = random_params(model, mean=0.1, std=0.2)
     names = [*torch_nanogpt.MODEL_ARGS, "bias"]
     reference = torch_nanogpt.GPT(**{n: getattr(model.config, n) for n in names})

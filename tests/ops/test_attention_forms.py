@@ -151,16 +151,3 @@ def test_a_cache_gives_each_row_the_attention_to_all_that_it_holds(platform, sta
     visible = np.arange(S) <= own_BT[:, None, :, None]
     expected, *_ = pytorchs((new[0], k, v), weights[:, :T], visible)
     np.testing.assert_allclose(cached(start_B, own_BT), expected, atol=2e-6)
-
-
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_unpacked_queries_keys_and_values_have_the_gradients_of_slices(platform):
-    rng = np.random.default_rng(0)
-    packed, weights = rng.normal(size=(2, B, 5, 3, H, D)).astype(np.float32)
-
-    def total(packed):
-        parts = ops.unpack_qkv(packed, platform)
-        return sum((a * weights[:, :, i]).sum() for i, a in enumerate(parts))
-
-    found = jax.value_and_grad(total)(packed)
-    assert_all_close(found, ((packed * weights).sum(), weights))
