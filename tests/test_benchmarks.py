@@ -73,8 +73,7 @@ def fake(tmp_path, monkeypatch):
 def test_contenders_take_turns_and_every_other_round_goes_backwards(fake):
     found, turns = fake(3, a={}, b={"seconds": 5}, c={})
     assert turns == "abccbaabc"
-    peaks = [facts.pop("peak_mib") for facts in found.values()]
-    assert all(1 < peak < 1000 for peak in peaks)
+    assert all(facts.pop("peak_mib") > 1 for facts in found.values())
     for name, seconds in (("a", 0), ("b", 5), ("c", 0)):
         turns = [{"seconds": seconds, "turn": turn} for turn in (1, 2, 3)]
         assert found[name] == {"tokens": 6, "rounds": turns}

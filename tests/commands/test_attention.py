@@ -1,3 +1,4 @@
+import itertools
 import re
 import shutil
 
@@ -106,23 +107,18 @@ def test_maps_in_bfloat16_are_near_those_in_float32_and_can_be_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flag", "value", "message"),
     [
-        (["--prompt", ""], "--prompt"),
-        (["--prompt", "Zounds"], "'Z' at position 0"),
-        (["--prompt", "To", "--checkpoint", "3"], "checkpoint '3'"),
+        ("--prompt", "", "--prompt"),
+        ("--prompt", "Zounds", "'Z' at position 0"),
+        ("--checkpoint", "3", "checkpoint '3'"),
+        ("--run-dir", "nowhere", "nowhere"),
     ],
 )
-def test_a_bad_flag_is_an_error_that_names_it(call, tiny_run, flags, message):
-    with pytest.raises(ValueError, match=message):
-        call("jaxgpt", "attention", "--run-dir", tiny_run, *flags)
-
-
-@pytest.mark.parametrize("flags", [[], ["--out", "maps.png"]])
-def test_a_folder_without_a_run_is_an_error_that_names_it(call, tmp_path, flags):
-    arguments = ["--run-dir", tmp_path / "nowhere", "--prompt", "To", *flags]
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        call("jaxgpt", "attention", *arguments)
+def test_bad_input_is_an_error_that_names_it(call, tiny_run, flag, value, message):
+    flags = {"--run-dir": tiny_run, "--prompt": "To", "--out": "x", flag: value}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        call("jaxgpt", "attention", *itertools.chain(*flags.items()))
 
 
 def test_a_model_without_attention_is_an_error(bigram):

@@ -1,8 +1,10 @@
 import json
+import re
+from functools import partial
+from operator import itemgetter
 
 import jax
 import numpy as np
-import PIL.Image
 import pytest
 from conftest import TINY, changed, finish, mesh_of, start_script, train_on
 from matplotlib.figure import Figure
@@ -29,25 +31,23 @@ def test_seeds_that_train_at_once_train_as_each_alone():
     shape = {"architecture": "attention", "n_layer": 1, "dropout": 0.3}
     train = {"max_steps": 10, "eval_interval": 4, "checkpoint_interval": 4}
     config = changed(TINY, model=shape, train=train, mesh={"data": 1})
-    model, seeds, mesh = (
+    model, mesh, seeds = (
         build_model(config.model, "cpu"),
-        [5, 2**32 - 1],
         mesh_of(config),
+        [5, 2**32 - 1],
     )
-    yielded = [
-        (step, jax.device_get(params_S))
-        for step, params_S in train_seeds(model, config, mesh, corpus, seeds)
-    ]
-    assert [step for step, _ in yielded] == [4, 8, 10]  # evaluations, and the end
+    steps, params = zip(*train_seeds(model, config, mesh, corpus, seeds), strict=True)
+    assert steps == (4, 8, 10)  # evaluations, and the end
     for index, seed in enumerate(seeds):
         alone = changed(config, train={"seed": seed})
         state = create_state(model, alone, mesh)
         batches = stack_batches(training_source(corpus.train, alone), range(10))
         state, _ = train_on(model, alone, mesh, state, batches)
-        for a, b in zip(
-            jax.tree.leaves(state.params), jax.tree.leaves(yielded[-1][1]), strict=True
-        ):
-            np.testing.assert_allclose(a, b[index], atol=1e-5)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, atol=1e-5),
+            jax.tree.map(itemgetter(index), params[-1]),
+            state.params,
+        )
 
 
 def test_a_loss_agrees_near_the_lectures_or_in_the_range_of_pytorchs_seeds():
@@ -76,7 +76,7 @@ def test_a_rung_reports_exact_losses_its_curve_and_a_sample(monkeypatch, capsys)
     val = load_corpus(run.config)[0].val.astype(np.int32)
     table_VV = run.params["table"]["embedding"]  # of the first seed
     exact = cross_entropy(table_VV[val[:-1]], val[1:]).mean()
-    assert losses[0] == pytest.approx(exact, abs=1e-5)
+    assert losses[0] == pytest.approx(float(exact), abs=1e-5)
     assert len(losses) == 2
     assert losses[0] != losses[1]
     assert result["val_loss"] == pytest.approx(np.mean(losses))
@@ -91,20 +91,17 @@ def test_a_rung_reports_exact_losses_its_curve_and_a_sample(monkeypatch, capsys)
 
 
 def made_up(rung, seeds=(7, 8), steps_scale=1):
-    """What `climb` would return for losses of 2.49 and 2.53."""
-    curve = [
-        {"step": 5, "val_losses": [3.0, 3.2]},
-        {"step": 9, "val_losses": [2.49, 2.53]},
-    ]
+    """What `climb` would return for losses of 2.0 and 2.1."""
+    curve = [{"step": n, "val_losses": [3.0 - n / 9, 3.1 - n / 9]} for n in (5, 9)]
     result = {"rung": rung.preset, "parameters": 4225, "steps": 9, "seconds": 1.0}
-    result |= {"val_losses": [2.49, 2.53], "val_loss": 2.51, "lecture": rung.lecture}
-    result |= {"difference": 2.51 - rung.lecture, "pytorch": [2.5, 2.4], "curve": curve}
-    return result | {"passed": rung.agrees(2.51), "sample": f"{rung.preset} says"}
+    result |= {"val_losses": [2.0, 2.1], "val_loss": 2.05, "lecture": rung.lecture}
+    result |= {"difference": 2.05 - rung.lecture, "pytorch": [2.5, 2.4], "curve": curve}
+    return result | {"passed": rung.agrees(2.05), "sample": f"{rung.preset} says"}
 
 
 @pytest.mark.parametrize(
     ("figures", "flags", "status"),
-    [([2.5], [], 0), ([2.5, 2.4], [], 1), ([2.5], ["--scaled"], 1)],
+    [([2.04], [], 0), ([2.04, 2.4], [], 1), ([2.04], ["--scaled"], 1)],
 )
 def test_the_command_prints_and_writes_the_result_of_each_rung(
     call, tmp_path, monkeypatch, figures, flags, status
@@ -117,17 +114,12 @@ def test_the_command_prints_and_writes_the_result_of_each_rung(
     results = json.loads((tmp_path / "lecture.json").read_text())
     expected = [made_up(rung) for rung in [*rungs, *[SCALED] * ("--scaled" in flags)]]
     assert results == {"seeds": [7, 8], "steps_scale": 1.0, "rungs": expected}
-    rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines()]
-    for result in expected:
+    for result in expected:  # docs/lecture.md shows the whole table
         name = result["rung"].removeprefix("lecture-")
-        (row,) = (row[1:-1] for row in rows if row[1:2] == [name])
-        difference = f"{result['difference']:+.3f}"
-        verdict = "pass" if result["passed"] else "FAIL"
-        figures = ["4,225", "1", "2.510", f"{result['lecture']:.2f}", difference]
-        assert row == [name, *figures, "2.400, 2.500", verdict]
+        (row,) = re.findall(rf"^\s*\| {name} .*$", out, re.MULTILINE)
+        assert ("pass" if result["passed"] else "FAIL") in row
         assert result["sample"] in out
-    with PIL.Image.open(tmp_path / "lecture.png") as picture:
-        assert picture.format == "PNG"
+    assert (tmp_path / "lecture.png").exists()
 
 
 def test_the_plot_shows_each_rungs_mean_range_and_figure(monkeypatch, tmp_path):
@@ -137,12 +129,11 @@ def test_the_plot_shows_each_rungs_mean_range_and_figure(monkeypatch, tmp_path):
     )
     lecture.plot([made_up(RUNGS[0])], [7, 8], tmp_path / "lecture.png")
     (axes,) = drawn[0].axes
-    mean, figure, _ = axes.lines
-    np.testing.assert_allclose(mean.get_xydata(), [[5, 3.1], [9, 2.51]])
+    (mean, figure, _), (spread,) = axes.lines, axes.collections
+    np.testing.assert_allclose(mean.get_xydata(), [[5, 3.05 - 5 / 9], [9, 2.05]])
     np.testing.assert_allclose(figure.get_xydata(), [[9, RUNGS[0].lecture]])
-    (band,) = axes.collections
-    corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
-    assert corners == {(5, 3.0), (5, 3.2), (9, 2.49), (9, 2.53)}
+    corners = {tuple(np.round(xy, 3)) for xy in spread.get_paths()[0].vertices}
+    assert corners == {(5, 2.444), (5, 2.544), (9, 2.0), (9, 2.1)}
 
 
 def test_a_trial_does_not_replace_the_real_ladder(call, tmp_path, monkeypatch):
