@@ -40,6 +40,7 @@ from jaxgpt.training.step import TrainState, abstract_state, trace_train_steps
 
 ROOT = Path(__file__).parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is an accelerator
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch; xdist has a worker per core
 os.environ["JAXGPT_CACHE"] = str(ROOT / ".pytest_cache" / "jaxgpt")
 jax.config.update("jax_num_cpu_devices", 8)
 # The tests build the same programs over and over, as a user's runs do.
