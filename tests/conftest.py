@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -51,6 +52,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 # As in `start`: if several files can't be read or written, it logs all but one.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
+needs_libtpu = pytest.mark.skipif(
+    not find_spec("libtpu"), reason="libtpu is for Linux on x86-64"
+)
+
 TEXT = "".join(
     f"{word} tells a tale of {n} winters.\n"
     for n, word in enumerate(["Juliet", "Romeo", "Hamlet", "Lear", "Puck"] * 60)
@@ -79,6 +84,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     settings.load_profile("full" if config.getoption("full") else "ci")
+
+
+def tpu(test):
+    """Marks a test that compiles for TPUs, where the compiler can be installed."""
+    return pytest.mark.tpu(needs_libtpu(test))
 
 
 def changed(config: Config, **sections: dict[str, object]) -> Config:

@@ -1,11 +1,19 @@
 import dataclasses
 import re
 from collections import Counter
-from importlib.util import find_spec
 from itertools import islice
 
 import pytest
-from conftest import ROOT, TINY, changed, finish, start_script, traced_steps
+from conftest import (
+    ROOT,
+    TINY,
+    changed,
+    finish,
+    needs_libtpu,
+    start_script,
+    tpu,
+    traced_steps,
+)
 
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
@@ -15,17 +23,9 @@ from jaxgpt.planning.hlo import collectives
 from jaxgpt.planning.plan import describe, no_compilation_cache, tpu_devices
 from jaxgpt.presets import PRESETS
 
-needs_libtpu = pytest.mark.skipif(
-    not find_spec("libtpu"), reason="libtpu is for Linux on x86-64"
-)
 WITHOUT_COMPILING = 7  # rows that need no compiled program
 PLANNED = changed(PRESETS["smoke"](), model={"n_layer": 1, "vocab_size": 65})
 SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-
-
-def tpu(test):
-    """Marks a test that compiles for TPUs."""
-    return pytest.mark.tpu(needs_libtpu(test))
 
 
 def rows_of(config, topology="", count=None):
@@ -61,9 +61,7 @@ def test_every_preset_has_a_plan_without_its_corpus(fresh_cache):
 @pytest.mark.parametrize(
     "preset",
     [
-        name
-        if name in ("lecture-single-head", "smoke")
-        else pytest.param(name, marks=pytest.mark.slow)
+        name if name == "smoke" else pytest.param(name, marks=pytest.mark.slow)
         for name in PRESETS
     ],
 )

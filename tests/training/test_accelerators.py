@@ -1,17 +1,17 @@
-"""What GPUs and TPUs are told to do, read from programs for them: none need be here."""
+"""Programs for GPUs and TPUs, lowered or compiled without such a device."""
 
 import inspect
 import math
 import re
+from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, changed, traced_steps
+from conftest import TINY, changed, tpu, traced_steps
 
 from jaxgpt import run
 from jaxgpt.config import SamplingConfig
@@ -30,99 +30,106 @@ SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": T, "vocab_size"
 SMALL |= {"dropout": 0.0, "compute_dtype": "bfloat16", "unroll": 1}
 LETTERS = {"block_size": 64, "vocab_size": 65}  # compiles in a second
 DATA = {"batch_size": B, "gradient_accumulation_steps": 1}
-needs_libtpu = pytest.mark.skipif(
-    not find_spec("libtpu"), reason="libtpu is for Linux on x86-64"
-)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def users_optimizations():
-    """Compilers do here what they do for users, though other tests have no time."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-def settled(platform, **model):
+def build(platform, **model):
     """A config, and its model for the platform."""
     config = changed(TINY, model=SMALL | model, data=DATA)
     return config, build_model(config.model, platform)
 
 
-def state_of(**model):
+def state_leaves():
     """Shapes of the leaves of the state that training donates."""
-    config, built = settled("cpu", **model)
-    return jax.tree.leaves(abstract_state(built, config, single_device_mesh()))
+    config, model = build("cpu")
+    return jax.tree.leaves(abstract_state(model, config, single_device_mesh()))
 
 
 def for_tpu(**model):
-    """The train step, compiled for a TPU chip."""
-    config, _ = settled("tpu", **model)
+    """The train step, compiled for a TPU chip as a user's is."""
+    config, _ = build("tpu", **model)
     mesh = make_mesh(config, devices=tpu_devices("v5e:1x1"))
-    built = build_model(config.model, platform_of(mesh))
-    with no_compilation_cache():
-        return traced_steps(built, config, mesh).lower().compile()
+    assert platform_of(mesh) == "tpu"
+    traced = traced_steps(build_model(config.model, "tpu"), config, mesh)
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        with no_compilation_cache():
+            return traced.lower().compile()
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def for_cuda(**model):
     """The train step's StableHLO for NVIDIA GPUs."""
-    config, built = settled("cuda", **{"fused_attention": False} | model)  # needs cuDNN
-    traced = traced_steps(built, config, single_device_mesh())
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
+    config, built = build("cuda", **{"fused_attention": False} | model)  # needs cuDNN
+    return lowered("cuda", traced_steps(built, config, single_device_mesh()))
+
+
+def lowered(platform, traced):
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def traced_evaluation(model, params, block_size):
+    eval_step = compile_losses(model, single_device_mesh())
+    jitted = inspect.getclosurevars(eval_step).nonlocals["jitted"]
+    tokens_BT = jax.ShapeDtypeStruct((B, block_size), jnp.int32)
+    with activation_sharding(single_device_mesh()):
+        return jitted.trace(params, (tokens_BT, tokens_BT))
 
 
 @pytest.fixture(scope="module")
 def tpu_program():
-    """That of the large vocabulary, which takes 10 s to compile."""
+    """The train step with a large vocabulary, which takes 10 s to compile."""
     return for_tpu(remat=True)
 
 
-def products_on_tpu(program):
-    """Dtypes of both operands of each matrix product, and what it is for.
+@pytest.fixture(scope="module")
+def cuda_program():
+    return for_cuda()
 
-    Most are convolutions there.
-    """
+
+def products_on_tpu(program):
+    """Dtypes of both operands of each matmul, most of which are convolutions there."""
+    found = []
     for computation in program.as_text().split("\n\n"):
         dtypes = dict(re.findall(r"%(\S+) = (\w+)\[", computation))
-        found = re.findall(r" (?:convolution|dot)\((.*?)\)(.*)", computation)
-        for operands, attributes in found:
-            name = re.search('op_name="(.*?)"', attributes)
+        for operands in re.findall(r" (?:convolution|dot)\((.*?)\)", computation):
             a, b = re.findall(r"%([^\s,]+)", operands)
-            yield dtypes[a], dtypes[b], name and name[1]
+            found.append((dtypes[a], dtypes[b]))
+    return found
 
 
 def products_on_cuda(text):
-    """Dtypes of both operands of each matrix product."""
+    """Dtypes of both operands of each matmul."""
     shape = r"tensor<(?:\d+x)*(\w+)>"
     return re.findall(rf"stablehlo\.dot_general.*: \({shape}, {shape}\)", text)
 
 
 def calls_to_the_host(program):
-    """What waits for the host, or is waited for by it, in a TPU program."""
+    """Operations of a TPU program that transfer data to or from the host."""
     opcodes = r" (infeed|outfeed|send|recv)\("
     targets = r'custom_call_target="([^"]*(?:[Cc]allback|[Hh]ost)[^"]*)"'
     return re.findall(f"{opcodes}|{targets}", program.as_text())
 
 
 def largest_tensor(text):
-    """Elements of the largest one of a StableHLO program."""
+    """Number of elements of the largest tensor in a StableHLO program."""
     shapes = re.findall(r"tensor<((?:\d+x)+)\w+>", text)
     return max(math.prod(map(int, shape.split("x")[:-1])) for shape in shapes)
 
 
-@needs_libtpu
-def test_the_tpu_compiler_multiplies_bfloat16_only(tpu_program):
+@tpu
+def test_the_tpu_multiplies_only_bfloat16(tpu_program):
     for program in (tpu_program, for_tpu(**LETTERS)):
-        products = list(products_on_tpu(program))
+        products = products_on_tpu(program)
         assert len(products) > 20
-        assert [each for each in products if each[:2] != ("bf16", "bf16")] == []
-    # It rounds some operands of float32 products itself: what it is asked for is what
-    # CUDA's compiler is, below.
-    asked_for_float32 = products_on_tpu(for_tpu(**LETTERS, compute_dtype="float32"))
-    assert ("f32", "f32") in {each[:2] for each in asked_for_float32}
+        assert set(products) == {("bf16", "bf16")}
+    # For float32, the compiler still rounds some operands itself.
+    assert ("f32", "f32") in products_on_tpu(
+        for_tpu(**LETTERS, compute_dtype="float32")
+    )
 
 
-@needs_libtpu
+@tpu
 def test_the_tpu_never_calls_the_host(tpu_program, monkeypatch):
     assert calls_to_the_host(tpu_program) == []
 
@@ -134,17 +141,17 @@ def test_the_tpu_never_calls_the_host(tpu_program, monkeypatch):
     assert calls_to_the_host(for_tpu(**LETTERS)) != []
 
 
-@needs_libtpu
+@tpu
 def test_the_tpu_writes_the_new_state_over_the_old(tpu_program):
-    header, leaves = tpu_program.as_text().partition("\n")[0], state_of()
+    header, leaves = tpu_program.as_text().partition("\n")[0], state_leaves()
     aliases = re.findall(r"{(\d+)}: \((\d+), {}, (?:may|must)-alias\)", header)
     assert aliases == [(str(i), str(i)) for i in range(len(leaves))]
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     assert tpu_program.memory_analysis().alias_size_in_bytes >= state_bytes
 
 
-@needs_libtpu
-def test_the_tpu_has_no_room_for_all_logits(tpu_program, monkeypatch):
+@tpu
+def test_the_tpu_does_not_store_all_logits(tpu_program, monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", math.inf)
     chunked, whole = (
         program.memory_analysis().temp_size_in_bytes
@@ -154,84 +161,77 @@ def test_the_tpu_has_no_room_for_all_logits(tpu_program, monkeypatch):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_cuda_is_asked_for_bfloat16_products_only(remat):
-    products = products_on_cuda(for_cuda(remat=remat))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_cuda_multiplies_in_the_compute_dtype_and_scatters_in_float32(remat, dtype):
+    text = for_cuda(remat=remat, compute_dtype=dtype)
+    products = products_on_cuda(text)
     assert len(products) > 20
-    assert set(products) == {("bf16", "bf16")}
-    products = products_on_cuda(for_cuda(remat=remat, compute_dtype="float32"))
-    assert set(products) == {("f32", "f32")}
+    assert set(products) == {
+        ("bf16", "bf16") if dtype == "bfloat16" else ("f32", "f32")
+    }
+    assert scatters(text) == {"f32"}
 
 
-@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
-def test_cuda_is_asked_to_add_in_float32_where_tokens_meet(compute_dtype):
-    text = for_cuda(compute_dtype=compute_dtype)
-    sums = re.findall(r'"stablehlo.scatter".*?-> tensor<\S+x(\w+)>', text, re.S)
-    assert set(sums) == {"f32"}
+def scatters(text):
+    """Dtypes in which gradients of embeddings are summed."""
+    return set(re.findall(r'"stablehlo.scatter".*?-> tensor<\S+x(\w+)>', text, re.S))
 
 
-def test_cuda_is_given_a_vocabulary_that_it_multiplies_fast():
-    text = for_cuda()
-    products = re.findall(r"stablehlo\.dot_general.*", text)
+def test_cuda_multiplies_by_a_padded_vocabulary(cuda_program):
+    products = re.findall(r"stablehlo\.dot_general.*", cuda_program)
     heads = [line for line in products if "x50304x" in line]
     assert len(heads) == 3  # for the logits, and for both gradients
     assert not [line for line in products if f"x{V}x" in line]
 
 
-def test_cuda_is_given_the_state_to_write_over_and_calls_nothing():
-    text = for_cuda()  # with a callback to the host, this would raise already
-    assert "custom_call" not in text
-    (arguments,) = re.findall(r"func public @main\((.*)\) ->", text)
+def test_cuda_writes_the_new_state_over_the_old_and_calls_nothing(cuda_program):
+    assert "custom_call" not in cuda_program
+    (arguments,) = re.findall(r"func public @main\((.*)\) ->", cuda_program)
     donated = r"%arg(\d+): [^%]*(?:tf.aliasing_output|jax.buffer_donor)"
     indices = [int(index) for index in re.findall(donated, arguments)]
-    assert indices == list(range(len(state_of())))
+    assert indices == list(range(len(state_leaves())))
 
 
-def test_no_step_asks_for_all_logits_of_a_large_vocabulary(monkeypatch):
-    config, model = settled("cpu")
+def test_no_step_has_all_logits_of_a_large_vocabulary(cuda_program, monkeypatch):
+    config, model = build("cpu")
     params = abstract_state(model, config, single_device_mesh()).params
-    tokens_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
 
-    def largest():
-        """Of the train step, and of the eval step."""
-        eval_step = compile_losses(model, single_device_mesh())
-        jitted = inspect.getclosurevars(eval_step).nonlocals["jitted"]
-        with activation_sharding(single_device_mesh()):
-            lowered = jitted.trace(params, (tokens_BT, tokens_BT)).lower()
-        return largest_tensor(for_cuda()), largest_tensor(lowered.as_text())
+    def largest(step):
+        """The largest tensors of this train step, and of the evaluation."""
+        evaluation = traced_evaluation(model, params, T).lower().as_text()
+        return largest_tensor(step), largest_tensor(evaluation)
 
-    assert max(largest()) <= B * cross_entropy.CHUNK_LOGITS < B * T * V
+    assert max(largest(cuda_program)) <= B * cross_entropy.CHUNK_LOGITS < B * T * V
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", math.inf)
-    assert largest() == (B * T * 50304, B * T * V)
+    assert largest(for_cuda()) == (B * T * 50304, B * T * V)
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """What `jax.nn.dot_product_attention` is asked; it answers without cuDNN."""
-    options, attention = [], jax.nn.dot_product_attention
+def attention_options(monkeypatch):
+    """Options of the calls to JAX's attention, which here runs without cuDNN."""
+    calls, attention = [], jax.nn.dot_product_attention
 
-    def record(*qkv, **asked):
-        options.append(asked)
-        return attention(*qkv, **asked | {"implementation": "xla"})
+    def record(*qkv, **options):
+        calls.append(options)
+        return attention(*qkv, **options | {"implementation": "xla"})
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
-    return options
+    return calls
 
 
 TOKENS_BT = np.arange(B * 128).reshape(B, 128) % 65
-
-
-CUDNNS = [{"is_causal": True, "key_value_seq_lengths": None, "implementation": "cudnn"}]
+CUDNN = [{"is_causal": True, "key_value_seq_lengths": None, "implementation": "cudnn"}]
 TRAINING = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
 
 
 @pytest.mark.parametrize(
     ("platform", "config", "options", "expected"),
     [
-        ("cuda", {}, {}, CUDNNS),
-        ("cuda", {}, TRAINING, CUDNNS),
-        ("cuda", {"dropout": 0.1}, {}, CUDNNS),
+        ("cuda", {}, {}, CUDNN),
+        ("cuda", {}, TRAINING, CUDNN),
+        ("cuda", {"dropout": 0.1}, {}, CUDNN),
         ("cuda", {"dropout": 0.1}, TRAINING, []),
-        ("cuda", {}, {"mutable": ["intermediates"]}, CUDNNS),
+        ("cuda", {}, {"mutable": ["intermediates"]}, CUDNN),
         ("cuda", {"compute_dtype": "float32"}, {}, []),
         ("cuda", {"n_embd": 2 * 136}, {}, []),
         ("cuda", {"n_embd": 2 * 12}, {}, []),
@@ -241,36 +241,36 @@ TRAINING = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
         ("cpu", {}, {}, []),
     ],
 )
-def test_cudnns_attention_is_asked_for_where_it_can_do_it(
-    asked, platform, config, options, expected
+def test_cudnns_attention_is_used_where_it_is_supported(
+    attention_options, platform, config, options, expected
 ):
     fields = LETTERS | {"block_size": 128, "n_layer": 1} | config
-    _, model = settled(platform, **fields)
+    _, model = build(platform, **fields)
     variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS_BT)
-    asked.clear()
+    attention_options.clear()
     jax.eval_shape(lambda v: model.apply(v, TOKENS_BT, **options), variables)
-    assert asked[:1] == expected
+    assert attention_options[:1] == expected
 
 
-def test_fused_attention_differs_from_blocks_by_less_than_rounding(asked):
+def test_fused_attention_differs_from_blocked_by_less_than_rounding(attention_options):
     small = LETTERS | {"block_size": 128}
-    _, fused = settled("cuda", **small)
-    _, blocks = settled("cpu", **small)
-    _, exact = settled("cpu", **small, compute_dtype="float32")
-    variables = jax.jit(blocks.init)(jax.random.key(0), TOKENS_BT)
+    _, fused = build("cuda", **small)
+    _, blocked = build("cpu", **small)
+    _, exact = build("cpu", **small, compute_dtype="float32")
+    variables = jax.jit(blocked.init)(jax.random.key(0), TOKENS_BT)
     # GPT-2's small initialisation makes attention nearly an average.
     variables = jax.tree.map(lambda a: 8 * a if a.ndim > 2 else a, variables)
-    fused_BTV, blocks_BTV, exact_BTV = (
-        each.apply(variables, TOKENS_BT) for each in (fused, blocks, exact)
+    fused_BTV, blocked_BTV, exact_BTV = (
+        each.apply(variables, TOKENS_BT) for each in (fused, blocked, exact)
     )
-    assert asked
-    rounding = jnp.linalg.norm(blocks_BTV - exact_BTV)
-    assert jnp.linalg.norm(fused_BTV - blocks_BTV) < rounding
+    assert attention_options
+    rounding = jnp.linalg.norm(blocked_BTV - exact_BTV)
+    assert jnp.linalg.norm(fused_BTV - blocked_BTV) < rounding
 
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    """Has custom calls stand for cuDNN's two passes, which only its plugin lowers."""
+    """Custom calls in place of cuDNN's two passes, which only its plugin can lower."""
 
     def call(name, *arrays):
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays[:3]]
@@ -291,53 +291,44 @@ def cudnn(monkeypatch):
     )
 
 
-def lowered(platform, traced):
-    return traced.lower(lowering_platforms=(platform,)).as_text()
-
-
 def programs(platform):
-    """Every kind of program that a run asks for, lowered for the platform by name."""
+    """Every kind of program that a run needs, lowered for the platform, by name."""
     shape = {"block_size": 128, "vocab_size": 65, "n_layer": 3, "unroll": 12}
-    config, model = settled(platform, **shape)
+    config, model = build(platform, **shape)
     mesh = single_device_mesh()
     params = abstract_state(model, config, mesh).params
     tokens_BT = jax.ShapeDtypeStruct((B, 128), jnp.int32)
-    yield "training", lowered(platform, traced_steps(model, config, mesh))
-    eval_step = compile_losses(model, mesh)
-    jitted = inspect.getclosurevars(eval_step).nonlocals["jitted"]
-    with activation_sharding(mesh):
-        traced = jitted.trace(params, (tokens_BT, tokens_BT))
-    yield "evaluation", lowered(platform, traced)
-    traced = jax.jit(model.apply).trace({"params": params}, tokens_BT)
-    yield "run.model.apply", lowered(platform, traced)
     layers = jax.eval_shape(decode.unstack_layers, params)
     length_B = jax.ShapeDtypeStruct((B,), jnp.int32)
     key_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
-    for cached in (True, False):
-        prompts = model, layers, tokens_BT, length_B, key_B, cached
-        state = jax.eval_shape(
-            lambda *args, cached=cached: decode.start(model, *args, cached),
-            *prompts[1:5],
-        )
-        drawing = model, SamplingConfig(), (), layers, state, 16
-        reads = "with a cache" if cached else "by windows"
-        if cached:
-            yield "prompts", lowered(platform, decode.start.trace(*prompts))
-        yield f"generation {reads}", lowered(platform, decode.decode.trace(*drawing))
+    prompts = layers, tokens_BT, length_B, key_B
+
+    def traced_generation(cached):
+        start = partial(decode.prefill, model, cached=cached)
+        state = jax.eval_shape(start, *prompts)
+        return decode.decode.trace(model, SamplingConfig(), (), layers, state, 16)
+
+    traced = {
+        "training": traced_steps(model, config, mesh),
+        "evaluation": traced_evaluation(model, params, 128),
+        "run.model.apply": jax.jit(model.apply).trace({"params": params}, tokens_BT),
+        "prompts": decode.prefill.trace(model, *prompts, True),
+        "generation with a cache": traced_generation(True),
+        "generation by windows": traced_generation(False),
+    }
+    return {name: lowered(platform, each) for name, each in traced.items()}
 
 
 def bfloat16_products(text):
-    """Dtypes that products of two bfloat16 arrays return, in order."""
-    shape = r"tensor<(?:\d+x)*bf16>"
-    return re.findall(
-        rf"stablehlo\.dot_general.*: \({shape}, {shape}\) -> tensor<(?:\d+x)*(\w+)>",
-        text,
-    )
+    """Dtypes that matmuls of two bfloat16 arrays return, in order."""
+    shape = r"tensor<(?:\d+x)*"
+    operands = rf"\({shape}bf16>, {shape}bf16>\)"
+    return re.findall(rf"stablehlo\.dot_general.*: {operands} -> {shape}(\w+)>", text)
 
 
 # Calls of cuDNN's attention in the text, forward and backward. The scanned layers share
-# one function. Of the 3 that `read` runs one by one, the last computes one position;
-# that is left to the plain form, as is a token that attends to the cache.
+# one function. Of the 3 unrolled layers of generation, the last computes one position;
+# that uses the plain form, as does a token that attends to the cache.
 CALLS = {
     "training": (1, 1),
     "evaluation": (1, 0),
@@ -349,36 +340,31 @@ CALLS = {
 
 
 @pytest.mark.usefixtures("cudnn")
-def test_every_program_for_cuda_has_cudas_forms():
+def test_every_program_for_cuda_uses_the_ops_for_cuda():
     found = {}
-    for name, text in programs("cuda"):
+    for name, text in programs("cuda").items():
         found[name] = text.count("@cudnn_forward"), text.count("@cudnn_backward")
-        # Four products a layer; like layers may share one function.
+        # Four matmuls a layer; equal layers may share one function.
         assert bfloat16_products(text).count("bf16") >= 4, name
     assert found == CALLS
 
 
-def test_every_program_for_a_tpu_has_the_tpus_forms():
-    for name, text in programs("tpu"):
+def test_every_program_for_a_tpu_uses_the_ops_for_tpus():
+    texts = programs("tpu")
+    for name, text in texts.items():
         assert bfloat16_products(text).count("bf16") >= 4, name
         assert "custom_call @" not in text.replace("custom_call @Sharding", "")
-    scatters = re.findall(
-        r'"stablehlo.scatter".*?-> tensor<\S+x(\w+)>',
-        dict(programs("tpu"))["training"],
-        re.S,
-    )
-    assert "bf16" in scatters  # of the embeddings' gradients
+    assert "bf16" in scatters(texts["training"])
 
 
-def test_every_program_for_a_cpu_has_the_cpus_forms():
-    for name, text in programs("cpu"):
+def test_every_program_for_a_cpu_uses_the_ops_for_cpus():
+    for name, text in programs("cpu").items():
         assert set(bfloat16_products(text)) == {"f32"}, name
 
 
-def test_a_run_is_loaded_for_the_devices_it_is_loaded_on(tiny_run, monkeypatch):
+def test_a_run_is_loaded_for_the_platform_of_the_devices(tiny_run, monkeypatch):
     assert run.load_run(tiny_run).model.platform == "cpu"
-    h100 = SimpleNamespace(
-        platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0"
-    )
+    h100 = {"device_kind": "NVIDIA H100", "compute_capability": "9.0"}
+    h100 = SimpleNamespace(platform="gpu", **h100)
     monkeypatch.setattr(run, "platform_of", lambda mesh: platform_of(h100))
     assert run.load_run(tiny_run).model.platform == "cuda"
