@@ -9,28 +9,26 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt.planning.hlo import collectives
 
 MESH = jax.make_mesh((8,), ("all",), axis_types=(AxisType.Auto,))
+SHAPE = jax.ShapeDtypeStruct((8 * 256,), jnp.float32)  # 1 KiB per device
 KIB = 1024
+RING = [(i, (i + 1) % 8) for i in range(8)]
 
 
-def compiled(function, *shapes, loops=0):
-    """The program of a function over 8 devices, in `loops` turns of a loop if any."""
+def compiled(function, loops):
+    """HLO of a function over 8 devices, in a loop of `loops` iterations if not 0."""
 
-    def looped(*arrays):
-        def turn(carry, _):
-            moved = function(*(array + carry for array in arrays))
-            return carry + moved.sum(), None
+    def looped(x):
+        def step(carry, _):
+            return carry + function(x + carry).sum(), None
 
-        return jax.lax.scan(turn, jnp.zeros(()), length=loops)[0]
+        return jax.lax.scan(step, jnp.zeros(()), length=loops)[0]
 
-    body = looped if loops else function
-    sharded = jax.shard_map(
-        body, mesh=MESH, in_specs=P("all"), out_specs=P(), check_vma=False
+    body, specs = (
+        looped if loops else function,
+        {"in_specs": P("all"), "out_specs": P()},
     )
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return jax.jit(sharded).lower(*arrays).compile()
-
-
-ring = [(i, (i + 1) % 8) for i in range(8)]
+    sharded = jax.shard_map(body, mesh=MESH, **specs, check_vma=False)
+    return jax.jit(sharded).lower(SHAPE).compile().as_text()
 
 
 @pytest.mark.parametrize(
@@ -50,14 +48,14 @@ ring = [(i, (i + 1) % 8) for i in range(8)]
             KIB,
             KIB * 7 / 8,
         ),
-        ("collective-permute", lambda x: jax.lax.ppermute(x, "all", ring), KIB, KIB),
+        ("collective-permute", lambda x: jax.lax.ppermute(x, "all", RING), KIB, KIB),
     ],
 )
 @pytest.mark.parametrize("loops", [0, 5])
 def test_a_collective_is_counted_with_its_bytes_as_often_as_it_runs(
     kind, function, whole, received, loops
 ):
-    text = compiled(function, (8 * 256,), loops=loops).as_text()
+    text = compiled(function, loops)
     (found,) = [each for each in collectives(text) if each.kind == kind]
     assert found.times == (loops or 1)
     assert found.tensor_bytes == whole
@@ -65,9 +63,9 @@ def test_a_collective_is_counted_with_its_bytes_as_often_as_it_runs(
     assert found.group == (2 if kind == "collective-permute" else 8)
 
 
-def test_collectives_of_several_tensors_and_loops_within_loops():
+def test_collectives_in_nested_loops_are_counted_as_often_as_they_run():
     @partial(jax.shard_map, mesh=MESH, in_specs=P("all"), out_specs=P())
-    def twice(x):
+    def nested(x):
         def inner(carry, _):
             return jax.lax.psum(jnp.sin(x) * carry, "all").mean(), None
 
@@ -76,48 +74,47 @@ def test_collectives_of_several_tensors_and_loops_within_loops():
 
         return jax.lax.scan(outer, jnp.ones(()), length=3)[0]
 
-    shape = jax.ShapeDtypeStruct((8 * 256,), jnp.float32)
-    text = jax.jit(twice).lower(shape).compile().as_text()
+    text = jax.jit(nested).lower(SHAPE).compile().as_text()
     assert sum(each.times for each in collectives(text)) == 12
 
 
-TPU = """HloModule step
-
-%main.1 (p: bf16[8,64]) -> bf16[8,64] {
-  %p = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
-  %one = bf16[8,64]{1,0} collective-permute(%p), channel_id=1, source_target_pairs={{0,1},{1,0}}
-  %two = bf16[8,64]{1,0} collective-permute(%p), channel_id=1, source_target_pairs={{0,2},{2,0}}
-  %again = bf16[8,64]{1,0:S(1)} collective-permute(%p), channel_id=1, source_target_pairs={{0,2},{2,0}}
-  %listed = bf16[8,64]{1,0} all-reduce(%p), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}
-  %tiled = bf16[8,64]{1,0} all-reduce(%p), channel_id=3, replica_groups=[2,8]<=[16]
-  %named = bf16[8,64]{1,0} all-reduce(%p), channel_id=4, replica_groups=mesh['a'=2,'b'=6] {'b'}
-  %moved = bf16[8,64]{1,0} all-reduce(%p), channel_id=5, replica_groups=mesh['a'=64,'b'=2], device_ids=([2,64]T(1,0)) {'a'}, dimensions={1}
-  ROOT %end = bf16[8,64]{1,0} bitcast(%p)
-}
-"""  # noqa: E501
-
-
-def collectives_of(*names):
-    """Those of the program above with only some of its operations."""
-    kept = [
-        line
-        for line in TPU.splitlines()
-        if not (found := line.strip().split(" ")[0]).startswith("%")
-        or found[1:] in ("main.1", "p", *names)
+def collectives_of(*attributes, opcode="all-reduce"):
+    """Collectives of a TPU program with an operation for each of the attributes."""
+    operations = [
+        f"  %op{i} = bf16[8,64]{{1,0:S({i})}} {opcode}(%p), {each}\n"
+        for i, each in enumerate(attributes)
     ]
-    return collectives("\n".join(kept).replace("%main", "ENTRY %main"))
+    return collectives(
+        "ENTRY %main.1 (p: bf16[8,64]) -> bf16[8,64] {\n"
+        "  %p = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)\n"
+        f"{''.join(operations)}  ROOT %end = bf16[8,64]{{1,0}} bitcast(%p)\n}}\n"
+    )
 
 
-def test_groups_are_read_in_every_way_that_hlo_writes_them():
-    found = collectives_of("listed", "tiled", "named", "moved")
-    assert [each.group for each in found] == [4, 8, 6, 64]
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("[2,8]<=[16]", 8),
+        ("mesh['a'=2,'b'=6] {'b'}", 6),
+        ("mesh['a'=64,'b'=2], device_ids=([2,64]T(1,0)) {'a'}, dimensions={1}", 64),
+    ],
+)
+def test_all_notations_of_groups_are_read(groups, size):
+    (found,) = collectives_of(f"channel_id=2, replica_groups={groups}")
+    assert found.group == size
+    assert found.tensor_bytes == 8 * 64 * 2
 
 
-def test_a_collective_of_unknown_groups_is_an_error():
-    text = TPU.replace("%main", "ENTRY %main").replace("[2,8]<=[16]", "everyone")
-    with pytest.raises(ValueError, match="can't read the groups of all-reduce"):
-        collectives(text)
+def test_an_unknown_notation_of_groups_is_an_error_that_names_the_collective():
+    with pytest.raises(ValueError, match=r"all-reduce.*everyone"):
+        collectives_of("channel_id=3, replica_groups=everyone")
 
 
-def test_permutes_of_one_channel_count_by_their_pairs_and_each_once():
-    assert len(collectives_of("one", "two", "again")) == 2
+def test_permutes_of_one_channel_are_told_apart_by_their_pairs():
+    there, back = (
+        f"channel_id=1, source_target_pairs={pairs}"
+        for pairs in ("{{0,1},{1,0}}", "{{0,2},{2,0}}")
+    )
+    # The same one may appear several times, in each matmul that overlaps with it.
+    assert len(collectives_of(there, back, back, opcode="collective-permute")) == 2

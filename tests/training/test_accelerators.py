@@ -20,7 +20,7 @@ from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.mesh import activation_sharding, make_mesh, single_device_mesh
 from jaxgpt.planning.plan import no_compilation_cache, tpu_devices
-from jaxgpt.training.evaluation import compile_losses
+from jaxgpt.training.evaluation import make_losses_step
 from jaxgpt.training.step import abstract_state
 
 cross_entropy = import_module("jaxgpt.ops.cross_entropy")  # a function has its name
@@ -69,7 +69,7 @@ def lowered(platform, traced):
 
 
 def traced_evaluation(model, params, block_size):
-    eval_step = compile_losses(model, single_device_mesh())
+    eval_step = make_losses_step(model, single_device_mesh())
     jitted = inspect.getclosurevars(eval_step).nonlocals["jitted"]
     tokens_BT = jax.ShapeDtypeStruct((B, block_size), jnp.int32)
     with activation_sharding(single_device_mesh()):
