@@ -266,7 +266,8 @@ def tiny_run(make_once):
     def make(folder):
         text = folder / "text.txt"
         text.write_text("To be, or not to be.\n" * 40)
-        config = changed(TINY, model={"vocab_size": None}, train={"eval_interval": 8})
+        every = {"eval_interval": 8, "log_interval": 1}
+        config = changed(TINY, model={"vocab_size": None}, train=every)
         config = changed(config, data={"path": (str(text),)})
         train.train(config, folder / "run", resume=False, overwrite=False)
 
