@@ -1,4 +1,4 @@
-"""A random GPT-2 of transformers', small and with weights that all count."""
+"""A small random GPT-2 of transformers, whose weights all have an effect."""
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -6,17 +6,9 @@ from transformers.utils import logging
 
 logging.disable_progress_bar()
 
-CONFIG = {
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 16,
-    "n_positions": 16,
-    "vocab_size": 300,
-    "bos_token_id": 299,
-    "eos_token_id": 299,
-    "initializer_range": 0.2,
-    "resid_pdrop": 0.25,
-}
+CONFIG = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 16}
+CONFIG |= {"vocab_size": 300, "bos_token_id": 299, "eos_token_id": 299}
+CONFIG |= {"initializer_range": 0.2, "resid_pdrop": 0.25}
 
 
 def make(folder, *, max_shard_size="50GB", **changes):

@@ -1,7 +1,4 @@
-"""nanoGPT's loop and checkpoint in PyTorch, to check ours against.
-
-The model and the optimizer are the benchmarks'.
-"""
+"""nanoGPT's loop and checkpoint, with the PyTorch model of the benchmarks."""
 
 import numpy as np
 import torch
@@ -15,7 +12,7 @@ from jaxgpt.text.batches import get_batch
 
 
 class GPT(torch_gpt.GPT):
-    """With norms and biases that are not ones and zeros, so that each counts."""
+    """With norms and biases that are not ones and zeros, so that each has an effect."""
 
     def __init__(self, **sizes):
         super().__init__(**sizes)
@@ -26,10 +23,8 @@ class GPT(torch_gpt.GPT):
 
 def configure_optimizer(model, settings):
     """AdamW with nanoGPT's two groups."""
-    betas = (settings["beta1"], settings["beta2"])
-    return torch_gpt.make_adamw(
-        model, settings["learning_rate"], betas, settings["weight_decay"]
-    )
+    betas, decay = (settings["beta1"], settings["beta2"]), settings["weight_decay"]
+    return torch_gpt.make_adamw(model, settings["learning_rate"], betas, decay)
 
 
 def learning_rate(step, settings):
@@ -59,45 +54,14 @@ def train(model, optimizer, settings, steps, batches):
     return losses
 
 
-def checkpoint(model, optimizer, model_args, iter_num, settings):
-    """What nanoGPT's train.py saves."""
-    return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "model_args": model_args,
-        "iter_num": iter_num,
-        "best_val_loss": torch.tensor(2.5),
-        "config": settings,
-    }
-
-
-SETTINGS = {
-    "learning_rate": 3e-3,
-    "min_lr": 3e-4,
-    "warmup_iters": 3,
-    "lr_decay_iters": 20,
-    "max_iters": 20,
-    "weight_decay": 0.2,
-    "beta1": 0.8,
-    "beta2": 0.97,
-    "grad_clip": 0.5,
-    "decay_lr": True,
-    "batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "eval_interval": 10,
-    "eval_iters": 2,
-    "log_interval": 1,
-    "dataset": "shakespeare_char",
-    "device": "cpu",
-}
-MODEL_ARGS = {
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 16,
-    "block_size": 8,
-    "vocab_size": 65,
-    "dropout": 0.0,
-}
+SETTINGS = {"learning_rate": 3e-3, "min_lr": 3e-4, "warmup_iters": 3}
+SETTINGS |= {"lr_decay_iters": 20, "max_iters": 20, "decay_lr": True}
+SETTINGS |= {"weight_decay": 0.2, "beta1": 0.8, "beta2": 0.97, "grad_clip": 0.5}
+SETTINGS |= {"batch_size": 4, "gradient_accumulation_steps": 2}
+SETTINGS |= {"eval_interval": 10, "eval_iters": 2, "log_interval": 1}
+SETTINGS |= {"dataset": "shakespeare_char", "device": "cpu"}
+MODEL_ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8}
+MODEL_ARGS |= {"vocab_size": 65, "dropout": 0.0}
 CHARACTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 TOKENS = np.random.default_rng(0).integers(65, size=400)
 
@@ -114,5 +78,7 @@ def make(path, *, bias=True):
     model = GPT(**args)
     optimizer = configure_optimizer(model, SETTINGS)
     train(model, optimizer, SETTINGS, range(5), batches(range(5)))
-    torch.save(checkpoint(model, optimizer, args, 5, SETTINGS), path)
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    saved |= {"model_args": args, "config": SETTINGS}  # as nanoGPT's train.py does
+    torch.save(saved | {"iter_num": 5, "best_val_loss": torch.tensor(2.5)}, path)
     return model, optimizer

@@ -42,15 +42,14 @@ def abstract(config):
     return abstract_state(build_model(config.model, "cpu"), config, mesh_of(config))
 
 
-def read(config, steps, source):
-    """The training batches of these steps on the config's mesh."""
-    return read_batches(source, steps, config.data.batch_size, mesh_of(config))
+def initialise(config):
+    return create_state(build_model(config.model, "cpu"), config, mesh_of(config))
 
 
 @pytest.fixture(scope="module")
 def initial():
     """The state before training, on one device."""
-    return create_state(build_model(WIDE.model, "cpu"), on(WIDE), mesh_of(on(WIDE)))
+    return initialise(on(WIDE))
 
 
 def train(config, initial):
@@ -59,7 +58,8 @@ def train(config, initial):
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract(config))
     # Training donates the state.
     state = jax.tree.map(jnp.copy, jax.device_put(initial, where))
-    batches = read(config, range(STEPS), training_source(TOKENS, config))
+    source, rows = training_source(TOKENS, config), config.data.batch_size
+    batches = read_batches(source, range(STEPS), rows, mesh)
     state, metrics = train_on(model, config, mesh, state, batches)
     return np.asarray(metrics["loss"]), state
 
@@ -118,69 +118,51 @@ def test_fsdp_over_8_devices_stores_an_eighth_of_any_preset_on_each():
 @pytest.mark.parametrize("axis", ["fsdp", pytest.param("tensor", marks=MORE)])
 def test_no_device_holds_the_whole_model_during_initialisation(axis):
     config = on(changed(WIDE, model={"n_embd": 256, "n_layer": 4}), **{axis: 8})
-    model, mesh = build_model(config.model, "cpu"), mesh_of(config)
-    make = jax.jit(partial(create_state, model, config, mesh))
-    memory = make.lower().compile().memory_analysis()
+    program = jax.jit(partial(initialise, config)).lower().compile()
+    memory = program.memory_analysis()
     params = sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract(config).params))
     held = memory.output_size_in_bytes + memory.temp_size_in_bytes
     assert 3 * params / 8 < held < 0.7 * params  # the moments come on top
 
 
 def test_initial_parameters_are_the_same_on_every_mesh(initial):
-    config = on(WIDE, 2, 2, 2)
-    model, mesh = build_model(config.model, "cpu"), mesh_of(config)
-    sharded = create_state(model, config, mesh).params
+    sharded = initialise(on(WIDE, 2, 2, 2)).params
     jax.tree.map(np.testing.assert_array_equal, sharded, initial.params)
 
 
-def test_a_parameter_without_a_rule_is_an_error_that_names_it():
-    tree = {"h": {"mlp": {"gate": {"kernel": jnp.zeros((2, 2))}}}}
-    with pytest.raises(ValueError, match=r"h/mlp/gate/kernel.*RULES"):
-        shardings(tree, mesh_of(TINY))
-
-
-def test_the_first_matching_rule_applies(monkeypatch):
+def test_the_first_matching_rule_applies_and_one_is_needed(monkeypatch):
     rules = (("mlp/c_fc/kernel", P("data")), *meshes.RULES)
     monkeypatch.setattr(meshes, "RULES", rules)
     tree = {"h": {"mlp": {"c_fc": {"kernel": jnp.zeros((8, 2))}}}}
     found = shardings(tree, mesh_of(TINY))
     assert found["h"]["mlp"]["c_fc"]["kernel"].spec == P("data")
+    tree["h"]["mlp"]["gate"] = tree["h"]["mlp"].pop("c_fc")
+    with pytest.raises(ValueError, match=r"h/mlp/gate/kernel.*RULES"):
+        shardings(tree, mesh_of(TINY))
 
 
 @pytest.mark.parametrize(
     ("model", "mesh", "message"),
     [
-        ({"n_head": 4}, {"tensor": 8}, r"c_attn/kernel .*: 4 .*tensor=8"),
-        ({"n_embd": 20}, {"fsdp": 8}, r": 20 .*mesh.fsdp=8"),
-        ({"n_embd": 72, "n_head": 2}, {"fsdp": 16}, "8 devices"),
+        ({}, {"data": 9}, "mesh.data=9 x .* 8 devices"),
+        ({}, {"data": 3}, "8 sequences .* mesh.data=3"),
+        ({}, {"data": 2, "fsdp": 3}, "mesh.data=2 x mesh.fsdp=3"),
+        ({}, {"tensor": 3}, "block_size=8 .* mesh.tensor=3"),
+        ({}, {"fsdp": 4, "tensor": 4}, "mesh.tensor=4.* 8"),
+        ({"n_embd": 72}, {"data": 1, "fsdp": 16}, "8 devices"),
+        ({"n_embd": 20}, {"data": 1, "fsdp": 8}, r": 20 .*mesh.fsdp=8"),
+        ({"n_head": 4}, {"data": 1, "tensor": 8}, r"c_attn/kernel .*: 4 .*tensor=8"),
     ],
 )
-def test_a_dimension_that_does_not_divide_is_an_error_with_both_numbers(
-    model, mesh, message
-):
+def test_a_mesh_that_does_not_fit_is_an_error_with_both_numbers(model, mesh, message):
     with pytest.raises(ValueError, match=message):
-        abstract(changed(TINY, model=model, mesh={"data": 1} | mesh))
+        abstract(changed(TINY, model=model, mesh=mesh))
 
 
 def test_any_vocabulary_size_can_be_sharded():
     config = on(changed(WIDE, model={"vocab_size": 13}), 1, 2, 4)
     table = abstract(config).params["wte"]["embedding"]
     assert table.sharding.shard_shape(table.shape) == (13, 64 // 8)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "message"),
-    [
-        ({"data": 9}, "mesh.data=9 x .* 8 devices"),
-        ({"data": 3}, "8 sequences .* mesh.data=3"),
-        ({"data": 2, "fsdp": 3}, "mesh.data=2 x mesh.fsdp=3"),
-        ({"tensor": 3}, "block_size=8 .* mesh.tensor=3"),
-        ({"fsdp": 4, "tensor": 4}, "mesh.tensor=4.* 8"),
-    ],
-)
-def test_a_mesh_that_does_not_fit_is_an_error(mesh, message):
-    with pytest.raises(ValueError, match=message):
-        make_mesh(changed(TINY, mesh=mesh))
 
 
 @pytest.mark.parametrize(
@@ -198,22 +180,18 @@ def test_a_mesh_that_does_not_fit_is_an_error(mesh, message):
     ],
 )
 def test_axes_of_minus_one_take_the_devices_that_divide_the_rows(rows, mesh, shape):
-    lines = []
-    model = {"n_embd": 20 if rows == 24 else 16}
+    lines, used, model = [], math.prod(shape), {"n_embd": 20 if rows == 24 else 16}
     config = changed(TINY, model=model, data={"batch_size": rows}, mesh=mesh)
     assert tuple(make_mesh(config, lines.append).shape.values()) == shape
-    used = math.prod(shape)
     assert bool(lines) == (used < 8)
     assert all(f"{used} of 8" in line for line in lines)
 
 
 def test_a_large_model_gets_one_cpu_device_unless_a_mesh_is_given():
     def devices_of(**mesh):
-        large = {"n_layer": 12, "n_embd": 768}
-        config = changed(TINY, model=large, data={"batch_size": 8}, mesh=mesh)
-        return make_mesh(config, lines.append).size
+        return make_mesh(changed(large, mesh=mesh), lines.append).size
 
-    lines = []
+    lines, large = [], changed(TINY, model={"n_layer": 12, "n_embd": 768})
     assert devices_of() == 1
     assert "1 of 8" in lines.pop()
     assert [devices_of(data=2), devices_of(fsdp=-1), devices_of(tensor=2)] == [2, 8, 8]
@@ -235,11 +213,11 @@ def test_a_sharded_batch_is_the_whole_batch_and_each_row_is_read_once():
         inputs, targets = source(step, rows)
         return {"inputs": inputs, "lengths": targets[:, 0]}  # any pytree of rows
 
-    batches = read(config, range(3, 6), spy)
+    batches = read_batches(spy, range(3, 6), 32, mesh_of(config))
     own = [(0, 8), (8, 16), (16, 24), (24, 32)]
     assert sorted(seen) == [(step, *rows) for step in (3, 4, 5) for rows in own]
-    whole = stack_batches(spy, range(3, 6))
     assert batches["lengths"].shape == (3, 32)
+    whole = stack_batches(spy, range(3, 6))
     jax.tree.map(np.testing.assert_array_equal, batches, whole)
 
 
