@@ -34,25 +34,24 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start_two(run_dir, *arguments, each=((), ()), scripts=(["train.py"],) * 2):
-    """Starts two processes of 2 devices; `each` has the flags of one process alone."""
-    address = f"127.0.0.1:{free_port()}"
+def start_two(run_dir, *arguments, each=((), ()), signalled=None, **how):
+    """Starts two processes of 2 devices.
+
+    `each` has the flags of one process alone. The process `signalled` gets the signal
+    `number` before it reads the batch of `step`.
+    """
+    flags = ("--out-dir", run_dir, "--num-processes", 2, "--train.steps-per-call", 1)
+    flags += ("--coordinator-address", f"127.0.0.1:{free_port()}", *SHORT, *arguments)
+    scripts = [["train.py"], ["train.py"]]
+    if signalled is not None:
+        scripts[signalled] = ["-c", SIGNALLED.format(**how)]
     return [
         start_script(
-            *(*scripts[index], "smoke", "--out-dir", run_dir, "--num-processes", 2),
-            *("--coordinator-address", address, "--process-id", index),
-            *("--train.steps-per-call", 1, *SHORT, *arguments, *each[index]),
+            *(*scripts[index], "smoke", *flags, "--process-id", index, *each[index]),
             JAX_NUM_CPU_DEVICES="2",
         )
         for index in range(2)
     ]
-
-
-def start_two_and_signal(victim, step, number, run_dir, *arguments):
-    """Starts two processes, of which one gets a signal before it trains on a step."""
-    scripts = [["train.py"], ["train.py"]]
-    scripts[victim] = ["-c", SIGNALLED.format(step=step, number=int(number))]
-    return start_two(run_dir, *arguments, scripts=scripts)
 
 
 def finish_all(started, code=0):
@@ -109,7 +108,8 @@ def test_slurm_tasks_find_each_other_and_train_as_one_process(tmp_path, alone):
 def test_a_killed_process_ends_the_other_and_the_run_resumes(tmp_path, alone, victim):
     run_dir = tmp_path / "run"
     every_10 = ("--train.checkpoint-interval", 10)
-    started = start_two_and_signal(victim, 25, signal.SIGKILL, run_dir, *every_10)
+    kill = {"signalled": victim, "number": signal.SIGKILL, "step": 25}
+    started = start_two(run_dir, *every_10, **kill)
     _, err = started[1 - victim].communicate(timeout=LIMIT)
     assert started[1 - victim].returncode != 0
     assert "--resume" in err or "task died" in err  # JAX may end the process first
@@ -123,7 +123,7 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes(tmp_path, alone, vi
 @pytest.mark.processes
 def test_a_signal_to_one_process_saves_and_stops_all(tmp_path, alone):
     run_dir = tmp_path / "run"
-    started = start_two_and_signal(1, 10, signal.SIGTERM, run_dir)
+    started = start_two(run_dir, signalled=1, number=signal.SIGTERM, step=10)
     first, _ = finish_all(started, code=128 + signal.SIGTERM)
     assert f"python train.py --out-dir {run_dir} --resume" in first
     stopped = max(losses(run_dir))
@@ -144,8 +144,9 @@ def test_processes_that_cannot_share_a_run_all_exit_with_an_error(tmp_path):
     (there / "lock").touch()
     folders = (("--out-dir", here), ("--out-dir", there))
     started = start_two(tmp_path / "run", "--overwrite", each=folders)
-    for folder, err in zip((here, there), finish_all(started, code=1), strict=True):
-        assert f"error: {folder} " in err
+    first, second = finish_all(started, code=1)
+    assert f"error: {here} " in first
+    assert f"error: {there} " in second
     (tmp_path / "run" / "config.json").touch()
     first, second = finish_all(start_two(tmp_path / "run"), code=1)
     assert f"error: {tmp_path / 'run'} " in first

@@ -11,7 +11,15 @@ from jaxgpt.presets import PRESETS, lecture_bigram
 MODEL = {"n_head": 8, "n_embd": 128, "block_size": 64, "vocab_size": 512}
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if "bigram" not in name])
+DEFAULT = ["smoke", "lecture-multi-head", "lecture-residual", "gpt2-124m"]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in PRESETS
+    if name not in ("lecture-bigram", *DEFAULT)
+]
+
+
+@pytest.mark.parametrize("preset", [*DEFAULT, *SLOW])
 def test_a_step_takes_6_flops_per_weight_and_token_and_those_of_attention(preset):
     # Chowdhery et al. 2022 (PaLM), appendix B.
     config = changed(PRESETS[preset](), model={"vocab_size": 65})
@@ -72,20 +80,12 @@ def test_remat_costs_about_a_forward_pass_more():
     assert 1.2 < ratio < 4 / 3
 
 
-MORE = pytest.mark.devices
+MORE = [pytest.param(*m, marks=pytest.mark.devices) for m in ((8, 1), (1, 8), (1, 1))]
 
 
-@pytest.mark.parametrize(
-    ("data", "fsdp", "tensor"),
-    [
-        (2, 2, 2),
-        pytest.param(8, 1, 1, marks=MORE),
-        pytest.param(1, 8, 1, marks=MORE),
-        pytest.param(1, 1, 8, marks=MORE),
-    ],
-)
-def test_devices_share_all_matmuls_and_repeat_none(data, fsdp, tensor):
-    mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 2), *MORE])
+def test_8_devices_share_all_matmuls_and_repeat_none(data, fsdp):
+    mesh = {"data": data, "fsdp": fsdp, "tensor": 8 // (data * fsdp)}
     # One layer, since XLA counts the body of a scan once.
     _, trace = traced(model={"n_layer": 1}, mesh=mesh)
     each = trace.lower().compile().cost_analysis()["flops"]

@@ -23,7 +23,7 @@ from jaxgpt.planning.hlo import collectives
 from jaxgpt.planning.plan import describe, no_compilation_cache, tpu_devices
 from jaxgpt.presets import PRESETS
 
-WITHOUT_COMPILING = 7  # rows that need no compiled program
+WITHOUT_COMPILING = 7  # rows before the first that needs a compiled program
 PLANNED = changed(PRESETS["smoke"](), model={"n_layer": 1, "vocab_size": 65})
 SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
@@ -32,10 +32,6 @@ def rows_of(config, topology="", count=None):
     """The first `count` rows of the plan: values by name."""
     rows = islice(describe(config, topology), count)
     return {line[:19].strip(): line[19:] for line in rows}
-
-
-def plan_of(topology, **sections):
-    return rows_of(changed(PLANNED, **sections), topology)
 
 
 def mebibytes(value):
@@ -49,8 +45,8 @@ def test_every_preset_has_a_plan_without_its_corpus(fresh_cache):
         rows = rows_of(make(), count=WITHOUT_COMPILING)
         parameters[name] = int(rows["parameters"].replace(",", ""))
         moments = 2 * mebibytes(rows["parameter memory"])
-        found = mebibytes(rows["optimizer state"])
-        assert found == pytest.approx(moments, rel=0.05, abs=0.2), name
+        state = mebibytes(rows["optimizer state"])
+        assert state == pytest.approx(moments, rel=0.05, abs=0.2), name
     assert not fresh_cache.exists()
     # As OpenAI counts them; nanoGPT's recipe leaves out the biases.
     biases = 12 * (3 * 768 + 768 + 4 * 768 + 768 + 2 * 768) + 768
@@ -58,13 +54,12 @@ def test_every_preset_has_a_plan_without_its_corpus(fresh_cache):
     assert parameters["gpt2-124m"] == 124_439_808 - biases
 
 
-@pytest.mark.parametrize(
-    "preset",
-    [
-        name if name == "smoke" else pytest.param(name, marks=pytest.mark.slow)
-        for name in PRESETS
-    ],
-)
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in PRESETS if name != "smoke"
+]
+
+
+@pytest.mark.parametrize("preset", ["smoke", *SLOW])
 def test_a_plan_counts_the_temporary_memory_of_the_compiled_step(preset):
     config = PRESETS[preset]()
     if config.model.vocab_size:  # compiling the full model would take a minute
@@ -75,8 +70,7 @@ def test_a_plan_counts_the_temporary_memory_of_the_compiled_step(preset):
 
 @needs_libtpu
 def test_a_plan_for_a_tpu_describes_its_chips(call):
-    # A bigram model compiles at once: a table lookup has no matmuls, and one chip needs
-    # no collectives.
+    # A bigram model is a table lookup, without matmuls; one chip needs no collectives.
     out, _ = call("train.py", "lecture-bigram", "--plan", "v5e:1x1")
     rows = {line[:19].strip(): line[19:] for line in out.splitlines()}
     assert rows["devices"] == "1 x TPU v5 lite (data 1 x fsdp 1 x tensor 1)"
@@ -100,11 +94,12 @@ def test_a_plan_without_libtpu_names_the_requirements_to_install(monkeypatch):
 
 @tpu
 def test_a_plan_has_memory_collectives_and_a_lower_bound_of_the_step_time():
-    rows = plan_of("v5e:2x2", mesh={"data": 2, "fsdp": 2})
+    config = changed(PLANNED, mesh={"data": 2, "fsdp": 2})
+    rows = rows_of(config, "v5e:2x2")
     assert rows["devices"] == "4 x TPU v5 lite (data 2 x fsdp 2 x tensor 1)"
-    unsharded = plan_of("v5e:2x2", mesh={"data": 4})
-    half, whole = (mebibytes(each["optimizer state"]) for each in (rows, unsharded))
-    assert half == pytest.approx(whole / 2, abs=0.1)
+    whole = rows_of(PLANNED, "v5e:2x2", WITHOUT_COMPILING)["optimizer state"]
+    half = mebibytes(rows["optimizer state"])
+    assert half == pytest.approx(mebibytes(whole) / 2, abs=0.1)
     assert re.search(r"of 16.0 GiB per device", rows["total memory"])
     assert re.match(r"\d+ per step, \S+ MiB", rows["all-reduce"])
     step = float(rows["roofline step time"].split()[0])
@@ -113,34 +108,24 @@ def test_a_plan_has_memory_collectives_and_a_lower_bound_of_the_step_time():
 
 
 @tpu
-def test_a_step_that_the_compiler_finds_too_large_is_an_error_with_both_sizes():
-    huge = {"block_size": 8192, "n_head": 64}
-    message = r"v5e:1x1: \S+G .* 15\S+G .*--mesh\.fsdp"
-    with pytest.raises(ValueError, match=message):
-        plan_of("v5e:1x1", model=huge)
-
-
-@tpu
-def test_a_step_that_compiles_but_is_too_large_for_the_chip_is_an_error(monkeypatch):
+def test_a_step_that_does_not_fit_is_an_error_with_both_sizes(monkeypatch):
+    huge = {"block_size": 8192, "n_head": 64}  # the compiler finds it too large
+    with pytest.raises(ValueError, match=r"v5e:1x1: \S+G .* 15\S+G .*--mesh\.fsdp"):
+        rows_of(changed(PLANNED, model=huge), "v5e:1x1")
     chip = dataclasses.replace(plan.CHIPS["TPU v5 lite"], hbm=2**18)
     monkeypatch.setitem(plan.CHIPS, "TPU v5 lite", chip)
     with pytest.raises(ValueError, match=r"v5e:1x1: \S+ MiB .* 0\.2 MiB"):
-        plan_of("v5e:1x1")
+        rows_of(PLANNED, "v5e:1x1")
 
 
 @tpu
-def test_a_v4_chip_is_one_device_with_all_of_its_memory():
-    rows = plan_of("v4:2x2x1")
+def test_a_v4_chip_is_one_device_and_has_no_roofline_without_its_figures(monkeypatch):
+    rows = rows_of(PLANNED, "v4:2x2x1")
     assert rows["devices"] == "4 x TPU v4 (data 4 x fsdp 1 x tensor 1)"
     assert "of 32.0 GiB" in rows["total memory"]
-
-
-@tpu
-def test_a_chip_without_published_figures_has_no_roofline(monkeypatch):
     monkeypatch.setattr(plan, "CHIPS", {})
-    rows = plan_of("v5e:1x1")
-    assert mebibytes(rows["total memory"]) > 0
-    assert rows.keys().isdisjoint({"compute time", "ICI time", "roofline step time"})
+    figures = {"compute time", "ICI time", "roofline step time"}
+    assert rows.keys() - rows_of(PLANNED, "v4:2x2x1").keys() == figures
 
 
 @needs_libtpu
@@ -159,20 +144,9 @@ def test_the_plans_in_docs_scaling_fit_and_have_its_figures(preset, topology):
         assert f" {figure} |" in told
 
 
-TEXTBOOK = changed(
-    TINY,
-    model={
-        "n_layer": 3,
-        "n_head": 8,
-        "n_embd": 512,
-        "block_size": 256,
-        "vocab_size": 1000,
-        "dropout": 0.0,
-        "compute_dtype": "bfloat16",
-        "unroll": 1,
-    },
-    data={"batch_size": 64},
-)
+SHAPE = {"n_layer": 3, "n_head": 8, "n_embd": 512, "block_size": 256}
+SHAPE |= {"vocab_size": 1000, "compute_dtype": "bfloat16", "dropout": 0.0, "unroll": 1}
+TEXTBOOK = changed(TINY, model=SHAPE, data={"batch_size": 64})
 LAYER_MATRICES = 12 * 512**2 * 2  # bytes in bfloat16
 ACTIVATIONS = 64 * 256 * 512 * 2  # of all rows
 # Otherwise the compiler splits some collectives to overlap them with matmuls.

@@ -58,10 +58,11 @@ def for_tpu(**model):
         jax.config.update("jax_disable_most_optimizations", True)
 
 
-def for_cuda(**model):
-    """The train step's StableHLO for NVIDIA GPUs."""
-    config, built = build("cuda", **{"fused_attention": False} | model)  # needs cuDNN
-    return lowered("cuda", traced_steps(built, config, single_device_mesh()))
+def lowered_step(platform, **model):
+    """The train step's StableHLO for the platform."""
+    # cuDNN's attention can only be lowered by its plugin.
+    config, built = build(platform, **{"fused_attention": False} | model)
+    return lowered(platform, traced_steps(built, config, single_device_mesh()))
 
 
 def lowered(platform, traced):
@@ -84,7 +85,7 @@ def tpu_program():
 
 @pytest.fixture(scope="module")
 def cuda_program():
-    return for_cuda()
+    return lowered_step("cuda")
 
 
 def products_on_tpu(program):
@@ -150,20 +151,10 @@ def test_the_tpu_writes_the_new_state_over_the_old(tpu_program):
     assert tpu_program.memory_analysis().alias_size_in_bytes >= state_bytes
 
 
-@tpu
-def test_the_tpu_does_not_store_all_logits(tpu_program, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", math.inf)
-    chunked, whole = (
-        program.memory_analysis().temp_size_in_bytes
-        for program in (tpu_program, for_tpu(remat=True))
-    )
-    assert whole - chunked == pytest.approx(B * T * V * 4, rel=0.1)
-
-
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_cuda_multiplies_in_the_compute_dtype_and_scatters_in_float32(remat, dtype):
-    text = for_cuda(remat=remat, compute_dtype=dtype)
+    text = lowered_step("cuda", remat=remat, compute_dtype=dtype)
     products = products_on_cuda(text)
     assert len(products) > 20
     assert set(products) == {
@@ -192,18 +183,19 @@ def test_cuda_writes_the_new_state_over_the_old_and_calls_nothing(cuda_program):
     assert indices == list(range(len(state_leaves())))
 
 
-def test_no_step_has_all_logits_of_a_large_vocabulary(cuda_program, monkeypatch):
-    config, model = build("cpu")
+@pytest.mark.parametrize(("platform", "width"), [("cuda", 50304), ("tpu", V)])
+def test_no_step_has_all_logits_of_a_large_vocabulary(platform, width, monkeypatch):
+    config, model = build(platform, fused_attention=False)
     params = abstract_state(model, config, single_device_mesh()).params
 
-    def largest(step):
-        """The largest tensors of this train step, and of the evaluation."""
-        evaluation = traced_evaluation(model, params, T).lower().as_text()
-        return largest_tensor(step), largest_tensor(evaluation)
+    def largest():
+        """The largest tensors of the train step, and of the evaluation."""
+        evaluation = lowered(platform, traced_evaluation(model, params, T))
+        return largest_tensor(lowered_step(platform)), largest_tensor(evaluation)
 
-    assert max(largest(cuda_program)) <= B * cross_entropy.CHUNK_LOGITS < B * T * V
+    assert max(largest()) <= B * cross_entropy.CHUNK_LOGITS < B * T * V
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", math.inf)
-    assert largest(for_cuda()) == (B * T * 50304, B * T * V)
+    assert largest() == (B * T * width, B * T * width)
 
 
 @pytest.fixture
@@ -260,8 +252,11 @@ def test_fused_attention_differs_from_blocked_by_less_than_rounding(attention_op
     variables = jax.jit(blocked.init)(jax.random.key(0), TOKENS_BT)
     # GPT-2's small initialisation makes attention nearly an average.
     variables = jax.tree.map(lambda a: 8 * a if a.ndim > 2 else a, variables)
+    # Each operation rounds its result to bfloat16, as it does on a GPU.
+    options = {"compiler_options": {"xla_allow_excess_precision": False}}
     fused_BTV, blocked_BTV, exact_BTV = (
-        each.apply(variables, TOKENS_BT) for each in (fused, blocked, exact)
+        jax.jit(each.apply, **options)(variables, TOKENS_BT)
+        for each in (fused, blocked, exact)
     )
     assert attention_options
     rounding = jnp.linalg.norm(blocked_BTV - exact_BTV)
