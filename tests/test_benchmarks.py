@@ -18,7 +18,7 @@ from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.models import build_model
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning.flops import step_flops
-from jaxgpt.training.evaluation import compile_losses, evaluate_exactly
+from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
 from jaxgpt.training.optimizer import learning_rate_schedule
 
 # A contender whose rounds take made-up seconds.
@@ -168,7 +168,7 @@ def test_pytorchs_exact_loss_is_ours(tmp_path):
     theirs, _ = torch_nanogpt.make(path)
     config, state, _ = read_nanogpt(path, log=pytest.fail)
     T = config.model.block_size
-    losses = compile_losses(build_model(config.model, "cpu"), make_mesh(config))
+    losses = make_losses_step(build_model(config.model, "cpu"), make_mesh(config))
     for length in (2, T, T + 1, 20, 65 * T + 3):
         tokens = np.random.default_rng(0).integers(11, size=length).astype(np.int32)
         ours = evaluate_exactly(losses, state.params, tokens, config)

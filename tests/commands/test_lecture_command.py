@@ -71,7 +71,7 @@ def test_a_rung_reports_exact_losses_its_curve_and_a_sample(monkeypatch, capsys)
         return generate(run, *arguments, **options)
 
     monkeypatch.setattr(lecture, "generate", noted)
-    result = lecture.climb(Rung("lecture-bigram", 4.6), [7, 8], steps_scale=0.002)
+    result = lecture.train_rung(Rung("lecture-bigram", 4.6), [7, 8], steps_scale=0.002)
     (run,), losses = runs, result["val_losses"]
     val = load_corpus(run.config)[0].val.astype(np.int32)
     table_VV = run.params["table"]["embedding"]  # of the first seed
@@ -91,7 +91,7 @@ def test_a_rung_reports_exact_losses_its_curve_and_a_sample(monkeypatch, capsys)
 
 
 def made_up(rung, seeds=(7, 8), steps_scale=1):
-    """What `climb` would return for losses of 2.0 and 2.1."""
+    """What `train_rung` would return for losses of 2.0 and 2.1."""
     curve = [{"step": n, "val_losses": [3.0 - n / 9, 3.1 - n / 9]} for n in (5, 9)]
     result = {"rung": rung.preset, "parameters": 4225, "steps": 9, "seconds": 1.0}
     result |= {"val_losses": [2.0, 2.1], "val_loss": 2.05, "lecture": rung.lecture}
@@ -108,7 +108,7 @@ def test_the_command_prints_and_writes_the_result_of_each_rung(
 ):
     rungs = [Rung(f"lecture-{figure}", figure) for figure in figures]
     monkeypatch.setattr(lecture, "RUNGS", rungs)
-    monkeypatch.setattr(lecture, "climb", made_up)
+    monkeypatch.setattr(lecture, "train_rung", made_up)
     flags = ["--seeds", 7, 8, "--out-dir", tmp_path, *flags]
     out, _ = call("jaxgpt", "lecture", *flags, status=status)
     results = json.loads((tmp_path / "lecture.json").read_text())

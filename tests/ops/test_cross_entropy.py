@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import PLATFORMS
 
-from jaxgpt.ops import cross_entropy, head_loss, head_losses
+from jaxgpt.ops import cross_entropy, head_loss_sum, head_losses
 
 MODULE = import_module("jaxgpt.ops.cross_entropy")  # the function has its name
 
@@ -31,7 +31,7 @@ def test_losses_and_gradients_in_chunks_are_those_of_all_logits(
 
     def chunked(x_BTC, table_VC):
         losses_BT = head_losses(x_BTC, table_VC, TARGETS_BT, platform)
-        loss = 3 * head_loss(x_BTC, table_VC, TARGETS_BT, platform) / (B * T)
+        loss = 3 * head_loss_sum(x_BTC, table_VC, TARGETS_BT, platform) / (B * T)
         return loss, losses_BT
 
     def whole(x_BTC, table_VC):

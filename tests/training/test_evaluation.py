@@ -7,10 +7,10 @@ from conftest import TINY, changed, mesh_of
 
 from jaxgpt.text.batches import evaluation_source
 from jaxgpt.training.evaluation import (
-    compile_estimate,
-    compile_losses,
     estimate,
     evaluate_exactly,
+    make_eval_step,
+    make_losses_step,
 )
 from jaxgpt.training.objectives import LossSum, next_token, validation_metric
 
@@ -36,7 +36,7 @@ def compiled(tiny_model):
     @cache
     def compiled(batch_size):
         config = changed(TINY, data={"batch_size": batch_size})
-        return compile_losses(tiny_model[0], mesh_of(config)), config
+        return make_losses_step(tiny_model[0], mesh_of(config)), config
 
     return compiled
 
@@ -106,7 +106,7 @@ def test_a_non_finite_loss_is_an_error(loss):
 def estimates(objective, config, params, train, val, batches=2):
     splits = {"train": train, "val": val}
     sources = {name: evaluation_source(splits[name], config) for name in splits}
-    eval_step = compile_estimate(objective, mesh_of(config))
+    eval_step = make_eval_step(objective, mesh_of(config))
     return estimate(eval_step, sources, params, batches)
 
 

@@ -17,8 +17,8 @@ from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.step import (
     check_skipped,
     create_state,
+    dropout_key,
     make_train_step,
-    step_key,
     steps_in_next_call,
     trace_train_steps,
 )
@@ -118,7 +118,7 @@ def test_dropout_differs_between_rows_and_between_steps():
 
     @jax.jit
     def loss(step, rows_B):
-        context = Context(step_key(ONE_LAYER, step), rows_B)
+        context = Context(dropout_key(ONE_LAYER, step), rows_B)
         return next_token(model)(params, batch, context)[0].total
 
     rows_B = np.arange(8)
