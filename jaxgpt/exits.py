@@ -85,7 +85,6 @@ def plain_errors() -> Iterator[None]:
     with 128 plus their number; a second one does so immediately. Signals that were
     ignored when the script started, as under `nohup`, stay ignored.
     """
-    _interrupts.first, _interrupts.deferred, _interrupts.raised = 0, False, False
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -109,6 +108,7 @@ def plain_errors() -> Iterator[None]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(before_fd)
         sender.close()  # ends the thread
+        _interrupts.first, _interrupts.deferred, _interrupts.raised = 0, False, False
 
 
 def _exit_with_error(error: Exception) -> NoReturn:
