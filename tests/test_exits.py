@@ -172,7 +172,7 @@ def test_interrupted_generation_exits_with_the_signals_number(smoke):
     assert "Traceback" not in err
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has it")
 def test_text_that_cannot_be_written_to_stdout_is_an_error():
     full = """
 import os

@@ -37,7 +37,7 @@ def flags_after_start(flags):
     return out.split()
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="set where measured")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="set on x86-64 only")
 def test_xla_flags_of_the_user_take_precedence_and_others_are_added():
     theirs, ours = "--xla_cpu_ftz=true", start._XLA_FLAGS
     assert flags_after_start(theirs) == [theirs, *ours]
