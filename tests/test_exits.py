@@ -19,9 +19,8 @@ NO_SPACE = OSError(errno.ENOSPC, "full", "FILE")
 
 
 @pytest.fixture(autouse=True)
-def _survive_exits_and_forget_signals(monkeypatch):
+def _survive_exits(monkeypatch):
     monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(exits, "_interrupts", exits._Interrupts())
 
 
 @pytest.mark.parametrize(
@@ -54,6 +53,8 @@ def test_sigterm_exits_with_its_number_and_its_handler_is_restored(capsys):
         os.kill(os.getpid(), signal.SIGTERM)
     assert capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+    with deferred_interrupts() as pending:
+        assert pending() == 0  # in the next script of this process
 
 
 def test_an_interrupt_that_turned_into_another_error_is_still_an_interrupt(capsys):

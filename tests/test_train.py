@@ -116,7 +116,6 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(
 
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(exits, "_interrupts", exits._Interrupts())
         patch.setattr(train, "steps_in_next_call", raise_in_step_6)
         with exits.plain_errors():
             assert run(tales, run_dir) == signal.SIGTERM
