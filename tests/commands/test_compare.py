@@ -178,13 +178,9 @@ def test_nan_is_never_within_a_tolerance():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--hf", "x", "--run-dir", "y"], "--hf, --nanogpt and --run-dir"),
-        (["--checkpoint", "7"], "--checkpoint 7 .*--run-dir"),
-        (["--length", "65"], "length=65 .*block_size=64"),
         (["--length", "0"], "length=0 "),
         (["--batch-size", "0"], "batch_size=0 "),
         (["--run-dir", "/nowhere"], r"/nowhere .*config\.json"),
-        (["--nanogpt", "/nowhere"], r"/nowhere .*ckpt\.pt"),
     ],
 )
 def test_bad_input_is_an_error_that_names_it(call, arguments, message):

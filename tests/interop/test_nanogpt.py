@@ -1,4 +1,3 @@
-import os
 import re
 import shutil
 from functools import cache
@@ -9,7 +8,6 @@ import optax
 import pytest
 import torch
 import torch_nanogpt
-from conftest import changed
 from torch_nanogpt import SETTINGS, batches
 
 from jaxgpt.interop.nanogpt import read_nanogpt, write_nanogpt
@@ -226,22 +224,14 @@ def test_the_schedule_counts_iterations_and_adam_counts_updates(path, tmp_path):
     assert torch.load(tmp_path / "out.pt")["optimizer"]["state"][0]["step"] == 3
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("owned",)
-
-
 @pytest.mark.parametrize(
     ("where", "change", "message"),
     [
         ("model", None, "'model'"),
-        ("model_args", None, "'model_args'"),
-        ("model_args", [2], "list"),
         ("model_args/n_head", 3, "n_head=3"),
         ("model_args/n_layer", 10**9, "n_layer=1000000000"),
         ("model_args/n_layer", 1, r"h\.1\.\w+\.weight: .*none"),
         ("iter_num", 2**31, "2147483648"),
-        ("config", Malicious(), "no code in it was run"),
         ("model/transformer.h.1.mlp.c_fc.weight", None, r"h\.1\.mlp\.c_fc\.weight: "),
         ("model/transformer.ln_f.weight", torch.ones(17), r"ln_f\.weight: .*17.*16"),
         ("model/lm_head.weight", torch.ones(65, 16), r"lm_head\.weight"),
@@ -253,31 +243,9 @@ class Malicious:
         ),
     ],
 )
-def test_a_checkpoint_with_a_fault_is_an_error_that_names_it(
-    path, tmp_path, monkeypatch, where, change, message
+def test_a_faulty_checkpoint_is_an_error_that_names_the_fault(
+    path, where, change, message
 ):
-    monkeypatch.chdir(tmp_path)
     edit(path, where, change)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{message}"):
         read(path)
-    assert not (tmp_path / "owned").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"[1]", b"\x80\x04."])
-def test_a_file_that_is_not_a_checkpoint_is_an_error(tmp_path, content):
-    path = tmp_path / "ckpt.pt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(str(path))):
-        read(path)
-    torch.save([1, 2], path)
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: list"):
-        read(path)
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
-        read(tmp_path)
-
-
-def test_a_model_of_the_lecture_cannot_be_exported_to_nanogpt(path, tmp_path):
-    config, state, _ = read(path)
-    config = changed(config, model={"architecture": "layer-norm"})
-    with pytest.raises(ValueError, match=r"nanoGPT .*layer-norm"):
-        write_nanogpt(tmp_path / "out.pt", config, state, None, "x")

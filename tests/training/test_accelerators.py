@@ -125,9 +125,8 @@ def test_the_tpu_multiplies_only_bfloat16(tpu_program):
         assert len(products) > 20
         assert set(products) == {("bf16", "bf16")}
     # For float32, the compiler still rounds some operands itself.
-    assert ("f32", "f32") in products_on_tpu(
-        for_tpu(**LETTERS, compute_dtype="float32")
-    )
+    float32 = for_tpu(**LETTERS, compute_dtype="float32")
+    assert ("f32", "f32") in products_on_tpu(float32)
 
 
 @tpu
@@ -157,9 +156,8 @@ def test_cuda_multiplies_in_the_compute_dtype_and_scatters_in_float32(remat, dty
     text = lowered_step("cuda", remat=remat, compute_dtype=dtype)
     products = products_on_cuda(text)
     assert len(products) > 20
-    assert set(products) == {
-        ("bf16", "bf16") if dtype == "bfloat16" else ("f32", "f32")
-    }
+    expected = "bf16" if dtype == "bfloat16" else "f32"
+    assert set(products) == {(expected, expected)}
     assert scatters(text) == {"f32"}
 
 
@@ -183,7 +181,9 @@ def test_cuda_writes_the_new_state_over_the_old_and_calls_nothing(cuda_program):
     assert indices == list(range(len(state_leaves())))
 
 
-@pytest.mark.parametrize(("platform", "width"), [("cuda", 50304), ("tpu", V)])
+@pytest.mark.parametrize(
+    ("platform", "width"), [("cuda", 50304), ("tpu", V), ("cpu", V)]
+)
 def test_no_step_has_all_logits_of_a_large_vocabulary(platform, width, monkeypatch):
     config, model = build(platform, fused_attention=False)
     params = abstract_state(model, config, single_device_mesh()).params
@@ -212,35 +212,33 @@ def attention_options(monkeypatch):
 
 
 TOKENS_BT = np.arange(B * 128).reshape(B, 128) % 65
-CUDNN = [{"is_causal": True, "key_value_seq_lengths": None, "implementation": "cudnn"}]
 TRAINING = {"deterministic": False, "rngs": {"dropout": jax.random.key(0)}}
 
 
 @pytest.mark.parametrize(
-    ("platform", "config", "options", "expected"),
+    ("platform", "config", "options", "used"),
     [
-        ("cuda", {}, {}, CUDNN),
-        ("cuda", {}, TRAINING, CUDNN),
-        ("cuda", {"dropout": 0.1}, {}, CUDNN),
-        ("cuda", {"dropout": 0.1}, TRAINING, []),
-        ("cuda", {}, {"mutable": ["intermediates"]}, CUDNN),
-        ("cuda", {"compute_dtype": "float32"}, {}, []),
-        ("cuda", {"n_embd": 2 * 136}, {}, []),
-        ("cuda", {"n_embd": 2 * 12}, {}, []),
-        ("cuda", {"fused_attention": False}, {}, []),
-        ("gpu", {}, {}, []),
-        ("tpu", {}, {}, []),
-        ("cpu", {}, {}, []),
+        ("cuda", {}, {}, True),
+        ("cuda", {}, TRAINING, True),
+        ("cuda", {"dropout": 0.1}, {}, True),
+        ("cuda", {"dropout": 0.1}, TRAINING, False),
+        ("cuda", {}, {"mutable": ["intermediates"]}, True),
+        ("cuda", {"compute_dtype": "float32"}, {}, False),
+        ("cuda", {"n_embd": 2 * 136}, {}, False),
+        ("cuda", {"n_embd": 2 * 12}, {}, False),
+        ("cuda", {"fused_attention": False}, {}, False),
+        *((platform, {}, {}, False) for platform in ("gpu", "tpu", "cpu")),
     ],
 )
 def test_cudnns_attention_is_used_where_it_is_supported(
-    attention_options, platform, config, options, expected
+    attention_options, platform, config, options, used
 ):
-    fields = LETTERS | {"block_size": 128, "n_layer": 1} | config
-    _, model = build(platform, **fields)
+    _, model = build(platform, **LETTERS | {"block_size": 128, "n_layer": 1} | config)
     variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS_BT)
     attention_options.clear()
     jax.eval_shape(lambda v: model.apply(v, TOKENS_BT, **options), variables)
+    causal = {"is_causal": True, "key_value_seq_lengths": None}
+    expected = [causal | {"implementation": "cudnn"}] if used else []
     assert attention_options[:1] == expected
 
 
