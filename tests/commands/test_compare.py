@@ -87,64 +87,51 @@ def test_weights_of_any_source_can_be_compared(call, tmp_path, tiny_run, gpt2, s
 
 
 def scaled_bias(factor):
-    """A change that imports one bias scaled."""
+    """`read_huggingface`, except that it scales one bias."""
 
     def read(folder):
         config, params = read_huggingface(folder)
         params["h"]["mlp"]["c_fc"]["bias"] *= factor
         return config, params
 
-    return lambda patch: patch.setattr(huggingface, "read_huggingface", read)
+    return read
 
 
-def other_gelu(patch):
-    patch.setitem(huggingface.ACTIVATIONS, "gelu_new", "exact")
+def other_epsilon(config):
+    return layers.nn.LayerNorm(epsilon=2e-5, use_bias=config.bias)
 
 
-def other_epsilon(patch):
-    def layer_norm(config):
-        return layers.nn.LayerNorm(epsilon=2e-5, use_bias=config.bias)
-
-    patch.setattr(layers, "layer_norm", layer_norm)
-
-
-def decayed_norms(patch):
-    patch.setattr(optimizer, "_NOT_DECAYED", ("bias",))
-
-
-def no_clipping(patch):
-    patch.setattr(optax, "clip_by_global_norm", lambda norm: optax.identity())
-
-
-def no_warmup(patch):
-    constant = optax.constant_schedule(1e-3)
-    patch.setattr(optimizer, "learning_rate_schedule", lambda *args: constant)
-
-
-def other_tokens(patch):
-    tokens = [(np.zeros((1, 48), int), np.zeros((1, 48)))]
-    patch.setattr(torch_parity, "generate_tokens", lambda *args: iter(tokens))
+CONSTANT = optax.constant_schedule(1e-3)
+OTHER_GELU = huggingface.ACTIVATIONS | {"gelu_new": "exact"}
+OTHER_TOKENS = [(np.zeros((1, 48), int), np.zeros((1, 48)))]
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    ("change", "section"),
+    ("module", "name", "value", "section"),
     [
-        (other_gelu, "logits"),
-        (other_epsilon, "activations"),
-        (scaled_bias(np.nan), "gradients"),
-        (decayed_norms, "final parameters"),
-        (no_clipping, "final parameters"),
-        (no_warmup, "loss"),
-        (other_tokens, "greedy text"),
-        (None, None),
+        (huggingface, "ACTIVATIONS", OTHER_GELU, "logits"),
+        (huggingface, "read_huggingface", scaled_bias(np.nan), "gradients"),
+        (layers, "layer_norm", other_epsilon, "activations"),
+        (optimizer, "_NOT_DECAYED", ("bias",), "final parameters"),
+        (optax, "clip_by_global_norm", lambda _: optax.identity(), "final parameters"),
+        (optimizer, "learning_rate_schedule", lambda *_: CONSTANT, "loss"),
+        (
+            torch_parity,
+            "generate_tokens",
+            lambda *_: OTHER_TOKENS,
+            "greedy text",
+        ),
+        (None, None, None, None),
     ],
 )
-def test_a_difference_is_found_and_named(call, gpt2, monkeypatch, change, section):
-    if change:
-        change(monkeypatch)
+def test_a_difference_is_found_and_named(
+    call, gpt2, monkeypatch, module, name, value, section
+):
+    if module:
+        monkeypatch.setattr(module, name, value)
     jax.clear_caches()
-    status = int(change is not None)
+    status = int(module is not None)
     found = checks(call, "--hf", gpt2, "--steps", "30", status=status)
     jax.clear_caches()
     failed = [check for check in found if not check["passed"]]
@@ -154,7 +141,7 @@ def test_a_difference_is_found_and_named(call, gpt2, monkeypatch, change, sectio
 
 
 def test_a_difference_in_one_weight_is_found(call, gpt2, monkeypatch):
-    scaled_bias(1 + 1e-4)(monkeypatch)
+    monkeypatch.setattr(huggingface, "read_huggingface", scaled_bias(1 + 1e-4))
     flags = ("--hf", gpt2, "--steps", 0, "--greedy-tokens", 0)
     failed = [check for check in checks(call, *flags, status=1) if not check["passed"]]
     assert {"activations", "gradients"} <= {check["section"] for check in failed}

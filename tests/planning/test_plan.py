@@ -28,10 +28,14 @@ PLANNED = changed(PRESETS["smoke"](), model={"n_layer": 1, "vocab_size": 65})
 SCALING = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
+def by_name(lines):
+    """Values of a plan's rows by name."""
+    return {line[:19].strip(): line[19:] for line in lines}
+
+
 def rows_of(config, topology="", count=None):
-    """The first `count` rows of the plan: values by name."""
-    rows = islice(describe(config, topology), count)
-    return {line[:19].strip(): line[19:] for line in rows}
+    """The first `count` rows of the plan."""
+    return by_name(islice(describe(config, topology), count))
 
 
 def mebibytes(value):
@@ -72,7 +76,7 @@ def test_a_plan_counts_the_temporary_memory_of_the_compiled_step(preset):
 def test_a_plan_for_a_tpu_describes_its_chips(call):
     # A bigram model is a table lookup, without matmuls; one chip needs no collectives.
     out, _ = call("train.py", "lecture-bigram", "--plan", "v5e:1x1")
-    rows = {line[:19].strip(): line[19:] for line in out.splitlines()}
+    rows = by_name(out.splitlines())
     assert rows["devices"] == "1 x TPU v5 lite (data 1 x fsdp 1 x tensor 1)"
     assert "of 16.0 GiB" in rows["total memory"]
     assert rows["compute time"] == rows["ICI time"] == "0 s"
@@ -136,7 +140,7 @@ def test_a_v4_chip_is_one_device_and_has_no_roofline_without_its_figures(monkeyp
 def test_the_plans_in_docs_scaling_fit_and_have_its_figures(preset, topology):
     command = ("train.py", preset, "--plan", topology)
     out, _ = finish(start_script(*command), timeout=3600)
-    rows = {line[:19].strip(): line[19:] for line in out.splitlines()}
+    rows = by_name(out.splitlines())
     told = SCALING.split(f"| `{preset}` on `{topology}` |")[1].splitlines()[0]
     bound = re.match(r"(.* s): at most (.* tokens/s)", rows["roofline step time"])
     temporary = rows["temporary memory"].removesuffix(" per device")
