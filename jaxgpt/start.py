@@ -46,7 +46,7 @@ def start() -> None:
     # line; so does asyncio if several arrays of a checkpoint can't be read or written.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "coroutine 'Store", RuntimeWarning)
+    warnings.filterwarnings("ignore", "coroutine '(Store|_read)", RuntimeWarning)
     sys.unraisablehook = _report_unraisable
     flags = os.environ.get("XLA_FLAGS", "")
     if not (
