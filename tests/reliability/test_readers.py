@@ -230,11 +230,11 @@ def in_itself(old):
 
 
 # fmt: off
-PICKLED = VALUES | st.sampled_from([
-    *map(Calling, [
-        (never, ()), (never, ("itos",)), (bytearray, (10**6,)),
-        (list, (), {"state": 1}), (getattr, (never, "__globals__")),
-    ]),
+CALLS = st.sampled_from([
+    (never, ()), (never, ("itos",)), (bytearray, (10**6,)), (list, (), {"state": 1}),
+    (getattr, (never, "__globals__")),
+]).map(Calling)
+PICKLED = VALUES | CALLS | st.sampled_from([
     in_itself, lambda old: len, lambda old: dict,
     {1, 2}, (1, ("a",)), b"bytes", bytearray(b"a"), 1j,
     ["a", "b"], {0: "a", 1: "b"}, {0: "a", 2: "b"}, {0: b"a"}, {0: ["a"]},
@@ -258,14 +258,13 @@ OPCODES = st.sampled_from([
 SEQUENCES = st.lists(OPCODES, max_size=20).map(lambda codes: b"".join(codes) + b".")
 
 
-def pickles(document):
-    """Contents of a file that should hold the pickled document."""
-    documents, protocols = edited(document, PICKLED), st.sampled_from([0, 2, 4, 5])
-    whole = pickle.dumps(document, protocol=4)
-    return st.builds(pickle.dumps, documents, protocols) | damaged(whole, SEQUENCES)
+META = {"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}
 
 
-@given(pickles({"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}))
+@given(
+    st.builds(pickle.dumps, edited(META, PICKLED), st.sampled_from([0, 2, 4, 5]))
+    | damaged(pickle.dumps(META, protocol=4), SEQUENCES)
+)
 @example(b"(i" + NAME + b"\nnever\n.")  # calls `never`
 def test_any_meta_pkl_is_read_or_refused_and_never_run(folder, content):
     path = put(folder / "meta.pkl", content)
@@ -347,14 +346,12 @@ def in_zip(draw, zipped):
 def test_any_checkpoint_of_nanogpt_is_read_or_refused_and_never_run(
     folder, checkpoint, data
 ):
-    content, document = checkpoint
-    args = document["model_args"]
-    if data.draw(st.booleans()):
-        sizes = resized(args).map(lambda sizes: document | {"model_args": sizes})
-        content = saved(data.draw(sizes | edited(document, VALUES | TENSORS)))
-    else:
-        odd = damaged(content) | in_zip(content) | pickles([args])
-        content = data.draw(odd | edited(document, PICKLED).map(saved))
+    whole, document = checkpoint
+    models = resized(document["model_args"])
+    sized = models.map(lambda model: document | {"model_args": model})
+    others = (edited(document, values) for values in (CALLS, PICKLED | TENSORS))
+    saves = [each.map(saved) for each in (sized, *others)]
+    content = data.draw(st.one_of(*saves, damaged(whole), in_zip(whole)))
     path = put(folder / "ckpt.pt", content)
     outcome(lambda: read_nanogpt(path, lambda line: None), path)
 
