@@ -1,6 +1,7 @@
 """What all tests share: a cache, 8 CPU devices, a small corpus and a tiny model."""
 
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -136,10 +137,8 @@ def train_on(model, config, mesh, state, batches):
 
 def traced_steps(model, config, mesh, count=1):
     """Train steps of so many batches, traced without devices."""
-    state, batches = (
-        abstract_state(model, config, mesh),
-        batch_shapes(config, mesh, count),
-    )
+    state = abstract_state(model, config, mesh)
+    batches = batch_shapes(config, mesh, count)
     return trace_train_steps(next_token(model), config, mesh, state, batches)
 
 
@@ -244,13 +243,11 @@ def smoke(make_once):
     """`python train.py smoke`, uninterrupted: its directory, stdout and stderr."""
 
     def make(folder):
-        command = ("train.py", "smoke", "--out-dir", folder / "run")
-        out, err = finish(start_script(*command))
-        for name, text in (("out", out), ("err", err)):
-            (folder / name).write_text(text)
+        script = start_script("train.py", "smoke", "--out-dir", folder / "run")
+        (folder / "texts").write_text(json.dumps(finish(script)))
 
     folder = make_once("smoke", make)
-    return folder / "run", *((folder / name).read_text() for name in ("out", "err"))
+    return folder / "run", *json.loads((folder / "texts").read_text())
 
 
 @pytest.fixture(scope="session")

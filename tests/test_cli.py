@@ -2,6 +2,7 @@ import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import TINY, changed, save_params
@@ -16,15 +17,6 @@ from jaxgpt.training.checkpoint import open_checkpoints
 
 def config_of(*argv):
     return parse_arguments(list(map(str, argv)))[0]
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    """A directory with a run that has not trained yet."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    save_config(folder, TINY, None)
-    return folder
 
 
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"finetune-shakespeare"}))
@@ -84,9 +76,9 @@ def test_the_help_explains_every_field_and_lists_the_presets(capsys):
                 assert re.search(r"[a-z]+ [a-z]+", values_and_help[1]), flag
 
 
-def test_a_resumed_run_keeps_its_config_except_for_overrides(run_dir):
-    config = config_of("--out-dir", run_dir, "--resume", "--train.max-steps", "99")
-    assert config == changed(TINY, train={"max_steps": 99})
+def test_a_resumed_run_keeps_its_config_except_for_overrides(tiny_run):
+    config = config_of("--out-dir", tiny_run, "--resume", "--train.max-steps", "99")
+    assert config == changed(load_config(tiny_run), train={"max_steps": 99})
 
 
 def test_resuming_with_a_preset_starts_a_run_if_there_is_none(tmp_path):
@@ -119,16 +111,17 @@ def test_init_from_takes_model_and_tokenizer_from_the_run_and_the_rest_from_the_
         ("smoke --resume --overwrite", ValueError, "--resume and --overwrite"),
         ("--out-dir NEW --resume", FileNotFoundError, "new-run"),
         ("--out-dir RUN --resume --model.n-layer 3", ValueError, r"--model\.n-layer 3"),
-        ("smoke --init-from RUN", FileNotFoundError, "run/checkpoints"),
+        ("smoke --init-from RUN", FileNotFoundError, r"\d/checkpoints"),
         ("smoke --init-from TINY --model.vocab-size 12", ValueError, "vocab-size 12"),
         ("smoke --init-from TINY --model.block-size 9", ValueError, "block-size 9 .*8"),
         ("smoke --init-from TINY --data.tokenizer gpt2", ValueError, "tokenizer gpt2"),
     ],
 )
 def test_flags_that_contradict_each_other_or_a_run_are_an_error(
-    run_dir, tiny_run, argv, error, message
+    tmp_path, tiny_run, argv, error, message
 ):
-    folders = {"RUN": run_dir, "NEW": run_dir.with_name("new-run"), "TINY": tiny_run}
+    save_config(tmp_path, TINY, None)  # a run that has not trained yet
+    folders = {"RUN": tmp_path, "NEW": tmp_path / "new-run", "TINY": tiny_run}
     with pytest.raises(error, match=message):
         config_of(*(folders.get(word, word) for word in argv.split()))
 
@@ -173,12 +166,18 @@ def test_init_from_a_model_without_dropout_gives_it_none(tmp_path, bigram):
     assert config_of("smoke", "--init-from", tmp_path).model == model.config
 
 
-def test_help_and_an_unknown_preset_do_not_wait_for_other_processes(call, monkeypatch):
-    def join(*ids):
-        raise AssertionError("it waits")
-
+def test_help_an_unknown_preset_and_a_dry_run_need_neither_processes_nor_a_corpus(
+    call, fresh_cache, monkeypatch
+):
+    join = Mock(side_effect=AssertionError("it waits"))
     monkeypatch.setattr(processes, "join_processes", join)
     with pytest.raises(SystemExit, match="0"):
         call("train.py", "smoke", "--help")
     with pytest.raises(ValueError, match="'smok'"):
         call("train.py", "smok", "--process-id", "1")
+    out, err = call("train.py", "--dry-run")
+    assert "shakespeare-char-cpu" in err  # the default
+    assert "804,096" in out  # parameters
+    assert not fresh_cache.exists()
+    with pytest.raises(AssertionError, match="it waits"):
+        call("train.py", "smoke")

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from jaxgpt.training.monitor import Monitor, read_rows, rewind
 
 CONFIG = changed(TINY, train={"log_interval": 2})
+START = time.monotonic()
 STEP_METRICS = ("loss", "learning_rate", "grad_norm")
 TRAIN_ROW = dict.fromkeys((*STEP_METRICS, "tokens_per_second"), 1.0)
 
@@ -24,11 +25,7 @@ def metrics_of(count, **values):
 
 
 def monitor_of(run_dir, resumed_step=None, config=CONFIG):
-    return Monitor(run_dir, config, resumed_step, time.monotonic())
-
-
-def train(monitor, first, metrics):
-    monitor.train(first, metrics, time.monotonic())
+    return Monitor(run_dir, config, resumed_step, START)
 
 
 def rows_of(run_dir, event):
@@ -39,8 +36,10 @@ def rows_of(run_dir, event):
 def test_rows_have_the_fields_of_their_event_and_of_the_objective(tmp_path, capsys):
     with monitor_of(tmp_path) as monitor:
         monitor.eval(0, {"train_loss": 4.0, "val_loss": 4.5})
-        train(monitor, 0, metrics_of(3, accuracy=[0.0, 0.25, 0.0]))
-        train(monitor, 3, metrics_of(5, accuracy=[float("nan")] * 5))  # of weight 0
+        monitor.train(0, metrics_of(3, accuracy=[0.0, 0.25, 0.0]), START)
+        monitor.train(
+            3, metrics_of(5, accuracy=[float("nan")] * 5), START
+        )  # of weight 0
         monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5, "val_accuracy": 0.5})
         monitor.done(8, 2.25)
     rows = rows_of(tmp_path, "train")
@@ -61,7 +60,7 @@ def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsy
     monkeypatch.setattr("jaxgpt.training.monitor.is_first_process", lambda: False)
     monkeypatch.setattr("jaxgpt.files.is_first_process", lambda: False)
     with monitor_of(tmp_path) as monitor:
-        train(monitor, 0, metrics_of(8))
+        monitor.train(0, metrics_of(8), START)
         monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5})
         with pytest.raises(FloatingPointError):  # but all check that losses are finite
             monitor.done(8, float("nan"))
@@ -79,7 +78,9 @@ def test_the_loss_curve_shows_the_logged_losses_and_the_best(tmp_path, monkeypat
     monkeypatch.setattr(Figure, "savefig", save)
     with monitor_of(tmp_path) as monitor:
         monitor.eval(0, {"train_loss": 4.0, "val_loss": 4.5})
-        train(monitor, 0, metrics_of(8, loss=[4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5]))
+        monitor.train(
+            0, metrics_of(8, loss=[4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5]), START
+        )
         monitor.eval(4, {"train_loss": 2.0, "val_loss": 2.5})
         monitor.eval(8, {"train_loss": 1.0, "val_loss": 3.5})
     assert matplotlib.image.imread(tmp_path / "loss.png").ndim == 3
@@ -95,7 +96,7 @@ def test_the_loss_curve_shows_the_logged_losses_and_the_best(tmp_path, monkeypat
 def test_a_non_finite_loss_stops_at_its_step_and_is_not_logged(tmp_path, loss):
     metrics = metrics_of(4, loss=[1, 1, loss, 1], skipped=[0, 0, 1, 1])
     with monitor_of(tmp_path) as monitor:
-        train(monitor, 4, metrics)
+        monitor.train(4, metrics, START)
         with pytest.raises(FloatingPointError, match="at step 7"):
             monitor.flush()
     assert [row["step"] for row in rows_of(tmp_path, "train")] == [6]
@@ -105,7 +106,7 @@ def test_a_skipped_step_is_reported_and_logged_as_null(tmp_path, capsys):
     config = changed(CONFIG, train={"max_skipped_steps": 5})
     norms = [1, 1, 1, float("inf")]
     with monitor_of(tmp_path, config=config) as monitor:
-        train(monitor, 0, metrics_of(4, skipped=[2, 2, 2, 3], grad_norm=norms))
+        monitor.train(0, metrics_of(4, skipped=[2, 2, 2, 3], grad_norm=norms), START)
         monitor.eval(4, {"train_loss": 1.0, "val_loss": 1.0})
         monitor.done(4, 1.0)
     err = capsys.readouterr().err
