@@ -3,11 +3,11 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, changed, contents
+from conftest import ONE_ROW, TINY, changed, contents, logits_of, mesh_of
 
 from jaxgpt import CharTokenizer, load_run
 from jaxgpt.models import build_model
-from jaxgpt.parallel.mesh import make_mesh, single_device_mesh
+from jaxgpt.parallel.mesh import single_device_mesh
 from jaxgpt.run import (
     claim_run,
     clear_run,
@@ -21,7 +21,7 @@ from jaxgpt.training.step import create_state
 
 CONFIG = changed(TINY, model={"n_layer": 1})
 TOKENIZER = CharTokenizer("\nabcdefghij")
-STATE = create_state(build_model(CONFIG.model, "cpu"), CONFIG, make_mesh(CONFIG))
+STATE = create_state(build_model(CONFIG.model, "cpu"), CONFIG, mesh_of(CONFIG))
 
 
 def claim(folder, *, resume=False, overwrite=False):
@@ -49,9 +49,8 @@ def test_a_loaded_run_equals_the_saved_one_and_loading_changes_no_file(run_dir):
     assert run.config == CONFIG
     assert run.tokenizer.characters == TOKENIZER.characters
     jax.tree.map(np.testing.assert_array_equal, run.params, STATE.params)
-    tokens_BT = np.array([[1, 2, 3]])
-    logits = run.model.apply({"params": run.params}, tokens_BT, deterministic=True)
-    saved = build_model(CONFIG.model, "cpu").apply({"params": STATE.params}, tokens_BT)
+    logits = logits_of(run.model, run.params, ONE_ROW)
+    saved = logits_of(build_model(CONFIG.model, "cpu"), STATE.params, ONE_ROW)
     np.testing.assert_allclose(logits, saved, atol=1e-6)
     assert logits.dtype == np.float32
     assert contents(run_dir) == before
@@ -59,11 +58,11 @@ def test_a_loaded_run_equals_the_saved_one_and_loading_changes_no_file(run_dir):
 
 def test_only_overwrite_replaces_a_run_and_only_its_own_files(run_dir):
     (run_dir / "notes.md").write_text("mine")
+    (run_dir / "attention.png").write_bytes(b"of the old model")
     before = contents(run_dir)
     with pytest.raises(FileExistsError, match=r"--resume.*--overwrite"), claim(run_dir):
         pass
     assert contents(run_dir) == before
-    (run_dir / "attention.png").write_bytes(b"of the old model")
     with claim(run_dir, overwrite=True):
         clear_run(run_dir)
     assert contents(run_dir).keys() == {"lock", "notes.md"}

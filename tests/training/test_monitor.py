@@ -37,14 +37,12 @@ def test_rows_have_the_fields_of_their_event_and_of_the_objective(tmp_path, caps
     with monitor_of(tmp_path) as monitor:
         monitor.eval(0, {"train_loss": 4.0, "val_loss": 4.5})
         monitor.train(0, metrics_of(3, accuracy=[0.0, 0.25, 0.0]), START)
-        monitor.train(
-            3, metrics_of(5, accuracy=[float("nan")] * 5), START
-        )  # of weight 0
+        monitor.train(3, metrics_of(5, accuracy=[jnp.nan] * 5), START)  # of weight 0
         monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5, "val_accuracy": 0.5})
         monitor.done(8, 2.25)
     rows = rows_of(tmp_path, "train")
-    assert [row["step"] for row in rows] == [2, 4, 6, 8]  # every log_interval
-    assert [row["accuracy"] for row in rows] == [0.25, None, None, None]
+    accuracies = {row["step"]: row["accuracy"] for row in rows}
+    assert accuracies == {2: 0.25, 4: None, 6: None, 8: None}  # every log_interval
     fields = (*STEP_METRICS, "accuracy", "tokens_per_second", "elapsed_seconds")
     assert list(rows[0]) == ["event", "step", *fields]
     evals = rows_of(tmp_path, "eval")
@@ -78,9 +76,7 @@ def test_the_loss_curve_shows_the_logged_losses_and_the_best(tmp_path, monkeypat
     monkeypatch.setattr(Figure, "savefig", save)
     with monitor_of(tmp_path) as monitor:
         monitor.eval(0, {"train_loss": 4.0, "val_loss": 4.5})
-        monitor.train(
-            0, metrics_of(8, loss=[4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.0, 0.5]), START
-        )
+        monitor.train(0, metrics_of(8, loss=jnp.arange(4, 0, -0.5)), START)
         monitor.eval(4, {"train_loss": 2.0, "val_loss": 2.5})
         monitor.eval(8, {"train_loss": 1.0, "val_loss": 3.5})
     assert matplotlib.image.imread(tmp_path / "loss.png").ndim == 3

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, changed
+from conftest import TINY, changed, mesh_of
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import ops
 from jaxgpt.models import build_model
-from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.training.objectives import LossSum
 from jaxgpt.training.optimizer import Optimizer, make_optimizer
 from jaxgpt.training.step import (
@@ -29,7 +28,8 @@ B, T = 16, TINY.model.block_size
 CONFIG = changed(
     TINY, model={"architecture": "bigram"}, data={"batch_size": B}, mesh={"data": 8}
 )
-MESH, MODEL = make_mesh(CONFIG), build_model(CONFIG.model, "cpu")
+CONFIGS = [CONFIG, changed(CONFIG, data={"gradient_accumulation_steps": 2})]
+MESH, MODEL = mesh_of(CONFIG), build_model(CONFIG.model, "cpu")
 SGD = Optimizer(*optax.sgd(1.0), learning_rate=lambda state: jnp.float32(1))
 ADAMW = make_optimizer(CONFIG.optimizer, CONFIG.train.max_steps)
 
@@ -67,10 +67,6 @@ def initial(params, optimizer):
     return TrainState(zero, params, optimizer.init(params), zero)
 
 
-def with_microbatches(microbatches):
-    return changed(CONFIG, data={"gradient_accumulation_steps": microbatches})
-
-
 def under_jit(step, state):
     return jax.jit(step)(state, BATCH)
 
@@ -87,11 +83,11 @@ def in_pmap(step, state):
     return jax.tree.map(lambda a: a[3], out)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("run", [under_jit, in_shard_map, in_pmap])
-def test_loss_gradients_and_metrics_are_weighted_means(params, run, microbatches):
+def test_loss_gradients_and_metrics_are_weighted_means(params, run, config):
     axis_name = None if run is under_jit else "data"
-    step = make_train_step(objective, SGD, with_microbatches(microbatches), axis_name)
+    step = make_train_step(objective, SGD, config, axis_name)
     state, metrics = run(step, initial(params, SGD))
     counted = BATCH["counts"] > 0
 
@@ -112,12 +108,12 @@ def test_loss_gradients_and_metrics_are_weighted_means(params, run, microbatches
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), updates, grads)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_a_program_for_8_devices_trains_like_one_device(params, microbatches):
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_program_for_8_devices_trains_like_one_device(params, config):
     one = under_jit(make_train_step(objective, ADAMW, CONFIG), initial(params, ADAMW))
-    config, state = with_microbatches(microbatches), create_state(MODEL, CONFIG, MESH)
-    stacked = jax.tree.map(lambda a: a[None], BATCH)
-    batches = jax.device_put(stacked, jax.NamedSharding(MESH, P(None, "data")))
+    state = create_state(MODEL, CONFIG, MESH)
+    batches = jax.tree.map(lambda a: a[None], BATCH)
+    batches = jax.device_put(batches, jax.NamedSharding(MESH, P(None, "data")))
     traced = trace_train_steps(objective, config, MESH, state, batches)
     state, metrics = traced.lower().compile()(state, batches)
     eight = state, jax.tree.map(lambda a: a[0], metrics)
