@@ -1,4 +1,3 @@
-import itertools
 import re
 import shutil
 
@@ -104,23 +103,3 @@ def test_maps_in_bfloat16_are_near_those_in_float32_and_can_be_drawn(tmp_path):
     np.testing.assert_allclose(maps_LHTS, exact_LHTS, atol=0.02)
     draw_maps(maps_LHTS, list("To be,"), tmp_path / "maps.png")
     assert text_of(tmp_path / "maps.png") == "To be,"
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
-        ("--prompt", "", "--prompt"),
-        ("--prompt", "Zounds", "'Z' at position 0"),
-        ("--checkpoint", "3", "checkpoint '3'"),
-        ("--run-dir", "nowhere", "nowhere"),
-    ],
-)
-def test_bad_input_is_an_error_that_names_it(call, tiny_run, flag, value, message):
-    flags = {"--run-dir": tiny_run, "--prompt": "To", "--out": "x", flag: value}
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        call("jaxgpt", "attention", *itertools.chain(*flags.items()))
-
-
-def test_a_model_without_attention_is_an_error(bigram):
-    with pytest.raises(ValueError, match="bigram"):
-        attention_maps(*bigram, TOKENS)

@@ -160,16 +160,3 @@ def test_nan_is_never_within_a_tolerance():
     for ours, theirs in ((np.nan, 1.0), (1.0, np.nan), (np.nan, np.nan)):
         check = torch_parity._check("logits", "float32", [ours], [theirs], 1e-5)
         assert not check.passed
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--length", "0"], "length=0 "),
-        (["--batch-size", "0"], "batch_size=0 "),
-        (["--run-dir", "/nowhere"], r"/nowhere .*config\.json"),
-    ],
-)
-def test_bad_input_is_an_error_that_names_it(call, arguments, message):
-    with pytest.raises((ValueError, OSError), match=message):
-        call("jaxgpt", "compare", *arguments)

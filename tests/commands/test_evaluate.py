@@ -92,17 +92,3 @@ def test_bits_per_character_are_unknown_without_a_tokenizer(call, tiny_run, tmp_
     out, _ = call("jaxgpt", *flags)
     (line,) = (line for line in out.splitlines() if line.startswith("bits"))
     assert line.split()[-1] == "unknown"
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
-        ("--stride", 9, "stride=9 .*block_size=8"),
-        ("--stride", 0, "stride=0"),
-        ("--batch-size", 0, "batch_size=0"),
-        ("--checkpoint", 3, "checkpoint '3' .*best, latest, 8"),
-    ],
-)
-def test_bad_input_is_an_error_that_names_it(evaluate, flag, value, message):
-    with pytest.raises(ValueError, match=message):
-        evaluate(flag, value)

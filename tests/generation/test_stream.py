@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 
 import numpy as np
@@ -114,10 +113,3 @@ def test_any_prompt_gives_text_or_an_error_that_names_the_character(run, prompt)
         assert repr(unknown[0]) in str(error.value)
     else:
         assert len(generate(run, prompt, max_new_tokens=1)[0]) == 1
-
-
-def test_bad_arguments_are_errors_that_name_them(run):
-    with pytest.raises(ValueError, match=r"tokenizer\.json"):
-        generate(dataclasses.replace(run, tokenizer=None), "abc")
-    with pytest.raises(ValueError, match="num_samples=0"):
-        generate(run, "abc", num_samples=0)

@@ -278,6 +278,8 @@ CASES = {
         ("a top-k of 0", f"{GENERATE} --top-k 0", "top_k=0"),
         ("a top-k above the vocabulary", f"{GENERATE} --top-k 12", "top_k=12 =11"),
         ("a top-p of 0", f"{GENERATE} --top-p 0", "top_p=0"),
+        ("a top-p above 1", f"{GENERATE} --top-p 1.5", "top_p=1.5"),
+        ("a stop text with an unknown character", f"{GENERATE} --stop '!'", "'!' 11"),
         ("a negative seed", f"{GENERATE} --seed -1", "seed=-1"),
     ],
     "evaluate, attention, compare, lecture": [
@@ -299,7 +301,9 @@ CASES = {
         ("comparing a missing file", f"{COMPARE} --nanogpt no.pt", "no.pt"),
         ("comparing a lecture model", f"{COMPARE} --run-dir runs/bigram", "bigram"),
         ("too long a text", f"{COMPARE} --run-dir runs/tiny --length 9", "length=9 =8"),
+        ("comparing an empty batch", f"{COMPARE} --batch-size 0", "batch_size=0"),
         ("a lecture of no steps", f"{LECTURE} --steps-scale 0", "--steps-scale 0"),
+        ("a negative seed for the lecture", f"{LECTURE} --seeds -1", "seed=-1"),
         ("a repeated seed", f"{LECTURE} --seeds 7 7", "--seeds 7,"),
         ("a file for a folder", f"{LECTURE} --out-dir text.txt", "text.txt"),
     ],
