@@ -5,17 +5,9 @@ import numpy as np
 import pytest
 from conftest import ONE_ROW, TINY, changed, contents, logits_of, mesh_of
 
-from jaxgpt import CharTokenizer, load_run
+from jaxgpt import CharTokenizer, load_run, run
 from jaxgpt.models import build_model
 from jaxgpt.parallel.mesh import single_device_mesh
-from jaxgpt.run import (
-    claim_run,
-    clear_run,
-    find_checkpoint,
-    load_initial_params,
-    load_state,
-    save_config,
-)
 from jaxgpt.training.checkpoint import open_checkpoints, save_state
 from jaxgpt.training.step import create_state
 
@@ -25,7 +17,7 @@ STATE = create_state(build_model(CONFIG.model, "cpu"), CONFIG, mesh_of(CONFIG))
 
 
 def claim(folder, *, resume=False, overwrite=False):
-    return claim_run(folder, resume=resume, overwrite=overwrite)
+    return run.claim_run(folder, resume=resume, overwrite=overwrite)
 
 
 def save(folder, state, metric):
@@ -38,18 +30,18 @@ def run_dir(tmp_path):
     """A run with one checkpoint, saved from a mesh of 8 devices."""
     folder = tmp_path / "run"
     with claim(folder):
-        save_config(folder, CONFIG, TOKENIZER)
+        run.save_config(folder, CONFIG, TOKENIZER)
     save(folder, STATE, 1.0)
     return folder
 
 
 def test_a_loaded_run_equals_the_saved_one_and_loading_changes_no_file(run_dir):
     before = contents(run_dir)
-    run = load_run(run_dir)
-    assert run.config == CONFIG
-    assert run.tokenizer.characters == TOKENIZER.characters
-    jax.tree.map(np.testing.assert_array_equal, run.params, STATE.params)
-    logits = logits_of(run.model, run.params, ONE_ROW)
+    loaded = load_run(run_dir)
+    assert loaded.config == CONFIG
+    assert loaded.tokenizer.characters == TOKENIZER.characters
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, STATE.params)
+    logits = logits_of(loaded.model, loaded.params, ONE_ROW)
     saved = logits_of(build_model(CONFIG.model, "cpu"), STATE.params, ONE_ROW)
     np.testing.assert_allclose(logits, saved, atol=1e-6)
     assert logits.dtype == np.float32
@@ -64,7 +56,7 @@ def test_only_overwrite_replaces_a_run_and_only_its_own_files(run_dir):
         pass
     assert contents(run_dir) == before
     with claim(run_dir, overwrite=True):
-        clear_run(run_dir)
+        run.clear_run(run_dir)
     assert contents(run_dir).keys() == {"lock", "notes.md"}
 
 
@@ -74,7 +66,7 @@ def test_clearing_a_run_with_linked_checkpoints_removes_only_the_link(
     (run_dir / "checkpoints").rename(tmp_path / "disk")
     (run_dir / "checkpoints").symlink_to(tmp_path / "disk")
     before = contents(tmp_path / "disk")
-    clear_run(run_dir)
+    run.clear_run(run_dir)
     assert not (run_dir / "checkpoints").exists()
     assert contents(tmp_path / "disk") == before
 
@@ -112,20 +104,20 @@ def test_initial_parameters_are_those_of_the_given_checkpoint(run_dir):
     later = jax.tree.map(lambda leaf: leaf + 1, STATE)
     save(run_dir, later, 2.0)
     for which, state in (("best", STATE), ("latest", later), ("0", STATE)):
-        checkpoint = find_checkpoint(run_dir, which)
+        checkpoint = run.find_checkpoint(run_dir, which)
         config = changed(CONFIG, train={"init_from": str(checkpoint)})
-        params = load_initial_params(config, single_device_mesh())
+        params = run.load_initial_params(config, single_device_mesh())
         jax.tree.map(np.testing.assert_array_equal, params, state.params)
-    assert load_initial_params(CONFIG, single_device_mesh()) is None
+    assert run.load_initial_params(CONFIG, single_device_mesh()) is None
     other = changed(config, model={"n_embd": 32})
     with pytest.raises(ValueError, match=rf"{checkpoint} .*kernel"):
-        load_initial_params(other, single_device_mesh())
+        run.load_initial_params(other, single_device_mesh())
 
 
 def test_a_state_is_loaded_with_the_best_loss_of_the_run(run_dir):
     save(run_dir, STATE.replace(step=STATE.step + 1), 2.0)
     for which, step in (("best", 0), ("latest", 1)):
-        config, state, val_loss = load_state(run_dir, which)
+        config, state, val_loss = run.load_state(run_dir, which)
         assert (config, int(state.step), val_loss) == (CONFIG, step, 1.0)
 
 
@@ -146,6 +138,6 @@ def test_only_known_formats_of_config_json_are_read(run_dir):
 
 
 def test_a_tokenizer_of_another_size_than_the_models_is_an_error(run_dir):
-    save_config(run_dir, changed(CONFIG, model={"vocab_size": 12}), TOKENIZER)
+    run.save_config(run_dir, changed(CONFIG, model={"vocab_size": 12}), TOKENIZER)
     with pytest.raises(ValueError, match=r"tokenizer\.json has 11 .* 12"):
         load_run(run_dir)

@@ -194,8 +194,7 @@ def test_rows_are_on_disk_before_their_checkpoint_is_saved(
 
 def test_a_bpe_run_resumes_with_its_own_tokenizer(bigram_tales, fresh_cache, tmp_path):
     sections = {"model": {"vocab_size": 280}, "data": {"tokenizer": "bpe"}}
-    config = changed(bigram_tales, train={"max_steps": 1}, **sections)
-    run(config, tmp_path / "run")
+    run(changed(bigram_tales, train={"max_steps": 1}, **sections), tmp_path / "run")
     first = load_run(tmp_path / "run")
     assert first.tokenizer.vocab_size == 280
     shutil.rmtree(cache_dir() / "tokenizers")
@@ -209,11 +208,10 @@ def test_a_bpe_run_resumes_with_its_own_tokenizer(bigram_tales, fresh_cache, tmp
 @pytest.fixture
 def fine_tuning(run_dir, tmp_path):
     """A config that trains the run's parameters on text with fewer characters."""
-    text = tmp_path / "other.txt"
-    text.write_text(TEXT[::-1].replace("J", "").replace("R", ""))
-    tokenizer = str(run_dir / "tokenizer.json")
+    (tmp_path / "other.txt").write_text(TEXT[::-1].replace("J", "").replace("R", ""))
     start = {"init_from": str(find_checkpoint(run_dir, "best")), "max_steps": 4}
-    data = {"path": (str(text),), "tokenizer": tokenizer, "sha256": ""}
+    data = {"path": (str(tmp_path / "other.txt"),), "sha256": ""}
+    data["tokenizer"] = str(run_dir / "tokenizer.json")
     return changed(load_config(run_dir), data=data, train=start)
 
 
@@ -226,8 +224,8 @@ def test_fine_tuning_starts_from_a_runs_parameters_cropped_to_the_block_size(
     base, tuned = load_run(run_dir), load_run(tmp_path / "tuned", "latest")
     assert tuned.step == 4
     assert tuned.tokenizer.characters == base.tokenizer.characters
-    cropped = crop_block_size(base.params, 5)
-    jax.tree.map(np.testing.assert_array_equal, tuned.params, cropped)
+    params = crop_block_size(base.params, 5)
+    jax.tree.map(np.testing.assert_array_equal, tuned.params, params)
     tokens = base.tokenizer.encode("Puck ")[None]
     ours, theirs = (r.model.apply({"params": r.params}, tokens) for r in (tuned, base))
     np.testing.assert_allclose(ours, theirs, atol=1e-6)

@@ -21,16 +21,12 @@ CONFIG = changed(
     TINY, model={"n_layer": 1}, mesh={"data": 2}, train={"max_skipped_steps": 5}
 )
 MODEL, MESH = build_model(CONFIG.model, "cpu"), mesh_of(CONFIG)
-STATE = create_state(MODEL, CONFIG, MESH)
+STATE, ABSTRACT = (make(MODEL, CONFIG, MESH) for make in (create_state, abstract_state))
+PARAMS_ONLY = ABSTRACT.replace(opt_state=None)
 
 
 def state_at(step):
     return STATE.replace(step=STATE.step + step)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "checkpoints"
 
 
 def save(folder, metrics):
@@ -39,49 +35,44 @@ def save(folder, metrics):
             checkpoint.save_state(checkpoints, state_at(step), metric)
 
 
-def restore(folder, which="latest", config=CONFIG, **options):
-    abstract = abstract_state(build_model(config.model, "cpu"), config, MESH)
+def restore(folder, which="latest", abstract=ABSTRACT, **options):
     return checkpoint.restore_state(folder, which, abstract, **options)
-
-
-def restore_params(folder, which):
-    abstract = abstract_state(MODEL, CONFIG, MESH).replace(opt_state=None)
-    return checkpoint.restore_state(folder, which, abstract)
 
 
 def assert_equal(state, expected):
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
-def test_a_restored_state_equals_the_saved_one_although_training_went_on(folder):
+def test_a_restored_state_equals_the_saved_one_although_training_went_on(tmp_path):
     train_steps, saved = traced_steps(MODEL, CONFIG, MESH).lower().compile(), {}
     tokens = np.zeros((1, 8, CONFIG.model.block_size), np.int32)
     tokens = jax.device_put(tokens, batch_sharding(MESH, axis=1))
     state = jax.tree.map(jnp.copy, STATE.replace(skipped=STATE.skipped + 3))
     for step in range(1, 6):
-        with checkpoint.open_checkpoints(folder) as checkpoints:
+        with checkpoint.open_checkpoints(tmp_path) as checkpoints:
             state, _ = train_steps(state, (tokens, tokens))  # donates its state
             saved[step] = jax.tree.map(np.array, jax.device_get(state))
             checkpoint.save_state(checkpoints, state, -float(step))
             state, _ = train_steps(state, (tokens, tokens + 1))
-        assert_equal(restore(folder, step * 2 - 1), saved[step])
+        assert_equal(restore(tmp_path, step * 2 - 1), saved[step])
     assert saved[5].skipped == 3
 
 
-def test_the_best_and_the_latest_two_are_kept_and_unevaluated_ones_rank_last(folder):
-    save(folder, {1: None, 2: None})
-    assert checkpoint.find_steps(folder, "best") == [2, 1]
-    assert checkpoint.best_metric(folder) is None
-    save(folder, {3: 3.0, 4: None})
-    assert checkpoint.find_steps(folder, "best") == [3, 4]
-    save(folder, {5: 1.0, 6: 2.0, 7: None, 8: 1.5})
-    assert checkpoint.saved_steps(folder) == [5, 7, 8]
-    assert checkpoint.find_steps(folder, "best") == [5, 8, 7]
-    assert checkpoint.find_steps(folder, "latest") == [8, 7, 5]
-    assert checkpoint.find_steps(folder, "5") == checkpoint.find_steps(folder, 5) == [5]
-    assert checkpoint.best_metric(folder) == 1.0
-    save(folder, {9: 0.5})
-    assert checkpoint.saved_steps(folder) == [8, 9]
+def test_the_best_and_the_latest_two_are_kept_and_unevaluated_ones_rank_last(tmp_path):
+    save(tmp_path, {1: None, 2: None})
+    assert checkpoint.find_steps(tmp_path, "best") == [2, 1]
+    assert checkpoint.best_metric(tmp_path) is None
+    save(tmp_path, {3: 3.0, 4: None})
+    assert checkpoint.find_steps(tmp_path, "best") == [3, 4]
+    save(tmp_path, {5: 1.0, 6: 2.0, 7: None, 8: 1.5})
+    assert checkpoint.saved_steps(tmp_path) == [5, 7, 8]
+    assert checkpoint.find_steps(tmp_path, "best") == [5, 8, 7]
+    assert checkpoint.find_steps(tmp_path, "latest") == [8, 7, 5]
+    for which in ("5", 5):
+        assert checkpoint.find_steps(tmp_path, which) == [5]
+    assert checkpoint.best_metric(tmp_path) == 1.0
+    save(tmp_path, {9: 0.5})
+    assert checkpoint.saved_steps(tmp_path) == [8, 9]
 
 
 def test_a_step_that_does_not_exist_is_an_error_that_lists_those_that_do(saved_once):
@@ -106,32 +97,32 @@ DAMAGES = {
 @pytest.fixture(scope="module")
 def saved_once(tmp_path_factory):
     """Checkpoints 4 and 6, of which 6 is the better."""
-    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    folder = tmp_path_factory.mktemp("two")
     save(folder, {4: 1.0, 6: 0.5})
     return folder
 
 
 @pytest.fixture
-def two(saved_once, folder):
+def two(saved_once, tmp_path):
     """A copy of `saved_once`, to be damaged."""
-    return shutil.copytree(saved_once, folder)
+    return shutil.copytree(saved_once, tmp_path / "two")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_to_any_file_is_noticed_or_harmless(saved_once, folder, capsys, damage):
+def test_damage_to_a_file_is_noticed_or_harmless(saved_once, tmp_path, capsys, damage):
     noticed = []
     for name in contents(saved_once / "6"):
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(saved_once, folder)
-        DAMAGES[damage](folder / "6" / name)
-        state, err = restore(folder, resume=True), capsys.readouterr().err
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        shutil.copytree(saved_once, tmp_path)
+        DAMAGES[damage](tmp_path / "6" / name)
+        state, err = restore(tmp_path, resume=True), capsys.readouterr().err
         assert_equal(state, state_at(int(state.step)))
         if state.step == 6:  # nothing that is read was in the file
             assert err == ""
         else:
             assert state.step == 4
             assert re.search(r"/6 .*6\.damaged.*step 4", err)
-            assert checkpoint.saved_steps(folder) == [4]
+            assert checkpoint.saved_steps(tmp_path) == [4]
             noticed.append(Path(name))
     for part in ("params", "progress"):
         found = {path.name for path in noticed if path.parts[0] == part}
@@ -152,33 +143,33 @@ def test_best_and_latest_fall_back_to_another_step_but_a_given_step_does_not(
     assert checkpoint.saved_steps(two) == [4, 6]
 
 
-def test_an_array_that_is_lost_and_read_as_zeros_is_noticed(folder):
-    zeros = folder.with_name("zeros")
-    for where, fill in ((folder, jnp.ones_like), (zeros, jnp.zeros_like)):
-        with checkpoint.open_checkpoints(where) as checkpoints:
+def test_an_array_that_is_lost_and_read_as_zeros_is_noticed(tmp_path):
+    ones, zeros = tmp_path / "ones", tmp_path / "zeros"
+    for folder, fill in ((ones, jnp.ones_like), (zeros, jnp.zeros_like)):
+        with checkpoint.open_checkpoints(folder) as checkpoints:
             save_params(checkpoints, 6, jax.tree.map(fill, STATE.params))
-    shutil.rmtree(folder / "6" / "params")
-    shutil.copytree(zeros / "6" / "params", folder / "6" / "params")
+    shutil.rmtree(ones / "6" / "params")
+    shutil.copytree(zeros / "6" / "params", ones / "6" / "params")
     with pytest.raises(ValueError, match=r"/6 is damaged \(checksum .*params\."):
-        restore(folder, 6)
+        restore(ones, 6)
 
 
 def test_parameters_can_be_read_although_the_optimizer_state_is_damaged(two):
     alter(two / "6" / "progress" / "_METADATA")
-    state = restore_params(two, "latest")
+    state = restore(two, "latest", PARAMS_ONLY)
     assert (state.step, state.opt_state) == (6, None)
     assert restore(two).step == 4
 
 
-def test_parameters_without_optimizer_state_can_be_read_but_not_resumed(folder):
-    with checkpoint.open_checkpoints(folder) as checkpoints:
+def test_parameters_without_optimizer_state_can_be_read_but_not_resumed(tmp_path):
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         save_params(checkpoints, 3, STATE.params)
-    for state in (restore(folder), restore_params(folder, 3)):
+    for state in (restore(tmp_path), restore(tmp_path, 3, PARAMS_ONLY)):
         assert (state.step, state.opt_state) == (3, None)
         assert_equal(state.params, STATE.params)
     with pytest.raises(ValueError, match=r"/3 .*--init-from"):
-        restore(folder, resume=True)
-    assert checkpoint.saved_steps(folder) == [3]
+        restore(tmp_path, resume=True)
+    assert checkpoint.saved_steps(tmp_path) == [3]
 
 
 def test_a_damaged_metric_is_reported_and_does_not_change_which_is_best(two, capsys):
@@ -221,7 +212,7 @@ def test_checkpoints_of_older_versions_are_read_and_rank_by_their_losses(two, ca
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(rf"/{step} .*older version", line)
     assert_equal(restore(two, resume=True), state_at(6))
-    assert restore_params(two, "best").step == 4
+    assert restore(two, "best", PARAMS_ONLY).step == 4
     assert checkpoint.best_metric(two) == 1.0
     save(two, {8: 1.5, 10: None})
     assert checkpoint.saved_steps(two) == [4, 8, 10]
@@ -232,12 +223,12 @@ def test_checkpoints_of_older_versions_are_read_and_rank_by_their_losses(two, ca
 
 def test_the_folder_may_be_a_relative_path(two, monkeypatch):
     monkeypatch.chdir(two.parent)
-    relative = Path("checkpoints")
+    relative = Path(two.name)
     save(relative, {8: 2.0})
     assert_equal(restore(relative, resume=True), state_at(8))
     make_old(relative / "8")
     assert_equal(restore(relative, resume=True), state_at(8))
-    assert restore_params(relative, "best").step == 6
+    assert restore(relative, "best", PARAMS_ONLY).step == 6
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(two):
@@ -290,28 +281,29 @@ def test_a_failed_save_is_reported_at_the_next_step_or_at_the_end(two, monkeypat
     assert_equal(restore(two, resume=True), state_at(6))
 
 
-def test_memory_is_released_once_after_each_save(folder, monkeypatch):
+def test_memory_is_released_once_after_each_save(tmp_path, monkeypatch):
     release = Mock()
     monkeypatch.setattr(checkpoint, "release_memory", release)
-    with checkpoint.open_checkpoints(folder) as checkpoints:
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         saved = checkpoint.check_saves(checkpoints, None)
-        for step in (2, 4):
+        for step in (1, 2):
             checkpoint.save_state(checkpoints, state_at(step), None)
             checkpoints.wait_until_finished()
             for _ in range(2):
                 saved = checkpoint.check_saves(checkpoints, saved)
-            assert saved == step
-            assert release.call_count == step / 2
+            assert saved == release.call_count == step
 
 
 def test_a_checkpoint_of_another_config_is_an_error_that_names_a_parameter(saved_once):
+    other = changed(CONFIG, model={"bias": True})
+    abstract = abstract_state(build_model(other.model, "cpu"), other, MESH)
     with pytest.raises(ValueError, match=r"/4 .*c_attn\.bias"):
-        restore(saved_once, 4, changed(CONFIG, model={"bias": True}))
+        restore(saved_once, 4, abstract)
 
 
-def test_a_lost_process_is_not_reported_as_a_failed_save(folder, monkeypatch):
+def test_a_lost_process_is_not_reported_as_a_failed_save(tmp_path, monkeypatch):
     lose = Mock(side_effect=RuntimeError("the other process is gone"))
-    with checkpoint.open_checkpoints(folder) as checkpoints:
+    with checkpoint.open_checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(checkpoints, "save", lose)
         with pytest.raises(OSError, match=r"the other process is gone"):
             checkpoint.save_state(checkpoints, state_at(2), None)

@@ -17,12 +17,7 @@ from jaxgpt import ops
 from jaxgpt.models import build_model
 from jaxgpt.training.objectives import LossSum
 from jaxgpt.training.optimizer import Optimizer, make_optimizer
-from jaxgpt.training.step import (
-    TrainState,
-    create_state,
-    make_train_step,
-    trace_train_steps,
-)
+from jaxgpt.training.step import create_state, make_train_step, trace_train_steps
 
 B, T = 16, TINY.model.block_size
 CONFIG = changed(
@@ -58,13 +53,9 @@ BATCH = make_batch([row % (T + 1) for row in range(B)])
 
 
 @pytest.fixture(scope="module")
-def params():
-    return jax.device_get(create_state(MODEL, CONFIG, MESH).params)
-
-
-def initial(params, optimizer):
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), zero)
+def initial():
+    """The state before training with AdamW."""
+    return jax.device_get(create_state(MODEL, CONFIG, MESH))
 
 
 def under_jit(step, state):
@@ -85,10 +76,11 @@ def in_pmap(step, state):
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("run", [under_jit, in_shard_map, in_pmap])
-def test_loss_gradients_and_metrics_are_weighted_means(params, run, config):
+def test_loss_gradients_and_metrics_are_weighted_means(initial, run, config):
     axis_name = None if run is under_jit else "data"
     step = make_train_step(objective, SGD, config, axis_name)
-    state, metrics = run(step, initial(params, SGD))
+    params = initial.params
+    state, metrics = run(step, initial.replace(opt_state=SGD.init(params)))
     counted = BATCH["counts"] > 0
 
     def mean_loss(params):
@@ -109,8 +101,8 @@ def test_loss_gradients_and_metrics_are_weighted_means(params, run, config):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_program_for_8_devices_trains_like_one_device(params, config):
-    one = under_jit(make_train_step(objective, ADAMW, CONFIG), initial(params, ADAMW))
+def test_a_program_for_8_devices_trains_like_one_device(initial, config):
+    one = under_jit(make_train_step(objective, ADAMW, CONFIG), initial)
     state = create_state(MODEL, CONFIG, MESH)
     batches = jax.tree.map(lambda a: a[None], BATCH)
     batches = jax.device_put(batches, jax.NamedSharding(MESH, P(None, "data")))
@@ -121,9 +113,9 @@ def test_a_program_for_8_devices_trains_like_one_device(params, config):
     jax.tree.map(close, one, eight)
 
 
-def test_a_batch_of_weight_0_changes_nothing_and_is_not_a_skipped_step(params):
+def test_a_batch_of_weight_0_changes_nothing_and_is_not_a_skipped_step(initial):
     step = jax.jit(make_train_step(objective, ADAMW, CONFIG))
-    before, first = step(initial(params, ADAMW), BATCH)
+    before, first = step(initial, BATCH)
     after, metrics = step(before, make_batch([0] * B))
     assert (after.step, after.skipped) == (before.step + 1, 0)
     assert metrics["tokens"] == 0
