@@ -3,58 +3,47 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, changed, mesh_of
+from conftest import TINY, changed, logits_of, mesh_of
 
 from jaxgpt.text.batches import evaluation_source
 from jaxgpt.training import evaluation
-from jaxgpt.training.evaluation import evaluate_exactly
+from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
 from jaxgpt.training.objectives import LossSum, next_token, validation_metric
 
 T = TINY.model.block_size
 
 
-@pytest.fixture(scope="module")
-def losses_of_next(tiny_model):
-    """Maps a window of at most T tokens to losses [T, V] of every possible target."""
-    model, params = tiny_model
-
-    @jax.jit
-    def losses(window):
-        return -jax.nn.log_softmax(model.apply({"params": params}, window)[0])
-
-    return lambda window: losses(np.resize(window.astype(np.int32), (1, T)))
+def losses_of_next(model, params, window):
+    """The losses [T, V] of every possible target in a window of at most T tokens."""
+    window = np.resize(window.astype(np.int32), (1, T))
+    return -np.array(jax.nn.log_softmax(logits_of(model, params, window)[0]))
 
 
-@pytest.fixture(scope="module")
-def compiled(tiny_model):
-    """Makes the `EvalStep` and the config for a batch size, once."""
-
-    @cache
-    def compiled(batch_size):
-        config = changed(TINY, data={"batch_size": batch_size})
-        return evaluation.make_losses_step(tiny_model[0], mesh_of(config)), config
-
-    return compiled
+@cache
+def compiled(model, batch_size):
+    """The `EvalStep` and the config for a batch size."""
+    config = changed(TINY, data={"batch_size": batch_size})
+    return make_losses_step(model, mesh_of(config)), config
 
 
 @pytest.mark.parametrize("count", [1, 2, T, T + 1, T + 2, 5 * T + 1, 93])
 @pytest.mark.parametrize("stride", [1, 3, T - 1, T])
 def test_the_exact_loss_predicts_each_token_once_from_its_own_window(
-    tiny_model, losses_of_next, compiled, count, stride
+    tiny_model, count, stride
 ):
     tokens = np.random.default_rng(count).integers(11, size=count + 1).astype(np.uint16)
-    expected = []
+    (model, params), expected = tiny_model, []
     for i in range(count):  # prediction i is of token i + 1, from token i and earlier
         start = max(0, -(-(i + 1 - T) // stride)) * stride
-        losses = losses_of_next(tokens[start : i + 1])
+        losses = losses_of_next(model, params, tokens[start : i + 1])
         expected.append(losses[i - start, tokens[i + 1]])
     for batch_size in (1, 3, 8) if stride == T else (3,):
-        eval_step, config = compiled(batch_size)
-        exact = evaluate_exactly(eval_step, tiny_model[1], tokens, config, stride)
+        eval_step, config = compiled(model, batch_size)
+        exact = evaluate_exactly(eval_step, params, tokens, config, stride)
         assert exact.tokens == count
         assert exact.nats_per_token == pytest.approx(np.mean(expected), abs=1e-6)
     if stride == T:
-        assert evaluate_exactly(eval_step, tiny_model[1], tokens, config) == exact
+        assert evaluate_exactly(eval_step, params, tokens, config) == exact
 
 
 def evaluate_losses(losses, stride=None):

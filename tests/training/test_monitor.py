@@ -1,6 +1,7 @@
 import json
 import time
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import jax.numpy as jnp
 import matplotlib.image
@@ -67,20 +68,15 @@ def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsy
 
 
 def test_the_loss_curve_shows_the_logged_losses_and_the_best(tmp_path, monkeypatch):
-    figures, savefig = [], Figure.savefig
-
-    def save(figure, *args, **options):
-        figures.append(figure)
-        savefig(figure, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", save)
+    savefig = create_autospec(Figure.savefig, side_effect=Figure.savefig)
+    monkeypatch.setattr(Figure, "savefig", savefig)
     with monitor_of(tmp_path) as monitor:
         monitor.eval(0, {"train_loss": 4.0, "val_loss": 4.5})
         monitor.train(0, metrics_of(8, loss=jnp.arange(4, 0, -0.5)), START)
         monitor.eval(4, {"train_loss": 2.0, "val_loss": 2.5})
         monitor.eval(8, {"train_loss": 1.0, "val_loss": 3.5})
     assert matplotlib.image.imread(tmp_path / "loss.png").ndim == 3
-    (axes,) = figures[-1].axes
+    (axes,) = savefig.call_args.args[0].axes
     curves = [dict(map(tuple, line.get_xydata())) for line in axes.lines]
     evaluated = {0: 4.0, 4: 2.0, 8: 1.0}, {0: 4.5, 4: 2.5, 8: 3.5}
     assert curves == [losses(tmp_path), *evaluated]
