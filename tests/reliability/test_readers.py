@@ -266,6 +266,9 @@ META = {"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}
     | damaged(pickle.dumps(META, protocol=4), SEQUENCES)
 )
 @example(b"(i" + NAME + b"\nnever\n.")  # calls `never`
+@example(b"\x80\x04}r\xff\xff\xff\xff.")  # would take all memory
+@example(b"}p999999999\n.")  # the same
+@example(b"}K\x01" + b"2\x86" * 60 + b"Ns.")  # would take forever to hash
 def test_any_meta_pkl_is_read_or_refused_and_never_run(folder, content):
     path = put(folder / "meta.pkl", content)
     use(outcome(lambda: load_nanogpt_meta(path), path), "ab")
