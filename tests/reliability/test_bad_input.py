@@ -1,6 +1,6 @@
 """Bad input, as users give it: each ends in a short error that names what is wrong.
 
-docs/bad-input.md shows all cases with their messages. This command writes it:
+docs/bad-input.md shows all cases with their messages. This command writes its tables:
 JAXGPT_WRITE_TABLE=1 pytest -n0 -m "" tests/reliability/test_bad_input.py
 """
 
@@ -28,29 +28,7 @@ from jaxgpt.run import fcntl, load_state, save_config
 from jaxgpt.text.pretrained import save_nanogpt_meta
 from jaxgpt.training.checkpoint import open_checkpoints
 
-INTRODUCTION = """\
-# Bad input and its error messages
-
-Each row is a mistake, a command that makes it, its exit status and its error message.
-`tests/reliability/test_bad_input.py` runs all of these commands and checks that each
-exits with 1 or 2, that the message names the field, flag, value or file at fault, that
-there is no traceback, that stdout is empty (except for what `--plan` prints before it
-fails), and that all files are unchanged. The test also writes this page. With exit
-status 1, the message is what follows `error: `. With 2, the message comes from the
-command-line parser, which prints it in a box; only its first part is shown. Numbers of
-devices and messages of libraries can differ between machines.
-
-Unless the first column says otherwise, the commands run in a directory DIR with
-
-| name | what it is |
-|---|---|
-| `text.txt` | a text of 840 characters, 11 of them distinct |
-| `tokens` | the same text as nanoGPT's `train.bin`, `val.bin` and `meta.pkl` |
-| `runs/tiny` | a GPT trained on `text.txt` for 8 steps, with a block size of 8 |
-| `runs/bigram` | the lecture's bigram model, with the same characters |
-| `runs/imported` | a GPT without tokenizer and optimizer state, as after `import` |
-| `ckpt.pt`, `gpt2` | `runs/tiny` in nanoGPT's and in Hugging Face's format |
-"""
+PAGE = ROOT / "docs" / "bad-input.md"
 
 
 class Malicious:
@@ -342,7 +320,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def shelf(tiny_run, bigram, tmp_path_factory):
-    """The directory that the page describes, to be copied and not changed."""
+    """The directory that the page's introduction describes; it is only copied."""
     here = tmp_path_factory.mktemp("shelf")
     tiny = here / "runs" / "tiny"
     shutil.copytree(tiny_run, tiny, ignore=shutil.ignore_patterns("*.png"))
@@ -355,7 +333,6 @@ def shelf(tiny_run, bigram, tmp_path_factory):
     ids[:756].tofile(here / "tokens" / "train.bin")
     ids[756:].tofile(here / "tokens" / "val.bin")
     save_nanogpt_meta(here / META, tokenizer)
-
     write_nanogpt(here / "ckpt.pt", config, state, None, "tiny")
     write_huggingface(here / "gpt2", config.model, state.params, tokenizer)
     foreign = changed(config, data={"path": (), "sha256": ""})
@@ -376,12 +353,12 @@ def rows():
     rows = {}
     yield rows
     if os.environ.get("JAXGPT_WRITE_TABLE") == "1":
-        page = INTRODUCTION
+        page = PAGE.read_text(encoding="utf-8").split("\n## ")[0]  # its introduction
         for group, cases in CASES.items():
             page += f"\n## {group}\n\n| mistake | command | exit | message |\n"
             page += "|---|---|---|---|\n"
             page += "".join(rows[group, mistake] for mistake, *_ in cases)
-        (ROOT / "docs" / "bad-input.md").write_text(page, encoding="utf-8")
+        PAGE.write_text(page, encoding="utf-8")
 
 
 def files(here):

@@ -1,5 +1,6 @@
 """The surroundings of a run fail: a full disk, a read-only folder, a signal."""
 
+import re
 import shutil
 import signal
 import sys
@@ -39,8 +40,7 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes(smoke, tmp_pa
     # Orbax puts the optimizer's 600 KB into one file or a few, and the 300 KB of
     # parameters too.
     _, err = finish(full_disk(100_000, *longer), code=1)
-    assert err.splitlines()[-1].startswith("error: ")
-    assert "--resume" in err.splitlines()[-1]
+    assert re.match("error: .*--resume", err.splitlines()[-1])
     assert "Traceback" not in err
     assert before.items() <= contents(run_dir / "checkpoints").items()
     finish(start_script(*longer))
@@ -69,8 +69,7 @@ def test_a_folder_without_write_permission_is_named(tmp_path):
     finally:
         tmp_path.chmod(0o755)
     (line,) = err.splitlines()
-    assert line.startswith("error: ")
-    assert str(tmp_path / "run") in line
+    assert re.match(f"error: .*{tmp_path / 'run'}", line)
 
 
 @pytest.mark.processes
@@ -89,5 +88,5 @@ def test_a_signal_after_the_last_step_keeps_the_run(smoke, tmp_path, number):
     before = contents(run_dir / "checkpoints")
     finish(start_script(*resume))
     assert contents(run_dir / "checkpoints") == before
-    rows = read_rows(run_dir / "metrics.jsonl")
-    assert [row["event"] for row in rows].count("done") == 1
+    events = [row["event"] for row in read_rows(run_dir / "metrics.jsonl")]
+    assert events.count("done") == 1

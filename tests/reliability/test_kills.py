@@ -95,8 +95,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    names = [path.name for path in run_dir.glob("checkpoints/*")]
-    saved = max((int(name) for name in names if name.isdecimal()), default=0)
+    saved = max(saved_steps(run_dir / "checkpoints"), default=0)
     _, err = finish(start_script(*SMOKE, "--out-dir", run_dir, "--resume"))
     if saved:  # no step before the checkpoint is repeated
         assert f"{run_dir} from step {saved}," in err

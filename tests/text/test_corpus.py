@@ -1,5 +1,4 @@
 import os
-import pickle
 import shutil
 
 import numpy as np
@@ -68,7 +67,7 @@ class TestText:
 
 
 class TestBPE:
-    def test_it_is_trained_on_the_train_split_alone(self, text_file):
+    def test_it_is_trained_once_on_the_train_split_alone(self, text_file, monkeypatch):
         text_file.write_text(TEXT + "zzzzzz " * (len(TEXT) // 72))
         corpus, config = load(text_file, tokenizer="bpe", vocab_size=300)
         assert config.model.vocab_size == corpus.tokenizer.vocab_size == 300
@@ -79,6 +78,10 @@ class TestBPE:
         assert corpus.tokenizer.to_json() == expected.to_json()
         assert corpus.train.tolist() == expected.encode(train).tolist()
         assert corpus.val.tolist() == expected.encode(val).tolist()
+        monkeypatch.delattr(BPETokenizer, "train")
+        monkeypatch.delattr(BPETokenizer, "encode_chunks")
+        again, _ = load(text_file, tokenizer="bpe", vocab_size=300)
+        assert again.train.tolist() == corpus.train.tolist()
 
     def test_chunks_and_segments_do_not_change_it(self, text_file, monkeypatch):
         whole, _ = load(text_file, tokenizer="bpe", vocab_size=300)
@@ -89,13 +92,6 @@ class TestBPE:
         assert cut.tokenizer.to_json() == whole.tokenizer.to_json()
         assert cut.train.tolist() == whole.train.tolist()
 
-    def test_it_is_trained_once_and_its_tokens_are_cached(self, text_file, monkeypatch):
-        first, _ = load(text_file, tokenizer="bpe", vocab_size=300)
-        monkeypatch.delattr(BPETokenizer, "train")
-        monkeypatch.delattr(BPETokenizer, "encode_chunks")
-        again, _ = load(text_file, tokenizer="bpe", vocab_size=300)
-        assert again.train.tolist() == first.train.tolist()
-
     def test_each_tokenizer_has_its_own_cached_tokens(self, text_file):
         for flags in ({}, *({"tokenizer": "bpe", "vocab_size": n} for n in (300, 280))):
             corpus, _ = load(text_file, **flags)
@@ -105,9 +101,8 @@ class TestBPE:
         monkeypatch.chdir(tmp_path)
         for name in ("char", "bpe", "gpt2"):
             (tmp_path / name).mkdir()
-        assert load(text_file)[1].data.tokenizer == "char"
-        _, config = load(text_file, tokenizer="bpe", vocab_size=300)
-        assert config.data.tokenizer == "bpe"
+        for flags in ({"tokenizer": "char"}, {"tokenizer": "bpe", "vocab_size": 300}):
+            assert load(text_file, **flags)[1].data.tokenizer == flags["tokenizer"]
 
     def test_the_tokenizer_of_a_resumed_run_takes_precedence(self, text_file):
         own = BPETokenizer.train(["tells a tale " * 9], 262)
@@ -139,8 +134,7 @@ class TestTokenFiles:
 
     def test_nanogpts_files_are_used_with_their_own_tokenizer(self, folder):
         characters = "".join(chr(200 + i) for i in range(100))
-        meta = {"itos": dict(enumerate(characters))}
-        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+        pretrained.save_nanogpt_meta(folder / "meta.pkl", CharTokenizer(characters))
         corpus, config = load(folder)
         assert config.model.vocab_size == 100
         assert corpus.train.tolist() == list(range(100))
@@ -171,13 +165,11 @@ class TestTokenFiles:
 
         assert load(folder, vocab_size=100)[0].tokenizer is None
         monkeypatch.setattr(pretrained, "gpt2_tokenizer", offline)
-        corpus, _ = load(folder, tokenizer="gpt2", vocab_size=50257)
-        assert corpus.tokenizer is None
+        assert load(folder, tokenizer="gpt2", vocab_size=50257)[0].tokenizer is None
         with pytest.raises(ValueError, match=r"--model\.vocab-size"):
             load(folder, tokenizer="gpt2")
 
     def test_a_large_vocabulary_is_read_as_32_bits(self, folder):
         for name in ("train.bin", "val.bin"):
             np.full(100, 70_000, np.uint32).tofile(folder / name)
-        corpus, _ = load(folder, vocab_size=70_001)
-        assert corpus.train.tolist() == [70_000] * 100
+        assert load(folder, vocab_size=70_001)[0].train.tolist() == [70_000] * 100

@@ -163,10 +163,9 @@ def test_nanogpt_meta_comes_back_as_it_was_written(tmp_path):
     path = tmp_path / "meta.pkl"
     pretrained.save_nanogpt_meta(path, CharTokenizer("zaé"))
     assert load_nanogpt_meta(path).characters == "zaé"
-    itos = {0: "z", 1: "a", 2: "é"}
-    stoi = {"z": 0, "a": 1, "é": 2}
     meta = pickle.loads(path.read_bytes())  # as nanoGPT's sample.py does
-    assert meta == {"vocab_size": 3, "itos": itos, "stoi": stoi}
+    assert meta.pop("itos") == {0: "z", 1: "a", 2: "é"}
+    assert meta == {"vocab_size": 3, "stoi": {"z": 0, "a": 1, "é": 2}}
 
 
 def offline(*args):
