@@ -118,9 +118,7 @@ def test_a_closed_terminal_leaves_a_checkpoint_of_the_last_step(tmp_path):
         [sys.executable, "-c", start, *SMOKE, "--out-dir", run_dir]
         + [f"--train.{name}={never}" for name in names],
         cwd=ROOT,
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), terminal),
         start_new_session=True,
     )
     os.close(terminal)

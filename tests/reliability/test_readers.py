@@ -155,9 +155,16 @@ def put(path, content):
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("foreign")
+    """Where the files are; each model is traced once, and `os.system` is harmless."""
+    folder = tmp_path_factory.mktemp("foreign")
+    shapes = cache(state_dict.parameter_shapes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXGPT_CACHE", str(folder / "cache"))
+        patch.setattr(state_dict, "parameter_shapes", shapes)
+        patch.setattr(os, "system", never)
+        yield folder
 
 
 def use(tokenizer, text):
@@ -179,6 +186,7 @@ def test_any_tokenizer_json_is_read_or_refused(folder, tokenizer, data, text):
     content = data.draw(json_files(json.loads(tokenizer.to_json())))
     path = put(folder / "tokenizer.json", content)
     use(outcome(lambda: load_tokenizer(path), path), text)
+    use(outcome(lambda: huggingface.read_tokenizer(folder), path), text)
 
 
 MODEL = json.loads(BPE.to_json())["model"]
@@ -272,17 +280,6 @@ META = {"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}
 def test_any_meta_pkl_is_read_or_refused_and_never_run(folder, content):
     path = put(folder / "meta.pkl", content)
     use(outcome(lambda: load_nanogpt_meta(path), path), "ab")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_and_safe(folder):
-    """Traces each model once, to save time, and makes `os.system` harmless."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXGPT_CACHE", str(folder / "cache"))
-        shapes = cache(state_dict.parameter_shapes)
-        patch.setattr(state_dict, "parameter_shapes", shapes)
-        patch.setattr(os, "system", never)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -394,30 +391,23 @@ def retyped(draw, content):
 
 
 @given(st.data())
-@pytest.mark.parametrize(
-    "name", ["config.json", WEIGHTS, f"{WEIGHTS}.index.json", "tokenizer.json"]
-)
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, f"{WEIGHTS}.index.json"])
 def test_any_directory_of_hugging_face_is_read_or_refused(folder, exported, name, data):
     model = folder / "changed"
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(exported, model)
-    path = model / name
     if name == WEIGHTS:
-        old = path.read_bytes()
-        broken = safetensors(old) | damaged(old) | st.binary()
-        content = data.draw(broken | retyped(old))
-    elif name == f"{WEIGHTS}.index.json":
+        old = (model / name).read_bytes()
+        files = safetensors(old) | damaged(old) | st.binary() | retyped(old)
+    elif name == "config.json":
+        document = json.loads((model / name).read_text())
+        files = json_files(document) | resized(document).map(as_json)
+    else:
         shard = (model / WEIGHTS).rename(model / "a.safetensors")
         index = dict.fromkeys(load(shard.read_bytes()), shard.name)
-        content = data.draw(json_files({"weight_map": index}))
-    else:
-        document = json.loads(path.read_text())
-        content = data.draw(json_files(document) | resized(document).map(as_json))
-    put(path, content)
-    if name == "tokenizer.json":
-        use(outcome(lambda: huggingface.read_tokenizer(model), path), data.draw(TEXTS))
-    else:
-        outcome(lambda: huggingface.read_huggingface(model), model)
+        files = json_files({"weight_map": index})
+    put(model / name, data.draw(files))
+    outcome(lambda: huggingface.read_huggingface(model), model)
 
 
 SIZES = st.sampled_from([None, 1, 11, 65, 300, 65_537])
