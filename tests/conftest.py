@@ -159,7 +159,7 @@ def start_script(*arguments, **environment):
     )
 
 
-def finish(process, code=0, timeout=240):
+def finish(process, code=0, timeout=1200):
     """Waits for a script to exit with `code`; returns stdout and stderr."""
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, err

@@ -67,4 +67,4 @@ def test_a_reader_that_goes_away_ends_the_command_without_a_message(tiny_run):
     process.stdout.close()
     assert process.stderr.read() == ""
     process.stderr.close()
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=1200) == 1

@@ -14,6 +14,7 @@ from conftest import changed, losses
 import train
 from jaxgpt import exits, load_run
 from jaxgpt.run import load_config
+from jaxgpt.training.monitor import read_rows
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 FSDP = {"data": 1, "fsdp": 8, "tensor": 1}
@@ -55,6 +56,19 @@ def assert_same_losses(run_dir, other):
     assert found.keys() == expected.keys()
     found, expected = [*found.values()], [*expected.values()]
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    found, expected = (
+        {row["step"]: (row["train_loss"], row["val_loss"]) for row in rows}
+        for rows in (evaluations(run_dir), evaluations(other))
+    )
+    steps = sorted(found.keys() & expected.keys())
+    assert steps
+    found, expected = ([losses[step] for step in steps] for losses in (found, expected))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+def evaluations(run_dir):
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return [row for row in rows if row["event"] == "eval"]
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,8 @@ def test_rows_of_unequal_length_have_the_logits_of_each_alone(
 
 def test_the_cache_is_used_within_the_window_and_not_beyond_it(tiny_model, calls_of):
     calls = calls_of("decode", lambda *args: (args[-2].caches is not None, args[-1]))
-    tokens_of(tiny_model, [[1, 2], [3, 4, 5]], 2 * T)
+    drawn = generate_tokens(*tiny_model, [[1, 2], [3, 4, 5]], 2 * T)
+    assert [tokens.shape[1] for tokens, _ in drawn] == [1, T - 3, T + 2]
     # The first token alone; the last that the cache serves makes T + 1.
     assert calls == [(True, 1), (True, T - 3), (False, 2 * T - (T - 2))]
 

@@ -33,6 +33,8 @@ def test_attention_to_a_padded_memory_is_pytorchs_multi_head_attention():
     apply = partial(Attention(config, "cpu").apply, {"params": params})
     mask = Mask(causal=False, lengths_B=lengths_B)
     keys_and_values = apply(memory_BSC, method="keys_and_values")  # once for all
+    whole, _ = apply(x_BTC, mask, memory=keys_and_values)
+    np.testing.assert_allclose(whole, expected.detach(), rtol=1e-5, atol=1e-5)
     for t in range(T):
         one_B1C, _ = apply(x_BTC[:, t : t + 1], mask, memory=keys_and_values)
         np.testing.assert_allclose(

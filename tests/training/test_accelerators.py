@@ -150,6 +150,16 @@ def test_the_tpu_writes_the_new_state_over_the_old(tpu_program):
     assert tpu_program.memory_analysis().alias_size_in_bytes >= state_bytes
 
 
+@tpu
+def test_the_tpu_has_no_memory_for_all_logits(tpu_program, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", math.inf)
+    chunked, whole = (
+        program.memory_analysis().temp_size_in_bytes
+        for program in (tpu_program, for_tpu(remat=True))
+    )
+    assert whole - chunked == pytest.approx(B * T * V * 4, rel=0.1)
+
+
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_cuda_multiplies_in_the_compute_dtype_and_scatters_in_float32(remat, dtype):

@@ -37,6 +37,10 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
         ("", NAN, {}),
         ("table.embedding", NAN, {"model": {"architecture": "bigram"}}),
         ("lm_head.kernel", NAN, {"model": {"architecture": "layer-norm"}}),
+        pytest.param(
+            *("lm_head.kernel", NAN, {"model": {"architecture": "residual"}}),
+            marks=pytest.mark.devices,
+        ),
     ],
 )
 def test_the_first_layer_with_non_finite_outputs_is_named(path, value, sections):

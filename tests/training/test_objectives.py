@@ -71,6 +71,7 @@ def in_pmap(step, state):
     shards = jax.tree.map(lambda a: a.reshape(8, B // 8, *a.shape[1:]), BATCH)
     copies = jax.tree.map(lambda a: np.stack([a] * 8), state)
     out = jax.pmap(step, axis_name="data")(copies, shards)
+    jax.tree.map(lambda a: np.testing.assert_array_equal(a, [a[0]] * 8), out)
     return jax.tree.map(lambda a: a[3], out)
 
 

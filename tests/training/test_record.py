@@ -17,14 +17,13 @@ ONE_LAYER = changed(TINY, model={"n_layer": 1})
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_checksums_do_not_depend_on_the_mesh_and_gather_no_array(mesh):
     model = build_model(ONE_LAYER.model, "cpu")
-    params = create_state(model, ONE_LAYER, single_device_mesh()).params
+    state = create_state(model, ONE_LAYER, single_device_mesh())
     where = abstract_state(model, ONE_LAYER, mesh_of(changed(ONE_LAYER, mesh=mesh)))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, where.params)
-    sharded = jax.device_put(params, shardings)
-    kernel = sharded["h"]["mlp"]["c_fc"]["kernel"]
+    sharded = jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), state, where)
+    kernel = sharded.params["h"]["mlp"]["c_fc"]["kernel"]
     assert kernel.addressable_shards[0].data.size < kernel.size
-    assert checksums(sharded) == checksums(params)
-    assert len(set(checksums(params).values())) > 5
+    assert checksums(sharded) == checksums(state)
+    assert len(set(checksums(state.params).values())) > 5
     compiled = _checksums.lower({"kernel": kernel}).compile().as_text()
     assert "all-reduce" in compiled
     assert "all-gather" not in compiled
