@@ -110,8 +110,7 @@ def test_an_exported_run_has_the_same_logits_in_nanogpt(call, tiny_run, tmp_path
 def test_the_dataset_of_an_export_can_be_named(call, tiny_run, tmp_path):
     run_dir, target = tmp_path / "run", tmp_path / "ckpt.pt"
     shutil.copytree(tiny_run, run_dir)
-    trained_on_tiny_shakespeare = changed(load_config(run_dir), data={"sha256": SHA256})
-    save_config(run_dir, trained_on_tiny_shakespeare, None)
+    save_config(run_dir, changed(load_config(run_dir), data={"sha256": SHA256}), None)
     export = ["export", "nanogpt", run_dir, target, "--overwrite"]
     for flags, name in ([], "shakespeare_char"), (["--dataset", "mine"], "mine"):
         _, err = call("jaxgpt", *export, *flags)
@@ -183,8 +182,7 @@ def test_an_import_that_fails_half_way_keeps_the_run(
     def full(*args):
         raise OSError("No space left on device")
 
-    run_dir = tmp_path / "run"
-    shutil.copytree(tiny_run, run_dir)
+    run_dir = shutil.copytree(tiny_run, tmp_path / "run")
     before = contents(run_dir / "checkpoints")
     monkeypatch.setattr(convert, "save_state", full)
     with pytest.raises(OSError, match="No space"):
@@ -193,11 +191,10 @@ def test_an_import_that_fails_half_way_keeps_the_run(
     assert contents(run_dir / "checkpoints") == before
 
 
-def test_without_torch_the_error_names_it_and_the_requirements(ckpt, monkeypatch):
-    (ckpt.parent / "torch.py").write_text("raise ImportError('none here')")
-    monkeypatch.setenv("PYTHONPATH", str(ckpt.parent))
-    arguments = ("import", "nanogpt", ckpt, ckpt.parent / "run")
-    _, err = finish(start_script("-m", "jaxgpt", *arguments), code=1)
+def test_without_torch_the_error_names_it_and_the_requirements(ckpt, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('none here')")
+    command = ("-m", "jaxgpt", "import", "nanogpt", ckpt, tmp_path / "run")
+    _, err = finish(start_script(*command, PYTHONPATH=str(tmp_path)), code=1)
     (line,) = err.splitlines()
     assert re.match(r"error: .*torch.*requirements-interop\.txt", line)
 

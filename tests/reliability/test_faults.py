@@ -33,8 +33,7 @@ def steps_logged(run_dir):
 
 @pytest.mark.processes
 def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_resumes(smoke, tmp_path):
-    run_dir = tmp_path / "run"
-    shutil.copytree(smoke[0], run_dir)
+    run_dir = shutil.copytree(smoke[0], tmp_path / "run")
     before = contents(run_dir / "checkpoints")
     longer = (*SMOKE, run_dir, "--resume", "--train.max-steps", "110")
     # Orbax puts the optimizer's 600 KB into one file or a few, and the 300 KB of
@@ -92,8 +91,7 @@ with exits.plain_errors():
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_after_the_last_step_keeps_the_run(smoke, tmp_path, number):
-    run_dir = tmp_path / "run"
-    shutil.copytree(smoke[0], run_dir)
+    run_dir = shutil.copytree(smoke[0], tmp_path / "run")
     resume = (*SMOKE, run_dir, "--resume")  # only the evaluation is left to do
     script = SIGNALLED.format(number=int(number))  # after the last step
     _, err = finish(start_script("-c", script, *resume[1:]), 128 + number)

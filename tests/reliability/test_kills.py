@@ -79,8 +79,8 @@ def outcome(run_dir):
 def uninterrupted(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("reference") / "run"
     finish(start_script(*SMOKE, "--out-dir", run_dir))
-    assert [row["step"] for row in rows_of(run_dir, "train")] == list(range(1, 101))
-    assert [row["step"] for row in rows_of(run_dir, "eval")] == list(range(0, 101, 20))
+    for event, steps in (("train", range(1, 101)), ("eval", range(0, 101, 20))):
+        assert [row["step"] for row in rows_of(run_dir, event)] == list(steps)
     return outcome(run_dir)
 
 

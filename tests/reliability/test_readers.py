@@ -37,7 +37,13 @@ from jaxgpt.text.tokenizer import encode_prompt, load_tokenizer
 OURS = (str(ROOT / "jaxgpt"), str(ROOT / "generate.py"))
 CHARACTERS = CharTokenizer("\nabcdefghij")
 BPE = BPETokenizer.train([TEXT], 300)
+MODEL = json.loads(BPE.to_json())["model"]
+MERGES = "\n".join(["#version: 0.2", *map(" ".join, MODEL["merges"])]).encode()
+META = {"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}
+WEIGHTS = "model.safetensors"
+CALLED = []  # by pickles: the arguments of `never`
 TEXTS = st.text() | st.text(st.sampled_from("ab <|endoftext|>\n\ud800\udfff\x00é🙂"))
+ASCII = TEXTS.map(ascii).map(str.encode)
 
 # JSON that json.dumps can't write, by the string that stands for it.
 WRITTEN = {
@@ -185,11 +191,6 @@ def test_any_tokenizer_json_is_read_or_refused(folder, tokenizer, data, text):
     use(outcome(lambda: huggingface.read_tokenizer(folder), path), text)
 
 
-MODEL = json.loads(BPE.to_json())["model"]
-MERGES = "\n".join(["#version: 0.2", *map(" ".join, MODEL["merges"])]).encode()
-ASCII = TEXTS.map(ascii).map(str.encode)
-
-
 @given(
     st.just(as_json(MODEL["vocab"])) | json_files(MODEL["vocab"]),
     st.just(MERGES) | damaged(MERGES) | ASCII,
@@ -210,9 +211,6 @@ SIZED = resized(TINY.to_dict()["model"]).map(lambda model: as_json({"model": mod
 def test_any_config_of_a_run_is_read_or_refused(folder, content):
     path = put(folder / "config.json", content)
     outcome(lambda: load_config(folder), path)
-
-
-CALLED = []
 
 
 def never(*args):
@@ -260,9 +258,6 @@ OPCODES = st.sampled_from([
 ])
 # fmt: on
 SEQUENCES = st.lists(OPCODES, max_size=20).map(lambda codes: b"".join(codes) + b".")
-
-
-META = {"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {"a": 0, "b": 1}}
 
 
 @given(
@@ -358,9 +353,6 @@ def exported(folder):
     model, params = init_model(vocab_size=BPE.vocab_size, bias=True)
     huggingface.write_huggingface(folder / "gpt2", model.config, params, BPE)
     return folder / "gpt2"
-
-
-WEIGHTS = "model.safetensors"
 
 
 @st.composite

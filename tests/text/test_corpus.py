@@ -41,8 +41,7 @@ class TestText:
         for name, text in zip("ab", texts, strict=True):
             (tmp_path / name).write_bytes(text.encode())
         monkeypatch.setattr(corpus_module, "_CHUNK", 5)
-        corpus, _ = load(tmp_path / "a", tmp_path / "b")
-        assert text_of(corpus) == "".join(texts)
+        assert text_of(load(tmp_path / "a", tmp_path / "b")[0]) == "".join(texts)
 
     def test_incomplete_cached_tokens_are_written_again(
         self, text_file, fresh_cache, monkeypatch
