@@ -98,7 +98,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
     saved = max(saved_steps(run_dir / "checkpoints"), default=0)
     _, err = finish(start_script(*SMOKE, "--out-dir", run_dir, "--resume"))
     if saved:  # no step before the checkpoint is repeated
-        assert f"{run_dir} from step {saved}," in err
+        assert f"resuming {run_dir} from step {saved}\n" in err
     assert outcome(run_dir) == uninterrupted
     assert not list(run_dir.glob("**/*tmp*"))
 
