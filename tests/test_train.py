@@ -67,7 +67,7 @@ def test_a_script_stopped_by_a_signal_saves_and_says_how_to_resume(tmp_path, num
     assert list(losses(run_dir)) == list(range(1, stopped + 1))
     more = ("--out-dir", run_dir, "--resume", "--train.max-steps", stopped + 5)
     _, err = finish(start_script("train.py", *more))
-    assert f"step {stopped}," in err
+    assert f"from step {stopped}\n" in err
     assert list(losses(run_dir)) == list(range(1, stopped + 6))
 
 

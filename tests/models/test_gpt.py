@@ -150,20 +150,20 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("n_head", "n_embd", "block_size", "vocab_size", "rows"),
+    ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "rows"),
     [
-        (3, 9, 7, 11, 3),
-        (1, 1, 1, 2, 1),
-        pytest.param(1, 8, 1, 1, 1, marks=pytest.mark.slow),
-        pytest.param(5, 40, 130, 11, 2, marks=pytest.mark.slow),
+        (2, 3, 9, 7, 11, 3),
+        (1, 1, 1, 1, 2, 1),
+        pytest.param(1, 1, 8, 1, 1, 1, marks=pytest.mark.slow),
+        pytest.param(1, 5, 40, 130, 11, 2, marks=pytest.mark.slow),
     ],
 )
 def test_bfloat16_trains_and_generates_near_float32_in_all_shapes(
-    n_head, n_embd, block_size, vocab_size, rows
+    n_layer, n_head, n_embd, block_size, vocab_size, rows
 ):
     # XLA's CPU library multiplies bfloat16 in some orders of the axes only.
     fields = {"n_head": n_head, "n_embd": n_embd, "block_size": block_size}
-    fields |= {"vocab_size": vocab_size, "bias": True}
+    fields |= {"n_layer": n_layer, "vocab_size": vocab_size, "bias": True}
     model, exact_model = build(compute_dtype="bfloat16", **fields), build(**fields)
     params, T = random_params(model), block_size
 
