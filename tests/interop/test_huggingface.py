@@ -320,7 +320,7 @@ def test_a_model_is_fetched_once_from_the_hub_by_its_name(folder, bpe, tmp_path)
             "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
             "HF_HOME": str(tmp_path / "cache"),
         }
-        finish(start_script(*arguments, **environment), timeout=1200)
+        finish(start_script(*arguments, **environment))
         hub.shutdown()
     run = load_run(tmp_path / "run")
     _, params = read_huggingface(folder)
@@ -329,7 +329,7 @@ def test_a_model_is_fetched_once_from_the_hub_by_its_name(folder, bpe, tmp_path)
     assert run.tokenizer.end_of_text == bpe.end_of_text
     assert not any(path.endswith(".bin") for path in REQUESTED)
     # Now the hub can't be reached, but its cache has the model.
-    finish(start_script(*arguments, "--overwrite", **environment), timeout=1200)
+    finish(start_script(*arguments, "--overwrite", **environment))
 
 
 def test_a_hub_that_does_not_answer_is_an_error(call, monkeypatch, tmp_path):
