@@ -12,10 +12,10 @@ import tyro
 
 from jaxgpt import exits, start
 from jaxgpt.config import MeshConfig, SamplingConfig
-from jaxgpt.files import log_line
 from jaxgpt.generation.stream import stream_text
 from jaxgpt.parallel.mesh import model_mesh
 from jaxgpt.run import Run, load_config, load_run, text_tokenizer
+from jaxgpt.terminal import log_line
 from jaxgpt.text.tokenizer import encode_prompt
 
 

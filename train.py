@@ -16,7 +16,6 @@ import jax
 from jaxgpt import exits, start
 from jaxgpt.cli import parse_arguments, read_options
 from jaxgpt.config import Config
-from jaxgpt.files import log_line
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
 from jaxgpt.parallel import processes
@@ -35,6 +34,7 @@ from jaxgpt.run import (
     resumed_tokenizer,
     save_config,
 )
+from jaxgpt.terminal import log_line
 from jaxgpt.text.batches import evaluation_source, training_source
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training import checkpoint, evaluation

@@ -11,7 +11,6 @@ import jax
 import tyro
 
 from jaxgpt.config import Config
-from jaxgpt.files import log_line
 from jaxgpt.parallel.defaults import default_preset
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import (
@@ -21,6 +20,7 @@ from jaxgpt.run import (
     has_run,
     load_config,
 )
+from jaxgpt.terminal import log_line
 
 _PROG = "train.py [PRESET]"
 # Model fields that --init-from takes from the preset, not from the run.

@@ -1,9 +1,7 @@
-"""Atomic file writes, and log lines."""
+"""Atomic file writes, and which process writes."""
 
 import os
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +22,6 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(tmp_path, path)
     finally:
         tmp_path.unlink(missing_ok=True)
-
-
-def log_line(line: str) -> None:
-    """Prints a line to stderr; stdout is for a command's output.
-
-    Only the first process prints. A line that cannot be written, for example to a
-    closed terminal, is dropped.
-    """
-    if is_first_process():
-        with suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
 
 
 def is_first_process() -> bool:

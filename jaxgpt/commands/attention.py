@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxgpt.files import log_line
 from jaxgpt.run import ATTENTION, load_run, text_tokenizer
+from jaxgpt.terminal import log_line
 from jaxgpt.text.tokenizer import encode_prompt
 
 

@@ -12,11 +12,11 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.files import log_line
 from jaxgpt.interop import huggingface, torch_parity
 from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.interop.state_dict import check_gpt
 from jaxgpt.run import load_run
+from jaxgpt.terminal import log_line
 
 RANDOM = GPTConfig(block_size=64, vocab_size=1000, bias=True, gelu="tanh")
 

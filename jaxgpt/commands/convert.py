@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from jaxgpt.config import Config
-from jaxgpt.files import TMP_SUFFIX, log_line
+from jaxgpt.files import TMP_SUFFIX
 from jaxgpt.interop import huggingface, nanogpt
 from jaxgpt.parallel.mesh import host_mesh
 from jaxgpt.run import (
@@ -21,6 +21,7 @@ from jaxgpt.run import (
     save_config,
     saved_tokenizer,
 )
+from jaxgpt.terminal import log_line
 from jaxgpt.text import pretrained, tinyshakespeare
 from jaxgpt.text.tokenizer import CharTokenizer, Tokenizer, fits
 from jaxgpt.training.checkpoint import CHECKPOINTS, open_checkpoints, save_state

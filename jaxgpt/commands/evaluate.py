@@ -9,9 +9,9 @@ from typing import Literal
 import tyro
 
 from jaxgpt.config import MeshConfig
-from jaxgpt.files import log_line
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import load_config, load_run, text_tokenizer
+from jaxgpt.terminal import log_line
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
 

@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxgpt.config import Config, MeshConfig, SamplingConfig, check_seed
-from jaxgpt.files import log_line
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
@@ -32,6 +31,7 @@ from jaxgpt.parallel.feeding import stack_batches
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import Run
+from jaxgpt.terminal import log_line
 from jaxgpt.text.batches import training_source
 from jaxgpt.text.corpus import Corpus, load_corpus
 from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step

@@ -14,13 +14,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
-from jaxgpt.files import log_line
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.feeding import batch_shapes
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning.flops import product_flops, step_flops
 from jaxgpt.planning.hlo import collectives
+from jaxgpt.terminal import log_line
 from jaxgpt.text.corpus import known_vocab_size, load_corpus
 from jaxgpt.training.objectives import next_token
 from jaxgpt.training.step import abstract_state, trace_train_steps

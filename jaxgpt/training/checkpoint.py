@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from jaxgpt.files import is_first_process, log_line
+from jaxgpt.files import is_first_process
 from jaxgpt.parallel.processes import any_failed, several_processes, wait_for_all
 from jaxgpt.start import release_memory
+from jaxgpt.terminal import log_line
 from jaxgpt.training.record import (
     check_shapes,
     checksums,

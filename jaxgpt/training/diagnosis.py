@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
-from jaxgpt.files import log_line
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of, with_microbatches
 from jaxgpt.parallel.feeding import shard_batch
+from jaxgpt.terminal import log_line
 from jaxgpt.text.batches import Source
 from jaxgpt.training.objectives import Batch, Context, Objective
 from jaxgpt.training.step import TrainState, dropout_key

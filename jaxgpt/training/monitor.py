@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxgpt.config import Config
-from jaxgpt.files import is_first_process, log_line, replace_file
+from jaxgpt.files import is_first_process, replace_file
+from jaxgpt.terminal import log_line
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from jaxgpt.files import is_first_process, log_line
+from jaxgpt.files import is_first_process
+from jaxgpt.terminal import log_line
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def test_rows_have_the_fields_of_their_event_and_of_the_objective(tmp_path, caps
 
 def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("jaxgpt.training.monitor.is_first_process", lambda: False)
-    monkeypatch.setattr("jaxgpt.files.is_first_process", lambda: False)
+    monkeypatch.setattr("jaxgpt.terminal.is_first_process", lambda: False)
     with monitor_of(tmp_path) as monitor:
         monitor.train(0, metrics_of(8), START)
         monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5})

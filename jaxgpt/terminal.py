@@ -1,0 +1,58 @@
+"""What the scripts print besides their output: log lines and progress bars."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxgpt.files import is_first_process
+
+_LINE_SECONDS = 30  # between lines of progress where there is no terminal
+
+
+def log_line(line: str) -> None:
+    """Prints a line to stderr; stdout is for a command's output.
+
+    Only the first process prints. A line that cannot be written, for example to a
+    closed terminal, is dropped.
+    """
+    if is_first_process():
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how much of long work is done; yields a function that adds to it.
+
+    On a terminal it is a bar with the time left on stderr; elsewhere, a line every half
+    minute.
+
+    Args:
+      label: what is being done.
+      total: how much there is to do, in any unit.
+    """
+    console = Console(stderr=True, highlight=False)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not (console.is_terminal and is_first_process()),
+    ) as bar:
+        task, done, said = bar.add_task(label, total=total), 0, time.monotonic()
+
+        def advance(amount: int) -> None:
+            nonlocal done, said
+            done += amount
+            bar.update(task, completed=done)
+            if bar.disable and time.monotonic() - said > _LINE_SECONDS:
+                said = time.monotonic()
+                log_line(f"{label}: {done / total:.0%}")
+
+        yield advance
