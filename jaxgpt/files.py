@@ -1,7 +1,10 @@
-"""Atomic file writes, and which process writes."""
+"""Atomic file writes, and paths that any library can use."""
 
 import os
-from collections.abc import Callable
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +30,22 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 def is_first_process() -> bool:
     """Whether this is the one process that writes logs, metrics and the config."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+@contextmanager
+def plain_path(path: Path) -> Iterator[Path]:
+    """Yields an absolute path to the same folder, of plain ASCII characters.
+
+    Orbax takes a path as a glob pattern, and TensorStore takes only UTF-8. Other paths
+    are reached through a symbolic link, which is deleted on exit.
+    """
+    plain, path = re.compile(r"[\w/.+=@, -]*", re.ASCII), path.absolute()
+    if plain.fullmatch(str(path)):
+        yield path
+        return
+    temporary = tempfile.gettempdir()
+    parent = temporary if plain.fullmatch(temporary) else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="jaxgpt-", dir=parent) as folder:
+        link = Path(folder, "link")
+        link.symlink_to(path)
+        yield link

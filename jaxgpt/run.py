@@ -127,8 +127,10 @@ def crop_block_size(params: Any, block_size: int) -> Any:
 
 def saved_tokenizer(run_dir: Path) -> Tokenizer | None:
     """Returns the run's tokenizer, or None; raises ValueError if it is damaged."""
-    path = run_dir / TOKENIZER
-    return load_tokenizer(path) if path.exists() else None
+    try:
+        return load_tokenizer(run_dir / TOKENIZER)
+    except FileNotFoundError:
+        return None
 
 
 def resumed_tokenizer(run_dir: Path, config: Config) -> Tokenizer | None:
@@ -260,7 +262,7 @@ def _claim(run_dir: Path, may_exist: bool) -> IO[str]:
         ) from None
     for name in _RUN_FILES:  # temporary files of a killed process
         for tmp_path in run_dir.glob(f"{name}.*{TMP_SUFFIX}"):
-            tmp_path.unlink()
+            _delete(tmp_path)
     return lock
 
 
@@ -268,11 +270,17 @@ def clear_run(run_dir: Path) -> None:
     """Deletes the run's files, the config last; keeps other files."""
     if is_first_process():
         for path in (run_dir / name for name in _RUN_FILES):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():  # readers must not see half
+                path = path.rename(run_dir / f"{path.name}.deleted{TMP_SUFFIX}")
+            _delete(path)
     wait_for_all("clear")
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save_config(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:
@@ -287,16 +295,16 @@ def save_config(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> N
 def load_config(run_dir: Path) -> Config:
     """Reads config.json; raises OSError or ValueError that names the file."""
     path = run_dir / CONFIG
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{run_dir} is not a run: it has no {CONFIG}; runs are made by "
-            "`python train.py --out-dir DIR` and `python -m jaxgpt import`"
-        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         newer = isinstance(values, dict) and values.pop("format", 1) > FORMAT
         if not newer:
             return Config.from_dict(values)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{run_dir} is not a run: it has no {CONFIG}; runs are made by "
+            "`python train.py --out-dir DIR` and `python -m jaxgpt import`"
+        ) from error
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a jaxgpt config: {error}; fix it, or restore it from "

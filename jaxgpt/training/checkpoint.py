@@ -2,7 +2,7 @@
 
 A checkpoint has two parts: `params`, which is all that generation reads, and
 `progress`, which resuming needs too. Its record has a checksum of every array, and a
-checkpoint whose restored arrays do not match is never used.
+checkpoint whose restored arrays do not match, or are not finite, is never used.
 """
 
 import math
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from jaxgpt.files import is_first_process
+from jaxgpt.files import is_first_process, plain_path
 from jaxgpt.parallel.processes import any_failed, several_processes, wait_for_all
 from jaxgpt.start import release_memory
 from jaxgpt.terminal import log_line
@@ -26,16 +26,23 @@ from jaxgpt.training.record import (
     check_shapes,
     checksums,
     make_record,
+    non_finite_array,
     read_record,
     shapes,
 )
 from jaxgpt.training.step import TrainState
 
 CHECKPOINTS = "checkpoints"
+_DELETED = "deleted"  # checkpoints are moved there first, so that readers see no half
+_READ_BACK_BYTES = 2 << 30  # a larger first checkpoint is read back only in part
 
 
-class _DamageError(ValueError):
-    """A checkpoint that is unreadable, or differs from what was saved."""
+# Causes that a user should see if no checkpoint can be restored.
+_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+
+
+class _RestoreError(ValueError):
+    """A checkpoint that can't be restored, or differs from what was saved."""
 
 
 @contextmanager
@@ -48,13 +55,22 @@ def open_checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
         preservation_policy=_BestAndLatestTwo(folder),
         cleanup_tmp_directories=True,
         lightweight_initialize=True,  # does not read metadata, which may be damaged
+        todelete_subdir=_DELETED,
     )
-    checkpoints = ocp.CheckpointManager(folder.absolute(), options=options)
-    try:
-        yield checkpoints
-    finally:
-        with _plain_save_errors():
-            checkpoints.close()
+    folder.mkdir(parents=True, exist_ok=True)
+    with plain_path(folder) as path:
+        checkpoints = ocp.CheckpointManager(path, options=options)
+        try:
+            yield checkpoints
+        finally:
+            with _plain_save_errors():
+                checkpoints.close()
+            _empty_deleted(folder)
+
+
+def _empty_deleted(folder: Path) -> None:
+    if is_first_process():
+        shutil.rmtree(folder / _DELETED, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -76,15 +92,19 @@ def save_state(
 ) -> None:
     """Starts saving `state` in the background; returns once the arrays are copied.
 
+    The first checkpoint of a folder is waited for and read back, so that a run that
+    can't be restored ends here.
+
     Args:
       checkpoints: the manager from `open_checkpoints`.
       state: the training state; if its opt_state is None, only parameters are saved.
       metric: validation metric of these parameters, lower is better; None if they were
         not evaluated, in which case the checkpoint ranks behind all that were.
 
-    Raises OSError if the previous save failed.
+    Raises OSError if the previous save failed, or if the first can't be read back.
     """
     step, parts = int(state.step), _parts(state)
+    is_first = not checkpoints.all_steps()
     args = {name: ocp.args.StandardSave(tree) for name, tree in parts.items()}
     record = make_record(parts, math.inf if metric is None else metric)
     with _plain_save_errors():
@@ -95,6 +115,28 @@ def save_state(
             custom_metadata=record,
         ):
             raise ValueError(f"there is already a checkpoint later than step {step}")
+        if is_first:
+            checkpoints.wait_until_finished()
+            _read_back(Path(checkpoints.directory).resolve() / str(step), parts)
+
+
+def _read_back(saved: Path, parts: dict[str, Any]) -> None:
+    """Raises ValueError unless the checkpoint just saved can be restored."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts
+    )
+    is_large = sum(x.nbytes for x in jax.tree.leaves(parts)) > _READ_BACK_BYTES
+    try:
+        _restore(saved, abstract, only_one=is_large)
+    except _RestoreError as error:
+        raise ValueError(f"it was written, but can't be read back: {error}") from error
+
+
+def _only_smallest(tree: Any) -> Any:
+    """Replaces all leaves by ocp.PLACEHOLDER, but the smallest that is no scalar."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]
+    kept = min(arrays, key=lambda leaf: leaf.size)
+    return jax.tree.map(lambda leaf: leaf if leaf is kept else ocp.PLACEHOLDER, tree)
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -115,6 +157,7 @@ def check_saves(checkpoints: ocp.CheckpointManager, saved: int | None) -> int | 
             return saved
         checkpoints.wait_until_finished()  # raises the error of a failed save
     if (latest := checkpoints.latest_step()) != saved:
+        _empty_deleted(Path(checkpoints.directory))
         release_memory()
     return latest
 
@@ -140,8 +183,10 @@ def restore_state(
 ) -> TrainState:
     """Reads a checkpoint, sharded like `abstract`.
 
-    A damaged "best" or "latest" checkpoint is logged, and the next best or the previous
-    one is used instead. If none was evaluated, the best is the latest.
+    If the "best" or "latest" checkpoint can't be restored for whatever reason, that is
+    logged, and the next best or the previous one is used instead. If none was
+    evaluated, the best is the latest. A checkpoint that a training run deletes in the
+    meantime is not an error; the folder is looked at again.
 
     Args:
       folder: the directory of checkpoints.
@@ -151,20 +196,11 @@ def restore_state(
       resume: requires an opt_state, and renames damaged checkpoints so that their steps
         can be saved again.
 
-    Raises FileNotFoundError if there is no checkpoint, or ValueError that lists the
-    existing steps, the damage, or the first parameter whose shape differs.
+    Raises FileNotFoundError if there is no checkpoint, ValueError that lists the
+    existing steps, the damage, or the first parameter whose shape differs, or the first
+    error if it was not damage (such as PermissionError).
     """
-    faults = {}
-    for step in find_steps(folder, which):
-        try:
-            parts = _restore(folder / str(step), _parts(abstract))
-            break
-        except _DamageError as error:
-            faults[step] = str(error)
-    else:
-        other = f"move {folder} away to start at step 0" if resume else "use another"
-        listed = "; ".join(faults.values())
-        raise ValueError(f"{listed}; restore one from a copy, or {other}")
+    step, parts, faults = _restore_first(folder, which, abstract, resume)
     saved = folder / str(step)
     if resume and "progress" not in parts:
         raise ValueError(
@@ -185,39 +221,74 @@ def restore_state(
     return TrainState(params=parts["params"], **progress)
 
 
-def _restore(saved: Path, parts: dict[str, Any]) -> dict[str, Any]:
-    """Reads those of `parts` that exist; all processes raise _DamageError together."""
-    with _same_outcome_everywhere(saved):
-        record = read_record(saved)
-    check_shapes(record["shapes"], shapes(parts["params"]), str(saved))
-    handler, restored = ocp.StandardCheckpointHandler(), {}  # without process barriers
-    with _same_outcome_everywhere(saved):
-        for name in [name for name in parts if name in record["parts"]]:
-            args = ocp.args.StandardRestore(parts[name])
-            restored[name] = handler.restore(saved.absolute() / name, args=args)
+def _restore_first(
+    folder: Path, which: str | int, abstract: TrainState, resume: bool
+) -> tuple[int, dict[str, Any], dict[int, _RestoreError]]:
+    """Restores the first checkpoint that can be; returns it, and why others can't."""
+    faults: dict[int, _RestoreError] = {}
+    for step in find_steps(folder, which):
+        saved = folder / str(step)
+        try:
+            return step, _restore(saved, _parts(abstract)), faults
+        except _RestoreError as error:
+            if any_failed(not saved.exists()):  # a training run has deleted it
+                return _restore_first(folder, which, abstract, resume)
+            faults[step] = error
+    for fault in faults.values():
+        if isinstance(fault.__cause__, _NOT_DAMAGE):
+            raise fault.__cause__
+    other = f"move {folder} away to start at step 0" if resume else "use another"
+    listed = "; ".join(map(str, faults.values()))
+    raise ValueError(f"{listed}; restore one from a copy, or {other}")
+
+
+def _restore(
+    saved: Path, parts: dict[str, Any], *, only_one: bool = False
+) -> dict[str, Any]:
+    """Reads those of `parts` that exist; all processes raise _RestoreError together.
+
+    With `only_one`, reads one small array of each part; the others are PLACEHOLDER.
+    """
+    with plain_path(saved) as path:
+        with _same_outcome_everywhere(saved):
+            record = read_record(path)
+        try:
+            check_shapes(record["shapes"], shapes(parts["params"]), str(saved))
+        except ValueError as error:
+            raise _RestoreError(str(error)) from error
+        handler, restored = ocp.PyTreeCheckpointHandler(), {}  # no process barriers
+        with _same_outcome_everywhere(saved):
+            for name in [name for name in parts if name in record["parts"]]:
+                wanted = _only_smallest(parts[name]) if only_one else parts[name]
+                restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+                args = ocp.args.PyTreeRestore(wanted, restore_args)
+                restored[name] = handler.restore(path / name, args=args)
+    if bad := non_finite_array(restored["params"]):
+        raise _RestoreError(f"{saved} has parameters that are not finite ({bad})")
     if "checksums" not in record:
         log_line(f"{saved} is from an older version; it was not checked for damage")
         return restored
     for name, number in checksums(restored).items():
         if number != record["checksums"].get(name):
-            raise _DamageError(f"{saved} is damaged (checksum mismatch in {name})")
+            raise _RestoreError(f"{saved} is damaged (checksum mismatch in {name})")
     return restored
 
 
 @contextmanager
 def _same_outcome_everywhere(saved: Path) -> Iterator[None]:
-    """Turns an error in any process into a _DamageError in every process."""
+    """Turns an error in any process into a _RestoreError in every process."""
     failed = None
     try:
         yield
-    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-        raise  # not caused by damage
     except Exception as error:
         failed = error
     if any_failed(failed is not None):
-        reason = str(failed or "another process can't read it")
+        reason = "another process can't read it" if failed is None else str(failed)
+        reason = reason or type(failed).__name__
+        if isinstance(failed, _NOT_DAMAGE):
+            raise _RestoreError(f"{saved} can't be read ({reason})") from failed
         reason = reason.split(":")[0]  # without TensorStore's details of its drivers
-        raise _DamageError(f"{saved} is damaged ({reason})") from failed
+        raise _RestoreError(f"{saved} is damaged ({reason})") from failed
 
 
 def saved_steps(folder: Path) -> list[int]:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jaxgpt.files import plain_path
+
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's; the record is its custom_metadata
 _DIGESTS = "digests.json"  # file digests, in old checkpoints that have no record
 
@@ -54,8 +56,8 @@ def _read_older_record(saved: Path) -> dict[str, Any]:
     if metrics in files:
         metric = json.loads((saved / metrics).read_text(encoding="utf-8"))["val_loss"]
     parts = [part for part in ("params", "progress") if f"{part}/_METADATA" in files]
-    folder = saved.absolute() / "params"
-    params = ocp.StandardCheckpointHandler().metadata(folder)
+    with plain_path(saved) as path:
+        params = ocp.StandardCheckpointHandler().metadata(path / "params")
     return {"figure": metric, "parts": parts, "shapes": shapes(params)}
 
 
@@ -64,9 +66,23 @@ def _crc32(record: dict[str, Any]) -> int:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """A checksum of each array in the tree; it does not depend on the sharding."""
-    found = jax.device_get(_checksums(_named(tree)))
+    """A checksum of each array in the tree; it does not depend on the sharding.
+
+    Leaves of the tree that are ocp.PLACEHOLDER have none.
+    """
+    found = jax.device_get(_checksums(_arrays(tree)))
     return {name: int(number) for name, number in found.items()}
+
+
+def non_finite_array(tree: Any) -> str | None:
+    """Name of the first array in the tree that is not finite, or None."""
+    finite = jax.device_get(_all_finite(_arrays(tree)))
+    return next((name for name in finite if not finite[name]), None)
+
+
+@jax.jit
+def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(array).all() for name, array in arrays.items()}
 
 
 @jax.jit
@@ -94,14 +110,15 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 def shapes(tree: Any) -> dict[str, list[int]]:
     """The shape of each array in the tree, by name."""
-    return {name: list(leaf.shape) for name, leaf in _named(tree).items()}
+    return {name: list(leaf.shape) for name, leaf in _arrays(tree).items()}
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def _arrays(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in leaves
+        if leaf is not ocp.PLACEHOLDER
     }
 
 

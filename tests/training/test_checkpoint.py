@@ -312,9 +312,87 @@ def test_a_lost_process_is_not_reported_as_a_failed_save(tmp_path, monkeypatch):
             checkpoint.save_state(checkpoints, state_at(2), None)
 
 
-def test_running_out_of_memory_is_not_damage(two, monkeypatch):
-    fail = Mock(side_effect=jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"))
-    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointHandler.restore", fail)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"^RESOURCE_EXHAUSTED"):
+def fail_to_read(monkeypatch, error, step=""):
+    """Makes reading the arrays of the step, by default of all, raise the error."""
+    restore = checkpoint.ocp.PyTreeCheckpointHandler.restore
+
+    def fail(self, path, args):
+        if f"/{step}" in str(path):
+            raise error
+        return restore(self, path, args=args)
+
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", fail)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(), MemoryError(), jax.errors.JaxRuntimeError(), KeyError()],
+)
+def test_whatever_makes_a_restore_fail_leads_to_the_one_before(
+    two, monkeypatch, capsys, error
+):
+    fail_to_read(monkeypatch, error, step=6)
+    assert_equal(restore(two), state_at(4))
+    assert re.search(r"/6 .*skipped.*step 4", capsys.readouterr().err)
+    fail_to_read(monkeypatch, error)
+    with pytest.raises(ValueError if type(error) is KeyError else type(error)):
         restore(two, resume=True)
     assert checkpoint.saved_steps(two) == [4, 6]
+
+
+def test_parameters_that_are_not_finite_are_not_used(two, capsys):
+    params = jax.tree.map(jnp.copy, STATE.params)
+    params["wte"]["embedding"] = params["wte"]["embedding"].at[3, 2].set(jnp.nan)
+    with checkpoint.open_checkpoints(two) as checkpoints:
+        save_params(checkpoints, 8, params)
+    assert restore(two, abstract=PARAMS_ONLY).step == 6
+    assert re.search(r"/8 .*not finite.*wte.*step 6", capsys.readouterr().err)
+
+
+def test_a_checkpoint_that_training_deletes_meanwhile_is_not_damaged(
+    two, monkeypatch, capsys
+):
+    read = checkpoint.read_record
+
+    def delete_and_read(saved):
+        shutil.rmtree(two / "6", ignore_errors=True)
+        return read(saved)
+
+    monkeypatch.setattr(checkpoint, "read_record", delete_and_read)
+    assert_equal(restore(two, resume=True), state_at(4))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_deleted_checkpoint_disappears_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_empty_deleted", lambda folder: None)
+    save(tmp_path, dict.fromkeys(range(1, 6)))
+    assert checkpoint.saved_steps(tmp_path) == [4, 5]
+    assert len(list((tmp_path / "deleted").iterdir())) == 3  # moved, whole
+    monkeypatch.undo()
+    save(tmp_path, {6: None})
+    assert {path.name for path in tmp_path.iterdir()} == {"5", "6"}
+
+
+@pytest.mark.parametrize("name", ["x[1]", "*?", "%41 #\n{ä}", "\udcff\udcfe"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    (tmp_path / "x1").mkdir()  # which the first two match as patterns
+    save(tmp_path / name, {4: 1.0, 6: 0.5})
+    assert_equal(restore(tmp_path / name, resume=True), state_at(6))
+    make_old(tmp_path / name / "6", 0.5)
+    assert_equal(restore(tmp_path / name, "best"), state_at(6))
+    assert checkpoint.saved_steps(tmp_path / name) == [4, 6]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_first_checkpoint_is_read_back_and_no_other(tmp_path, monkeypatch, large):
+    if large:
+        monkeypatch.setattr(checkpoint, "_READ_BACK_BYTES", 0)
+    monkeypatch.setattr(checkpoint, "checksums", Mock(wraps=checkpoint.checksums))
+    save(tmp_path, {4: 1.0, 6: 0.5})
+    ((restored,), _), *others = checkpoint.checksums.call_args_list
+    assert not others
+    arrays = [leaf for leaf in jax.tree.leaves(restored) if leaf is not ...]
+    assert len(arrays) == (2 if large else len(jax.tree.leaves(STATE)))
+    monkeypatch.setattr(checkpoint, "checksums", lambda tree: {"params.wte": 0})
+    with pytest.raises(OSError, match="read back"):
+        save(tmp_path / "other", {4: 1.0})
