@@ -3,7 +3,6 @@
 python generate.py --run-dir runs/shakespeare-char-cpu --prompt "ROMEO:"
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -47,8 +46,6 @@ def main() -> None:
     mesh = model_mesh(load_config(arguments.run_dir), arguments.mesh)
     run = load_run(arguments.run_dir, arguments.checkpoint, mesh)
     prompt = read_prompt(arguments.prompt, run)
-    # Bytes in argv that are not UTF-8 become surrogates, which stdout can't encode.
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     texts, prefix = [""] * arguments.num_samples, prompt
     for new_texts in stream_text(
         run,

@@ -14,4 +14,7 @@ from jaxgpt.config import (
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import GPT, Bigram
 from jaxgpt.run import Run, load_run
+from jaxgpt.start import quiet_libtpu
 from jaxgpt.text.tokenizer import BPETokenizer, CharTokenizer
+
+quiet_libtpu()

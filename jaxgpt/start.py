@@ -1,10 +1,11 @@
 """Process setup before JAX starts: XLA flags, CPU devices, caches and memory.
 
-The scripts call `start` first; `import jaxgpt` never does.
+The scripts call `start` first; `import jaxgpt` calls only `quiet_libtpu`.
 """
 
 import ctypes
 import gc
+import io
 import logging
 import mmap
 import os
@@ -31,9 +32,23 @@ _XLA_FLAGS = (
 
 
 def cache_dir() -> Path:
-    """Folder for corpora and compiled programs: $JAXGPT_CACHE or ~/.cache/jaxgpt."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("JAXGPT_CACHE") or Path(base) / "jaxgpt")
+    """Folder for corpora and compiled programs: $JAXGPT_CACHE or ~/.cache/jaxgpt.
+
+    Creates it. Raises OSError that names JAXGPT_CACHE if that fails.
+    """
+    try:
+        path = Path(os.environ.get("JAXGPT_CACHE") or _default_cache_dir())
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError if there is no home
+        raise OSError(
+            f"there is no cache ({error}); set JAXGPT_CACHE to a folder that can be "
+            "written"
+        ) from error
+    return path
+
+
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jaxgpt")
 
 
 def start() -> None:
@@ -66,17 +81,32 @@ def start() -> None:
             flags = f"{flags} {flag}".strip()
     os.environ["XLA_FLAGS"] = flags
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        with suppress(OSError):  # no cache is needed
+            if os.access(cache := cache_dir(), os.W_OK):
+                jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if "MALLOC_ARENA_MAX" not in os.environ:
         # By default malloc gives threads their own arenas, each of which can grow. A
         # step of `shakespeare-char-cpu` took 19.6 ms with one arena, 18.1 with two.
         with suppress(OSError):  # not glibc
             ctypes.CDLL("libc.so.6").mallopt(-8, 2)  # M_ARENA_MAX
-    if os.environ.get("TPU_SKIP_MDS_QUERY"):  # JAX sets it if there is no TPU
-        # Without these, libtpu (installed for --plan) would complain at every start.
+    # A file or a pipe gets UTF-8, whatever the locale; a terminal shows "?" for what it
+    # can't. Arguments that are not UTF-8 become surrogates, which nothing can encode.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not if it is closed
+            encoding = None if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace")
+
+
+def quiet_libtpu() -> None:
+    """Keeps libtpu, which --plan needs, silent where there is no TPU.
+
+    It would complain at every start, and of log files that belong to another user.
+    """
+    if os.environ.get("TPU_SKIP_MDS_QUERY"):  # `import jax` sets it if there is no TPU
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+        os.environ.setdefault("TPU_LOG_DIR", "disabled")
 
 
 def _measured_and_known(*names: str) -> bool:

@@ -1,7 +1,10 @@
 import gc
+import io
 import os
 import platform
+import sys
 import weakref
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -28,6 +31,36 @@ Broken()
     _, err = finish(start_script("-c", script))
     assert "ValueError: a bug" in err
     assert "Event loop is closed" not in err
+
+
+def test_a_cache_is_only_looked_for_where_the_user_says(monkeypatch, tmp_path):
+    home = Mock(side_effect=RuntimeError("no home"))
+    monkeypatch.setattr(start.Path, "home", home)
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "own"))
+    assert start.cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("JAXGPT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert start.cache_dir() == tmp_path / "jaxgpt"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(OSError, match="JAXGPT_CACHE"):
+        start.cache_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="JAXGPT_CACHE"):
+        start.cache_dir()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_stdout_is_utf_8_and_a_terminal_keeps_its_encoding(monkeypatch, is_terminal):
+    stdout = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(stdout, "isatty", lambda: is_terminal, raising=False)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stderr", None)  # closed
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    start.start()
+    print("Да, \udcff", end="", flush=True)
+    expected = b"??, ?" if is_terminal else "Да, ?".encode()
+    assert stdout.buffer.getvalue() == expected
 
 
 def flags_after_start(flags):
@@ -60,6 +93,20 @@ def test_a_flag_that_xla_does_not_know_is_not_set(monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
     start.start()
     assert os.environ["XLA_FLAGS"] == ""
+
+
+def test_jax_starts_silently_after_an_import_of_jaxgpt():
+    script = """
+import os
+for name in list(os.environ):  # set in this process, by the same import
+    if name.startswith(("TPU_", "JAX_PLATFORMS")):
+        del os.environ[name]
+import jaxgpt, jax
+print(jax.devices(), os.environ.get("TPU_LOG_DIR"))
+"""
+    out, err = finish(start_script("-c", script))
+    assert "disabled" in out or "Tpu" in out
+    assert err == ""
 
 
 def test_release_memory_frees_reference_cycles():
