@@ -142,6 +142,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                 shapes = tuple(map(jax.typeof, jax.tree.leaves(batches)))
                 if shapes not in programs:
                     monitor.flush()  # so that no step's time includes compilation
+                    monitor.show("compiling")
                     traced = trace_train_steps(objective, config, mesh, state, batches)
                     programs[shapes] = traced.lower().compile()
                 return programs[shapes]
@@ -155,6 +156,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             with exits.deferred_interrupts() as pending_signal:
                 agree = processes.make_agree()
                 if resumed_step is None:
+                    monitor.show("evaluating")
                     monitor.eval(0, evaluate(state.params, config.train.eval_iters))
                 while not (signal := agree(pending_signal())) and step < last_step:
                     count = steps_in_next_call(step, config.train)
@@ -170,6 +172,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
 
                     if step % config.train.eval_interval == 0 or step == last_step:
                         monitor.flush()
+                        monitor.show("evaluating")
                         eval_metrics = evaluate(state.params, config.train.eval_iters)
                         monitor.eval(step, eval_metrics)
                         metric = eval_metrics[validation_metric(objective)]
@@ -184,7 +187,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
 
             eval_step = evaluation.make_losses_step(model, mesh)
             val = corpus.val
-            exact = evaluation.evaluate_exactly(eval_step, state.params, val, config)
+            with monitor.last_evaluation(len(val) - 1) as advance:
+                exact = evaluation.evaluate_exactly(
+                    eval_step, state.params, val, config, advance=advance
+                )
             monitor.done(step, exact.nats_per_token)
             return 0
 

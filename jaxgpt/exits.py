@@ -15,7 +15,10 @@ from typing import NoReturn
 import jax
 
 _HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
-_SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, _HANGUP) if number]
+# Signals that would end the process. SLURM can send SIGUSR1 or SIGUSR2 before it stops
+# a job, and SIGXCPU at its limit of CPU time.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 _REPEAT_SECONDS = 0.5  # GNU timeout and other wrappers send each signal twice
 _EXPECTED = (ArithmeticError, ImportError, MemoryError, OSError, ValueError)
 _DISK_FULL = "no disk space is left; free some and retry; earlier saves are kept. "
@@ -81,9 +84,9 @@ def _watch(receiver: socket.socket, terminals: list[int]) -> None:
 def plain_errors() -> Iterator[None]:
     """Ends the script with one line, not a traceback, for errors that a user can fix.
 
-    JAXGPT_TRACEBACK=1 shows the traceback. SIGINT (Ctrl-C), SIGTERM and SIGHUP exit
-    with 128 plus their number; a second one does so immediately. Signals that were
-    ignored when the script started, as under `nohup`, stay ignored.
+    JAXGPT_TRACEBACK=1 shows the traceback. SIGINT (Ctrl-C), SIGTERM, SIGHUP and SLURM's
+    signals exit with 128 plus their number; a second one does so immediately. Signals
+    that were ignored when the script started, as under `nohup`, stay ignored.
     """
     receiver, sender = socket.socketpair()
     sender.setblocking(False)

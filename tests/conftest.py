@@ -1,6 +1,7 @@
 """What all tests share: a cache, 8 CPU devices, a small corpus and a tiny model."""
 
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -164,6 +165,14 @@ def finish(process, code=0, timeout=1200):
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, err
     return out, err
+
+
+def terminal_as_stderr(monkeypatch):
+    """Replaces stderr by a terminal, and returns it; its getvalue() is what it shows."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    return terminal
 
 
 def losses(run_dir):

@@ -103,6 +103,14 @@ def test_an_interrupt_in_the_garbage_collector_is_recorded(monkeypatch):
             assert pending() == signal.SIGINT
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_signals_of_terminals_and_clusters_let_a_run_save(name):
+    if number := getattr(signal, name, None):  # Windows has none of them
+        with plain_errors(), deferred_interrupts() as pending:
+            signal.raise_signal(number)
+            assert pending() == number
+
+
 def test_a_failed_save_after_a_deferred_signal_is_an_error(capsys):
     with pytest.raises(SystemExit, match=r"^1$"), plain_errors(), deferred_interrupts():  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)

@@ -1,13 +1,9 @@
-import io
 import os
 import sys
 
+from conftest import terminal_as_stderr
+
 from jaxgpt.terminal import log_line, progress
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def test_a_log_line_that_cannot_be_written_is_dropped(monkeypatch):
@@ -20,8 +16,7 @@ def test_a_log_line_that_cannot_be_written_is_dropped(monkeypatch):
 
 
 def test_progress_is_a_bar_with_the_time_left_on_a_terminal(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    monkeypatch.setenv("TERM", "xterm")
+    terminal = terminal_as_stderr(monkeypatch)
     with progress("counting", 4) as advance:
         advance(1)
     assert "counting" in terminal.getvalue()

@@ -53,7 +53,9 @@ def test_smoke_trains_logs_every_step_plots_and_samples(smoke):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU]
+)
 def test_a_script_stopped_by_a_signal_saves_and_says_how_to_resume(tmp_path, number):
     run_dir = tmp_path / "run"
     many = ("--out-dir", run_dir, "--train.max-steps", 10**6)

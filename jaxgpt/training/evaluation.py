@@ -110,6 +110,7 @@ def evaluate_exactly(
     tokens: np.ndarray,
     config: Config,
     stride: int | None = None,
+    advance: Callable[[int], object] = lambda predictions: None,
 ) -> Evaluation:
     """The loss on `tokens`, predicting each one but the first exactly once.
 
@@ -124,6 +125,7 @@ def evaluate_exactly(
       tokens: token ids of one split [tokens], at least two.
       config: gives block_size and the number of rows per batch.
       stride: block_size by default, so that windows do not overlap.
+      advance: called with the number of predictions of each batch, to show progress.
 
     Raises ValueError if `stride` is not from 1 to block_size, and FloatingPointError if
     the loss is not finite.
@@ -143,6 +145,7 @@ def evaluate_exactly(
         losses = losses[: count - position]  # the rest is padding
         np.add.at(sums, (position + np.arange(len(losses))) // T, losses)
         position += len(losses)
+        advance(len(losses))
     return _summary(sums, T, count)
 
 

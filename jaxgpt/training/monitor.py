@@ -4,8 +4,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxgpt.config import Config
 from jaxgpt.files import is_first_process, replace_file
-from jaxgpt.terminal import log_line
+from jaxgpt.terminal import log_line, progress
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -79,6 +79,17 @@ class Monitor(AbstractContextManager):
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
         self._file.close()
+
+    def show(self, status: str) -> None:
+        """Shows on the bar what takes time, other than steps."""
+        self._bar.update(self._task, status=status)
+
+    @contextmanager
+    def last_evaluation(self, predictions: int) -> Iterator[Callable[[int], None]]:
+        """Shows the progress of the exact evaluation in place of the steps'."""
+        self._bar.stop()
+        with progress("loss on the whole val split", predictions) as advance:
+            yield advance
 
     def train(
         self, steps_before: int, metrics: Mapping[str, jax.Array], started: float

@@ -6,7 +6,7 @@ from unittest.mock import create_autospec
 import jax.numpy as jnp
 import matplotlib.image
 import pytest
-from conftest import TINY, changed, losses
+from conftest import TINY, changed, losses, terminal_as_stderr
 from matplotlib.figure import Figure
 
 from jaxgpt.training.monitor import Monitor, read_rows, rewind
@@ -53,6 +53,18 @@ def test_rows_have_the_fields_of_their_event_and_of_the_objective(tmp_path, caps
     assert (done["step"], done["val_loss"], done["best_val_loss"]) == (8, 2.25, 2.5)
     assert "val accuracy 0.5" in (err := capsys.readouterr().err)
     assert "skipped" not in err
+
+
+def test_the_exact_evaluation_has_a_bar_of_its_own(tmp_path, monkeypatch):
+    terminal = terminal_as_stderr(monkeypatch)
+    with monitor_of(tmp_path) as monitor:
+        monitor.show("evaluating")
+        with monitor.last_evaluation(1000) as advance:
+            advance(250)
+    before, _, after = terminal.getvalue().partition("whole val split")
+    assert "evaluating" in before
+    assert "25%" in after
+    assert "evaluating" not in after
 
 
 def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsys):
