@@ -168,7 +168,7 @@ def finish(process, code=0, timeout=1200):
 
 
 def terminal_as_stderr(monkeypatch):
-    """Replaces stderr by a terminal, and returns it; its getvalue() is what it shows."""
+    """Replaces stderr by a terminal; getvalue() of the result is what it shows."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
     monkeypatch.setattr(terminal, "isatty", lambda: True)

@@ -252,12 +252,13 @@ def _restore(
     with plain_path(saved) as path:
         with _same_outcome_everywhere(saved):
             record = read_record(path)
+        is_older = "checksums" not in record
         try:
             check_shapes(record["shapes"], shapes(parts["params"]), str(saved))
         except ValueError as error:
             raise _RestoreError(str(error)) from error
         handler, restored = ocp.PyTreeCheckpointHandler(), {}  # no process barriers
-        with _same_outcome_everywhere(saved):
+        with _same_outcome_everywhere(saved, is_older=is_older):
             for name in [name for name in parts if name in record["parts"]]:
                 wanted = _only_smallest(parts[name]) if only_one else parts[name]
                 restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
@@ -265,7 +266,7 @@ def _restore(
                 restored[name] = handler.restore(path / name, args=args)
     if bad := non_finite_array(restored["params"]):
         raise _RestoreError(f"{saved} has parameters that are not finite ({bad})")
-    if "checksums" not in record:
+    if is_older:
         log_line(f"{saved} is from an older version; it was not checked for damage")
         return restored
     for name, number in checksums(restored).items():
@@ -275,7 +276,7 @@ def _restore(
 
 
 @contextmanager
-def _same_outcome_everywhere(saved: Path) -> Iterator[None]:
+def _same_outcome_everywhere(saved: Path, *, is_older: bool = False) -> Iterator[None]:
     """Turns an error in any process into a _RestoreError in every process."""
     failed = None
     try:
@@ -287,8 +288,14 @@ def _same_outcome_everywhere(saved: Path) -> Iterator[None]:
         reason = reason or type(failed).__name__
         if isinstance(failed, _NOT_DAMAGE):
             raise _RestoreError(f"{saved} can't be read ({reason})") from failed
+        fault = "is damaged"
+        if is_older:
+            fault = (
+                "is from an older version, and this one can't read all of it; "
+                "--init-from reads only the parameters"
+            )
         reason = reason.split(":")[0]  # without TensorStore's details of its drivers
-        raise _RestoreError(f"{saved} is damaged ({reason})") from failed
+        raise _RestoreError(f"{saved} {fault} ({reason})") from failed
 
 
 def saved_steps(folder: Path) -> list[int]:

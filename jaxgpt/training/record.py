@@ -3,6 +3,7 @@
 import json
 import math
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import orbax.checkpoint as ocp
 from jaxgpt.files import plain_path
 
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's; the record is its custom_metadata
-_DIGESTS = "digests.json"  # file digests, in old checkpoints that have no record
 
 
 def make_record(parts: dict[str, Any], metric: float) -> dict[str, Any]:
@@ -37,10 +37,11 @@ def read_record(saved: Path) -> dict[str, Any]:
     the record is missing or damaged.
     """
     try:
-        if (saved / _DIGESTS).exists():
-            return _read_older_record(saved)
         text = (saved / _METADATA).read_text(encoding="utf-8")
-        record = json.loads(text)["custom_metadata"]
+        metadata = json.loads(text)
+        record = metadata["custom_metadata"]
+        if not record:
+            return _older_record(saved, metadata["item_handlers"])
         if record.pop("crc32") != _crc32(record):
             raise ValueError("it was altered")
         return record
@@ -50,12 +51,13 @@ def read_record(saved: Path) -> dict[str, Any]:
         raise ValueError(f"its record in {_METADATA} can't be read") from error
 
 
-def _read_older_record(saved: Path) -> dict[str, Any]:
-    files = json.loads((saved / _DIGESTS).read_text(encoding="utf-8"))
-    metric, metrics = math.inf, "metrics/metrics"
-    if metrics in files:
-        metric = json.loads((saved / metrics).read_text(encoding="utf-8"))["val_loss"]
-    parts = [part for part in ("params", "progress") if f"{part}/_METADATA" in files]
+def _older_record(saved: Path, items: Collection[str]) -> dict[str, Any]:
+    """Makes the record of a checkpoint with these items, from before there were any."""
+    metric = math.inf
+    if "metrics" in items:
+        text = (saved / "metrics" / "metrics").read_text(encoding="utf-8")
+        metric = json.loads(text)["val_loss"]
+    parts = [part for part in ("params", "progress") if part in items]
     with plain_path(saved) as path:
         params = ocp.StandardCheckpointHandler().metadata(path / "params")
     return {"figure": metric, "parts": parts, "shapes": shapes(params)}

@@ -195,13 +195,12 @@ def test_a_checkpoint_that_one_process_cannot_read_is_used_by_none(
 def make_old(saved, val_loss=None):
     """Gives a checkpoint the format of versions without records."""
     path = saved / "_CHECKPOINT_METADATA"
-    metadata = json.loads(path.read_text())
-    path.write_text(json.dumps(metadata | {"custom_metadata": {}}))
+    metadata = json.loads(path.read_text()) | {"custom_metadata": {}}
     if val_loss:
         (saved / "metrics").mkdir()
         (saved / "metrics" / "metrics").write_text(json.dumps({"val_loss": val_loss}))
-    files = [str(path.relative_to(saved)) for path in saved.rglob("*")]
-    (saved / "digests.json").write_text(json.dumps({name: [0, ""] for name in files}))
+        metadata["item_handlers"]["metrics"] = "JsonCheckpointHandler"
+    path.write_text(json.dumps(metadata))
 
 
 def test_checkpoints_of_older_versions_are_read_and_rank_by_their_losses(two, capsys):
@@ -214,6 +213,9 @@ def test_checkpoints_of_older_versions_are_read_and_rank_by_their_losses(two, ca
     assert_equal(restore(two, resume=True), state_at(6))
     assert restore(two, "best", PARAMS_ONLY).step == 4
     assert checkpoint.best_metric(two) == 1.0
+    other = ABSTRACT.replace(opt_state=ABSTRACT.params)  # as if it had been different
+    with pytest.raises(ValueError, match=r"/6 is from an older version.*--init-from"):
+        restore(two, 6, other)
     save(two, {8: 1.5, 10: None})
     assert checkpoint.saved_steps(two) == [4, 8, 10]
     (two / "4" / "metrics" / "metrics").unlink()
