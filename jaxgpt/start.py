@@ -81,8 +81,8 @@ def start() -> None:
             flags = f"{flags} {flag}".strip()
     os.environ["XLA_FLAGS"] = flags
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        with suppress(OSError):  # no cache is needed
-            if os.access(cache := cache_dir(), os.W_OK):
+        with suppress(OSError, UnicodeError):  # no cache is needed
+            if os.access(cache := cache_dir(), os.W_OK) and str(cache).encode():
                 jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
                 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if "MALLOC_ARENA_MAX" not in os.environ:

@@ -20,6 +20,7 @@ def log_line(line: str) -> None:
     closed terminal, is dropped.
     """
     if is_first_process():
+        line = line.encode(errors="replace").decode()  # of paths that are not UTF-8
         with suppress(OSError):
             print(line, file=sys.stderr, flush=True)
 

@@ -44,6 +44,10 @@ def test_a_cache_is_only_looked_for_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     with pytest.raises(OSError, match="JAXGPT_CACHE"):
         start.cache_dir()
+    monkeypatch.setattr(jax.config, "update", Mock(name="update"))
+    start.start()  # no cache is needed
+    names = [call.args[0] for call in jax.config.update.call_args_list]
+    assert "jax_compilation_cache_dir" not in names
     (tmp_path / "file").touch()
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "file"))
     with pytest.raises(OSError, match="JAXGPT_CACHE"):

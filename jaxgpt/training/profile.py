@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt.files import is_first_process
+from jaxgpt.files import is_first_process, plain_path
 from jaxgpt.terminal import log_line
 
 
@@ -27,7 +27,9 @@ def profiled(folder: Path, calls: int) -> Iterator[Callable[[Any], None]]:
             jax.block_until_ready(result)
             tracing.close()
             if done == 1:
-                jax.profiler.start_trace(folder, create_perfetto_trace=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                path = tracing.enter_context(plain_path(folder))
+                jax.profiler.start_trace(path, create_perfetto_trace=True)
                 tracing.callback(stop)
 
     def stop() -> None:

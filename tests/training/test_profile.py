@@ -10,7 +10,7 @@ from jaxgpt.training.profile import profiled
 def test_dispatches_are_traced_from_the_second_on(
     tmp_path, capsys, calls, made, traced
 ):
-    with profiled(tmp_path, calls) as called:
+    with profiled(tmp_path / "\udcff", calls) as called:  # not UTF-8
         for number in range(made):
             called(jnp.square(number))
     lines, wanted = capsys.readouterr().err.splitlines(), int(traced is not None)
