@@ -11,6 +11,7 @@ import tyro
 
 from jaxgpt import exits, start
 from jaxgpt.config import MeshConfig, SamplingConfig
+from jaxgpt.files import not_utf8
 from jaxgpt.generation.stream import stream_text
 from jaxgpt.parallel.mesh import model_mesh
 from jaxgpt.run import Run, load_config, load_run, text_tokenizer
@@ -69,9 +70,11 @@ def read_prompt(prompt: str, run: Run) -> str:
     if prompt.startswith("FILE:"):
         path = Path(prompt.removeprefix("FILE:"))
         try:
-            prompt = path.read_bytes().decode("utf-8")
-        except ValueError as error:  # also raised for a path with a null byte
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+            prompt = path.read_bytes().decode("utf-8-sig")  # without a byte order mark
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, error) from error
+        except ValueError as error:  # a path with a null byte
+            raise ValueError(f"{path} can't be read: {error}") from error
     tokenizer = text_tokenizer(run)
     prompt = prompt or tokenizer.start
     count, window = len(encode_prompt(tokenizer, prompt)), run.config.model.block_size

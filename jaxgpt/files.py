@@ -1,7 +1,9 @@
-"""Atomic file writes, and paths that any library can use."""
+"""Atomic file writes, paths that any library can use, and text that is not UTF-8."""
 
+import codecs
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +27,17 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(tmp_path, path)
     finally:
         tmp_path.unlink(missing_ok=True)
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
+    """The error of a text file in another encoding; it says how to convert the file."""
+    found = "an unknown encoding, such as LATIN1"
+    if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        found = "UTF-16"
+    return ValueError(
+        f"{path} is not UTF-8 text but in {found} ({error.reason}); convert it first: "
+        f"iconv -f {found.split()[-1]} -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
+    )
 
 
 def is_first_process() -> bool:

@@ -296,7 +296,7 @@ def load_config(run_dir: Path) -> Config:
     """Reads config.json; raises OSError or ValueError that names the file."""
     path = run_dir / CONFIG
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())  # in any UTF, with or without a mark
         newer = isinstance(values, dict) and values.pop("format", 1) > FORMAT
         if not newer:
             return Config.from_dict(values)

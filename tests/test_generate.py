@@ -47,14 +47,15 @@ def test_the_prompt_is_printed_once_even_if_the_text_stops_at_once(sample):
 
 def test_a_prompt_comes_from_a_file_and_is_cropped_to_the_window(sample, tmp_path):
     path = tmp_path / "prompt.txt"
-    path.write_text("not to be or not")
+    path.write_text("not to be or not", encoding="utf-8-sig")
     out, err = sample("--prompt", f"FILE:{path}", "--max-new-tokens", "20")
     assert re.findall(r"\d+", err) == ["16", "8"]  # tokens, and those that fit
     cropped = sample("--prompt", "e or not", "--max-new-tokens", "20").out
     assert out == "not to b" + cropped
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"prompt\.txt .*UTF-8"):
-        sample("--prompt", f"FILE:{path}")
+    for content, encoding in (("be".encode("utf-16"), "UTF-16"), (b"\xe9", "LATIN1")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"prompt\.txt .*iconv -f {encoding} "):
+            sample("--prompt", f"FILE:{path}")
 
 
 def test_every_checkpoint_can_be_sampled(sample, tiny_run):

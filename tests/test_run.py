@@ -136,7 +136,7 @@ def test_only_known_formats_of_config_json_are_read(run_dir):
         with pytest.raises(ValueError, match=str(path)):
             load_run(run_dir)
     del config["format"]  # as in the first version
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config), encoding="utf-8-sig")  # as some editors save
     assert load_run(run_dir).config == CONFIG
 
 

@@ -168,7 +168,7 @@ def _read_config(path: Path) -> GPTConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a model: it has no {path.name}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_bytes())
         for name, ours in {"model_type": "gpt2", **_FIXED}.items():
             if (theirs := found.get(name, ours)) != ours:
                 raise ValueError(f"{name}={theirs} is not supported; {ours} is")
@@ -197,7 +197,7 @@ def _weight_files(folder: Path) -> list[Path]:
     names, index = [_WEIGHTS], folder / _INDEX
     if not (folder / _WEIGHTS).is_file() and index.is_file():
         try:
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = json.loads(index.read_bytes())["weight_map"]
             # The name alone, so that an index leads to no other folder.
             names = sorted({Path(name).name for name in files.values()})
         except Exception as error:  # malformed JSON raises many kinds of errors
@@ -241,7 +241,7 @@ def _characters_as_words(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
 def _exported_characters(path: Path) -> str:
     """The characters of an exported CharTokenizer; empty for any other file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         model, split = content["model"], content["pre_tokenizer"]["type"] == "Split"
         if model["type"] != "WordLevel" or not split or content["normalizer"]:
             return ""

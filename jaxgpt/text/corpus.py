@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxgpt.config import Config, DataConfig
-from jaxgpt.files import replace_file
+from jaxgpt.files import not_utf8, replace_file
 from jaxgpt.start import cache_dir
 from jaxgpt.text import pretrained, tinyshakespeare
 from jaxgpt.text.tokenizer import (
@@ -48,7 +48,7 @@ class _Text:
     """A text, and what one pass over it found."""
 
     paths: Sequence[Path]
-    sha256: str
+    sha256: str  # of the files' bytes
     length: int  # in characters
     characters: str  # the distinct ones, sorted
 
@@ -101,14 +101,14 @@ def load_corpus(
                 f"{path} is not a file; give UTF-8 text files, or one directory with "
                 "train.bin and val.bin"
             )
-    text = None if data.has_tokens else _scan_text(files)
-    sha256 = text.sha256 if text else _sha256(files)
+    sha256 = _sha256(files)
     if data.sha256 not in ("", sha256):
         raise ValueError(
             f"the corpus has changed: the run was trained on sha256 {data.sha256}, "
             f"but {', '.join(data.path) or data.corpus} now has {sha256}; "
             "restore the old text, or train a new run"
         )
+    text = None if data.has_tokens else _scan_text(files, sha256)
     if text is None:
         tokenizer = _tokenizer_of_tokens(folder, tokenizer, name, log)
     elif tokenizer is None:
@@ -153,30 +153,27 @@ def _sha256(paths: Sequence[Path]) -> str:
 
 
 def _read_text(paths: Sequence[Path]) -> Iterator[str]:
-    """Yields the text of all files, in order and in chunks."""
+    """Yields the text of all files, in chunks and without byte order marks."""
     for path in paths:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             try:
                 while chunk := file.read(_CHUNK):
                     yield chunk
             except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} is not UTF-8 text: {error.reason}; convert the file first"
-                ) from error
+                raise not_utf8(path, error) from error
 
 
-def _scan_text(paths: Sequence[Path]) -> _Text:
+def _scan_text(paths: Sequence[Path], sha256: str) -> _Text:
     """Scans the text once; raises OSError or ValueError if it is unusable."""
     seen = np.zeros(0x110000, bool)  # indexed by code point
-    digest, length = hashlib.sha256(), 0
+    length = 0
     for text in _read_text(paths):
         seen[codepoints(text)] = True
-        digest.update(text.encode())
         length += len(text)
     if not length:
         raise ValueError(f"{', '.join(map(str, paths))}: the corpus is empty")
     characters = "".join(map(chr, np.flatnonzero(seen)))
-    return _Text(paths, digest.hexdigest(), length, characters)
+    return _Text(paths, sha256, length, characters)
 
 
 def _make_tokenizer(

@@ -200,7 +200,9 @@ def test_transformers_generates_our_greedy_text(tmp_path):
 )
 def test_another_architecture_is_an_error_that_names_it(folder, setting, message):
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | setting), encoding="utf-8-sig"
+    )
     with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*{message}"):
         read_huggingface(folder)
 
