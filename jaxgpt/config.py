@@ -168,7 +168,8 @@ class DataConfig:
     """The text, its tokenizer and the batch size."""
 
     corpus: Literal["tinyshakespeare"] = "tinyshakespeare"  # name of a built-in corpus
-    path: tuple[str, ...] = ()  # your own UTF-8 files, or one nanoGPT .bin directory
+    # your own UTF-8 files, folders of .txt files, or one nanoGPT .bin directory
+    path: tuple[str, ...] = ()
     # char; gpt2; bpe, trained on the corpus with --model.vocab-size tokens; or the path
     # of a tokenizer.json, or of a directory with one or with vocab.json and merges.txt
     tokenizer: str = "char"
@@ -180,8 +181,9 @@ class DataConfig:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether `path` is a single directory, which holds token files."""
-        return len(self.path) == 1 and Path(self.path[0]).is_dir()
+        """Whether `path` is a single directory with train.bin or val.bin."""
+        files = (Path(*self.path, name) for name in ("train.bin", "val.bin"))
+        return len(self.path) == 1 and any(file.exists() for file in files)
 
     @property
     def microbatch_size(self) -> int:

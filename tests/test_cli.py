@@ -131,6 +131,9 @@ def test_a_model_without_tokenizer_needs_one_to_read_text(
     argv = ["smoke", "--init-from", base]
     with pytest.raises(ValueError, match=rf"{base} .*--data\.tokenizer"):
         config_of(*argv, "--data.path", text_file)
+    with pytest.raises(ValueError, match=rf"{base} .*--data\.tokenizer"):
+        config_of(*argv, "--data.path", tmp_path)  # a folder with a text file
+    (tmp_path / "train.bin").touch()
     assert config_of(*argv, "--data.path", tmp_path).data.path == (str(tmp_path),)
     assert config_of(*argv, "--data.tokenizer", "gpt2").data.tokenizer == "gpt2"
     with pytest.raises(ValueError, match=r"--data\.tokenizer bpe"):

@@ -32,6 +32,10 @@ SPLITS = ("train", "val")
 TRAIN_FRACTION = 0.9
 _CHUNK = 1 << 24  # characters
 _SIZES = "sizes.json"
+_EXPECTED = (
+    "give UTF-8 text files, folders with *.txt files, or a single folder with "
+    "train.bin and val.bin"
+)
 
 
 @dataclass(frozen=True)
@@ -91,16 +95,7 @@ def load_corpus(
         name = str(Path(name).resolve())
     paths = tuple(str(Path(path).resolve()) for path in config.data.path)
     data = dataclasses.replace(config.data, path=paths, tokenizer=name)
-    files = [Path(path) for path in paths] or [tinyshakespeare.find_text(log)]
-    folder = files[0]  # the directory of token files, if there is one
-    if data.has_tokens:
-        files = [folder / f"{split}.bin" for split in SPLITS]
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is not a file; give UTF-8 text files, or one directory with "
-                "train.bin and val.bin"
-            )
+    files = _find_files(config.data, log)
     sha256 = _sha256(files)
     if data.sha256 not in ("", sha256):
         raise ValueError(
@@ -110,6 +105,7 @@ def load_corpus(
         )
     text = None if data.has_tokens else _scan_text(files, sha256)
     if text is None:
+        folder = Path(paths[0])
         tokenizer = _tokenizer_of_tokens(folder, tokenizer, name, log)
     elif tokenizer is None:
         size = vocab_size or 0  # never 0 for BPE, as `Config` checks
@@ -150,6 +146,40 @@ def _sha256(paths: Sequence[Path]) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
+
+
+def _find_files(data: DataConfig, log: Callable[[str], None]) -> list[Path]:
+    """Returns the corpus's files in order; raises if one can't be read repeatedly."""
+    if data.has_tokens:
+        files = [Path(data.path[0], f"{split}.bin") for split in SPLITS]
+    elif data.path:
+        files = [file for path in data.path for file in _text_files(Path(path))]
+    else:
+        files = [tinyshakespeare.find_text(log)]
+    for path in files:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(
+                f"{path} is not a regular file, and the text is read more than once; "
+                "save it first, as in `zcat text.gz > text.txt`"
+            )
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.absolute()} is not a file; {_EXPECTED}")
+    return files
+
+
+def _text_files(path: Path) -> list[Path]:
+    """The path itself, or the text files in the folder at `path` and its subfolders."""
+    if not path.is_dir():
+        return [path]
+    files = [
+        file
+        for file in sorted(path.rglob("*.txt"))
+        if not file.is_dir()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not files:
+        raise FileNotFoundError(f"{path.absolute()} has no *.txt files; {_EXPECTED}")
+    return files
 
 
 def _read_text(paths: Sequence[Path]) -> Iterator[str]:

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import shutil
 
@@ -16,10 +17,10 @@ UNKNOWN = changed(TINY, model={"vocab_size": None})
 TRAIN, VAL = TEXT[: int(0.9 * len(TEXT))], TEXT[int(0.9 * len(TEXT)) :]
 
 
-def load(*paths, vocab_size=None, tokenizer="char", resumed_tokenizer=None):
+def load(*paths, tokenizer="char", resumed_tokenizer=None, **model):
     """The corpus of these files, and the config with what it fills in."""
     data = {"path": tuple(map(str, paths)), "tokenizer": tokenizer}
-    config = changed(UNKNOWN, data=data, model={"vocab_size": vocab_size})
+    config = changed(UNKNOWN, data=data, model=model)
     return load_corpus(config, lambda line: None, resumed_tokenizer)
 
 
@@ -43,7 +44,25 @@ class TestText:
         for name, text in zip("ab", texts, strict=True):
             (tmp_path / name).write_bytes(("\ufeff" + text).encode())
         monkeypatch.setattr(corpus_module, "_CHUNK", 5)
-        assert text_of(load(tmp_path / "a", tmp_path / "b")[0]) == "".join(texts)
+        corpus, config = load(tmp_path / "a", tmp_path / "b")
+        assert text_of(corpus) == "".join(texts)
+        content = (tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes()
+        assert config.data.sha256 == hashlib.sha256(content).hexdigest()
+
+    def test_a_folder_stands_for_its_text_files_in_sorted_order(self, tmp_path):
+        texts = {"b.txt": "b" * 20, "a/z.txt": "z" * 20, "c.md": "c", ".d/d.txt": "d"}
+        for name, text in texts.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        corpus, config = load(tmp_path, tmp_path / "b.txt", block_size=2)
+        assert text_of(corpus) == "z" * 20 + "b" * 40
+        assert config.data.path == (str(tmp_path), str(tmp_path / "b.txt"))
+
+    def test_what_cannot_be_read_twice_is_refused_and_never_opened(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe.txt")
+        for path in (tmp_path, tmp_path / "pipe.txt"):
+            with pytest.raises(ValueError, match=r"pipe\.txt .*zcat"):
+                load(path)
 
     def test_incomplete_cached_tokens_are_written_again(
         self, text_file, fresh_cache, monkeypatch
