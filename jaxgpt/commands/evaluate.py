@@ -12,29 +12,32 @@ from jaxgpt.config import MeshConfig
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import load_config, load_run, text_tokenizer
 from jaxgpt.terminal import log_line
-from jaxgpt.text.corpus import load_corpus
+from jaxgpt.text.corpus import load_split
 from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
 
 
 def evaluate(
     run_dir: Path,
     checkpoint: str = "best",
-    split: Literal["val", "train"] = "val",
+    split: Literal["train", "val", "all", "auto"] = "auto",
     stride: int | None = None,
     batch_size: int = 16,
     data_path: tuple[str, ...] = (),
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008 # it is frozen
 ) -> int:
-    """Reports the exact loss on a split: each token but the first is predicted once.
+    """Reports the exact loss on a text: each token but the first is predicted once.
+
+    Bits per character are the loss of all these tokens, divided by the characters they
+    stand for; a token that ends a document adds to the loss but is no character.
 
     Args:
         run_dir: run directory written by train.py
         checkpoint: best (lowest val loss), latest, or a step
-        split: part of the text: train is the first 90%, val the last 10%
+        split: train (first 90%), val (last 10%), all; auto: all if data_path has text
         stride: slide windows by N tokens, counting the last N; no overlap by default
         batch_size: windows per batch, over all devices; does not affect the result
-        data_path: text other than the run's: files, or a directory of token files
+        data_path: other text than the run's: files, folders, or a directory of tokens
         json: print one JSON object
         mesh: mesh of this machine's devices; fsdp and tensor shard the parameters
     """
@@ -50,19 +53,22 @@ def evaluate(
     run = load_run(run_dir, checkpoint, devices)
     if not data.has_tokens:
         text_tokenizer(run)
+    if split == "auto":
+        split = "all" if data_path and not data.has_tokens else "val"
     text = ", ".join(data.path) or data.corpus
-    log_line(f"evaluating on the {split} split of {text}")
-    corpus, config = load_corpus(config, log_line, run.tokenizer)
-    tokens = {"train": corpus.train, "val": corpus.val}[split]
+    part = "all" if split == "all" else f"the {split} split"
+    log_line(f"evaluating on {part} of {text}")
+    tokens = load_split(config, split, log_line, run.tokenizer)
     eval_step = make_losses_step(run.model, devices)
     result = evaluate_exactly(eval_step, run.params, tokens, config, stride)
     report = {"split": split, **dataclasses.asdict(result)}
     report["perplexity"] = math.exp(result.nats_per_token)
     report["bits_per_character"] = None
     if run.tokenizer:
-        characters = len(run.tokenizer.decode(tokens[1:]))
+        ids = tokens[1:]
+        characters = len(run.tokenizer.decode(ids[ids != run.tokenizer.end_of_text]))
         bits = result.tokens * result.nats_per_token / math.log(2)
-        report["bits_per_character"] = bits / characters
+        report["bits_per_character"] = bits / characters if characters else None
     if json:
         print(dumps(report))
         return 0

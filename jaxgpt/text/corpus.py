@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxgpt.files import not_utf8, replace_file
 from jaxgpt.start import cache_dir
 from jaxgpt.text import pretrained, tinyshakespeare
 from jaxgpt.text.tokenizer import (
+    END_OF_TEXT,
     BPETokenizer,
     CharTokenizer,
     Tokenizer,
@@ -51,19 +53,25 @@ class Corpus:
 class _Text:
     """A text, and what one pass over it found."""
 
-    paths: Sequence[Path]
+    name: str  # for messages
     sha256: str  # of the files' bytes
-    length: int  # in characters
+    files: Sequence[tuple[Path, int]]  # those that are not empty, with their lengths
+    length: int  # in characters, as the files' lengths
     characters: str  # the distinct ones, sorted
+    end_of_texts: int  # occurrences of END_OF_TEXT
 
-    def split(self, name: str) -> Iterator[str]:
-        """Yields the text of a split in chunks."""
-        cut = int(TRAIN_FRACTION * self.length)
-        start, stop = {"train": (0, cut), "val": (cut, self.length)}[name]
-        position = 0
-        for chunk in _read_text(self.paths):
-            yield chunk[max(start - position, 0) : max(stop - position, 0)]
-            position += len(chunk)
+    def documents(self, split: str) -> Iterator[tuple[Iterator[str], bool]]:
+        """Yields each file's part in a split, in chunks, and whether it ends there.
+
+        The file at the boundary of the splits begins in one and ends in the other.
+        """
+        cut, end = int(TRAIN_FRACTION * self.length), 0
+        start = cut if split == "val" else 0
+        stop = cut if split == "train" else self.length
+        for path, length in self.files:
+            begin, end = end, end + length
+            if begin < stop and start < end:
+                yield _read_text(path, start - begin, stop - begin), end <= stop
 
 
 def known_vocab_size(data: DataConfig) -> int | None:
@@ -80,7 +88,7 @@ def load_corpus(
     log: Callable[[str], None] = print,
     tokenizer: Tokenizer | None = None,
 ) -> tuple[Corpus, Config]:
-    """Loads the corpus; fetches Tiny Shakespeare and tokenizes text on first use.
+    """Loads a corpus to train on; fetches and tokenizes text on first use.
 
     Args:
       config: its `data` section names the text and the tokenizer.
@@ -90,20 +98,61 @@ def load_corpus(
     the text (or of the token files) filled in. Raises OSError if a file can't be read
     or fetched, ValueError if its content does not match the config.
     """
+    tokens, tokenizer, config = _load(config, log, tokenizer)
+    T = config.model.block_size
+    for split, ids in tokens.items():
+        if len(ids) < T + 1:
+            raise ValueError(
+                f"the {split} split has {len(ids)} tokens, but a window needs "
+                f"block_size + 1 = {T + 1}; use a longer text or a smaller "
+                "--model.block-size"
+            )
+    return Corpus(tokens["train"], tokens["val"], tokenizer), config
+
+
+def load_split(
+    config: Config, split: str, log: Callable[[str], None], tokenizer: Tokenizer | None
+) -> np.ndarray:
+    """Loads "train", "val", or "all" of a corpus to evaluate on; see `load_corpus`.
+
+    Returns at least two token ids, u16 or u32 [tokens]. "all" of a text is tokenized as
+    a whole; "all" of token files is the train split followed by the val split.
+    """
+    tokens, _, _ = _load(config, log, tokenizer, whole=split == "all")
+    ids = tokens[split] if split in tokens else np.concatenate(list(tokens.values()))
+    if len(ids) < 2:
+        raise ValueError(
+            f"{split} of the corpus has {len(ids)} tokens, but the first prediction "
+            "needs 2; give a longer text"
+        )
+    return ids
+
+
+def _load(
+    config: Config,
+    log: Callable[[str], None],
+    tokenizer: Tokenizer | None,
+    whole: bool = False,
+) -> tuple[dict[str, np.ndarray], Tokenizer | None, Config]:
+    """Returns the tokens by split, the tokenizer if there is one, and the full config.
+
+    The splits are train and val or, of a text that is wanted as a whole, "all".
+    """
     name, vocab_size = config.data.tokenizer, config.model.vocab_size
     if name not in ("char", "bpe", "gpt2"):
         name = str(Path(name).resolve())
     paths = tuple(str(Path(path).resolve()) for path in config.data.path)
     data = dataclasses.replace(config.data, path=paths, tokenizer=name)
+    splits = ("all",) if whole and not data.has_tokens else SPLITS
     files = _find_files(config.data, log)
-    sha256 = _sha256(files)
+    sha256, text_name = _sha256(files), ", ".join(paths) or data.corpus
     if data.sha256 not in ("", sha256):
         raise ValueError(
             f"the corpus has changed: the run was trained on sha256 {data.sha256}, "
-            f"but {', '.join(data.path) or data.corpus} now has {sha256}; "
-            "restore the old text, or train a new run"
+            f"but {text_name} now has {sha256}; restore the old text, or train a new "
+            "run"
         )
-    text = None if data.has_tokens else _scan_text(files, sha256)
+    text = None if data.has_tokens else _scan_text(text_name, sha256, files)
     if text is None:
         folder = Path(paths[0])
         tokenizer = _tokenizer_of_tokens(folder, tokenizer, name, log)
@@ -113,11 +162,11 @@ def load_corpus(
     if tokenizer and vocab_size and not fits(tokenizer, vocab_size):
         raise ValueError(
             f"vocab_size={vocab_size}, but the tokenizer has {tokenizer.vocab_size} "
-            "tokens; omit --model.vocab-size to use the tokenizer's own, or give the "
-            "--data.tokenizer that the model was trained with"
+            "tokens; omit vocab_size to use the tokenizer's own, or use the tokenizer "
+            "that the model was trained with"
         )
     if text and tokenizer:
-        folder = _tokenize(text, tokenizer, log)
+        folder = _tokenize(text, tokenizer, splits, log)
     known = tokenizer.vocab_size if tokenizer else vocab_size
     if known is None:
         raise ValueError(
@@ -125,14 +174,13 @@ def load_corpus(
             "tokenizer, as in --data.tokenizer gpt2, or its size, as in "
             "--model.vocab-size 50257"
         )
-    T = config.model.block_size
-    train, val = (_open_tokens(folder / f"{s}.bin", known, T) for s in SPLITS)
+    tokens = {split: _open_tokens(folder / f"{split}.bin", known) for split in splits}
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size or known),
         data=dataclasses.replace(data, sha256=sha256),
     )
-    return Corpus(train, val, tokenizer), config
+    return tokens, tokenizer, config
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -182,28 +230,37 @@ def _text_files(path: Path) -> list[Path]:
     return files
 
 
-def _read_text(paths: Sequence[Path]) -> Iterator[str]:
-    """Yields the text of all files, in chunks and without byte order marks."""
-    for path in paths:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            try:
-                while chunk := file.read(_CHUNK):
-                    yield chunk
-            except UnicodeDecodeError as error:
-                raise not_utf8(path, error) from error
+def _read_text(path: Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[str]:
+    """Yields characters `start` to `stop` of a file in chunks, no byte order mark."""
+    position = 0
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        try:
+            while chunk := file.read(_CHUNK):
+                yield chunk[max(start - position, 0) : max(stop - position, 0)]
+                position += len(chunk)
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, error) from error
 
 
-def _scan_text(paths: Sequence[Path], sha256: str) -> _Text:
+def _scan_text(name: str, sha256: str, paths: Sequence[Path]) -> _Text:
     """Scans the text once; raises OSError or ValueError if it is unusable."""
     seen = np.zeros(0x110000, bool)  # indexed by code point
-    length = 0
-    for text in _read_text(paths):
-        seen[codepoints(text)] = True
-        length += len(text)
-    if not length:
-        raise ValueError(f"{', '.join(map(str, paths))}: the corpus is empty")
+    files, end_of_texts = [], 0
+    for path in paths:
+        length, overlap = 0, ""
+        for text in _read_text(path):
+            seen[codepoints(text)] = True
+            length += len(text)
+            text = overlap + text
+            end_of_texts += text.count(END_OF_TEXT)
+            overlap = text[1 - len(END_OF_TEXT) :]
+        if length:
+            files.append((path, length))
+    if not files:
+        raise ValueError(f"{name}: the corpus is empty")
     characters = "".join(map(chr, np.flatnonzero(seen)))
-    return _Text(paths, sha256, length, characters)
+    length = sum(length for _, length in files)
+    return _Text(name, sha256, files, length, characters, end_of_texts)
 
 
 def _make_tokenizer(
@@ -218,7 +275,8 @@ def _make_tokenizer(
     if path.exists():
         return load_tokenizer(path)
     log(f"training a BPE tokenizer of {vocab_size:,} tokens")
-    tokenizer = BPETokenizer.train(text.split("train"), vocab_size)
+    chunks = (chunk for chunks, _ in text.documents("train") for chunk in chunks)
+    tokenizer = BPETokenizer.train(chunks, vocab_size)
     replace_file(path, tokenizer.save)
     return tokenizer
 
@@ -251,10 +309,17 @@ def _vocabulary(tokenizer: Tokenizer) -> list[bytes]:
     return [tokenizer.decode_bytes([id_]) for id_ in range(tokenizer.vocab_size)]
 
 
-def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> Path:
+def _tokenize(
+    text: _Text,
+    tokenizer: Tokenizer,
+    splits: Sequence[str],
+    log: Callable[[str], None],
+) -> Path:
     """Returns the folder of token files, which it writes unless they are cached."""
-    fingerprint = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
-    folder = cache_dir() / "tokens" / f"{text.sha256}-{fingerprint[:16]}"
+    boundaries = "".join(f" {length}" for _, length in text.files[1:])
+    key = hashlib.sha256((tokenizer.to_json() + boundaries).encode()).hexdigest()
+    whole = "" if splits == SPLITS else "-all"
+    folder = cache_dir() / "tokens" / f"{text.sha256}-{key[:16]}{whole}"
     sizes_path = folder / _SIZES
     if sizes_path.is_file() and json.loads(sizes_path.read_text()) == _sizes(folder):
         return folder
@@ -262,19 +327,25 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
         unknown = "".join(sorted(set(text.characters) - set(tokenizer.characters)))
         if unknown:
             raise ValueError(
-                f"{', '.join(map(str, text.paths))}: characters {unknown!r:.80} are "
-                f"not in the vocabulary of {tokenizer.vocab_size} characters"
+                f"{text.name}: characters {unknown!r:.80} are not in the vocabulary "
+                f"of {tokenizer.vocab_size} characters"
             )
     shutil.rmtree(folder, ignore_errors=True)  # incomplete or damaged files
     log(f"tokenizing {text.length:,} characters into {folder}")
+    if text.end_of_texts and tokenizer.end_of_text is not None:
+        log(
+            f"{END_OF_TEXT} is text like any other in a corpus (occurrences: "
+            f"{text.end_of_texts:,}); to end documents with the token of that name, "
+            "give each as a file of its own"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = folder.with_suffix(f".{os.getpid()}")
     tmp_path.mkdir(exist_ok=True)
     try:
         dtype = token_dtype(tokenizer.vocab_size)
-        for split in SPLITS:
+        for split in splits:
             with (tmp_path / f"{split}.bin").open("wb") as file:
-                for ids in tokenizer.encode_chunks(text.split(split)):
+                for ids in _encode(text, split, tokenizer):
                     file.write(ids.astype(dtype).tobytes())
         (tmp_path / _SIZES).write_text(json.dumps(_sizes(tmp_path)))
         tmp_path.rename(folder)
@@ -286,25 +357,34 @@ def _tokenize(text: _Text, tokenizer: Tokenizer, log: Callable[[str], None]) -> 
     return folder
 
 
+def _encode(text: _Text, split: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Yields the token ids of a split.
+
+    If there are several files, each is a document: it is tokenized on its own and ends
+    with the end-of-text token, if the tokenizer has one.
+    """
+    for chunks, ends in text.documents(split):
+        yield from tokenizer.encode_chunks(chunks)
+        if ends and len(text.files) > 1 and tokenizer.end_of_text is not None:
+            yield np.array([tokenizer.end_of_text])
+
+
 def _sizes(folder: Path) -> dict[str, int]:
     """Returns the size in bytes of each existing token file, by split."""
     return {path.stem: path.stat().st_size for path in sorted(folder.glob("*.bin"))}
 
 
-def _open_tokens(path: Path, vocab_size: int, block_size: int) -> np.ndarray:
+def _open_tokens(path: Path, vocab_size: int) -> np.ndarray:
     dtype = np.dtype(token_dtype(vocab_size))
     count, rest = divmod(path.stat().st_size, dtype.itemsize)
     if rest:
         raise ValueError(f"{path} is truncated within a {dtype}; restore the file")
-    if count < block_size + 1:
-        raise ValueError(
-            f"the {path.stem} split has {count} tokens, but a window needs block_size "
-            f"+ 1 = {block_size + 1}; use a longer text or a smaller --model.block-size"
-        )
+    if not count:
+        return np.empty(0, dtype)  # which can't be mapped
     tokens = np.memmap(path, dtype, mode="r")
     if (largest := tokens.max()) >= vocab_size:
         raise ValueError(
-            f"{path} has token {largest}, outside the vocabulary of {vocab_size}; "
-            "give the right --model.vocab-size"
+            f"{path} has token {largest}, outside the vocabulary of {vocab_size}; use "
+            f"tokens of the model's tokenizer, or a vocab_size above {largest}"
         )
     return tokens

@@ -5,12 +5,13 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import logits_of
+from conftest import TINY, changed, init_model, logits_of, save_params
 
-from jaxgpt import load_run
+from jaxgpt import BPETokenizer, load_run
 from jaxgpt.ops import cross_entropy
-from jaxgpt.run import TOKENIZER
+from jaxgpt.run import TOKENIZER, save_config
 from jaxgpt.text.corpus import load_corpus
+from jaxgpt.training.checkpoint import open_checkpoints
 
 
 @pytest.fixture
@@ -75,8 +76,37 @@ def test_other_text_than_the_runs_can_be_evaluated(evaluate, tiny_run, tmp_path)
     out, err = evaluate("--json", "--data-path", text)
     assert str(text) in err
     report, own = json.loads(out), json.loads(evaluate("--json").out)
-    assert report["tokens"] == 13 * 60 - int(0.9 * 13 * 60) - 1
+    assert (report["split"], report["tokens"]) == ("all", 13 * 60 - 1)
     assert report["nats_per_token"] != own["nats_per_token"]
+    out, _ = evaluate("--json", "--data-path", text, "--split", "val")
+    assert json.loads(out)["tokens"] == 13 * 60 - int(0.9 * 13 * 60) - 1
+
+
+def test_a_text_shorter_than_a_window_is_enough(report_of, evaluate, tmp_path):
+    (tmp_path / "a.txt").write_text("be")
+    report = report_of("--data-path", tmp_path)
+    assert (report["split"], report["tokens"]) == ("all", 1)
+    assert report["standard_error"] is None
+    (tmp_path / "a.txt").write_text("b")
+    with pytest.raises(ValueError, match=r"all .* 1 tokens") as error:
+        evaluate("--data-path", tmp_path)
+    assert "--" not in str(error.value)  # no flag that train.py alone has
+
+
+def test_ends_of_documents_are_predicted_but_are_no_characters(call, tmp_path):
+    tokenizer = BPETokenizer.train(["be"], 257)
+    config = changed(TINY, model={"architecture": "bigram", "vocab_size": 257})
+    save_config(tmp_path / "run", config, tokenizer)
+    with open_checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        save_params(checkpoints, 8, init_model(**vars(config.model))[1])
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path in paths:
+        path.write_text("to be")
+    flags = ["evaluate", "--run-dir", tmp_path / "run", "--data-path", *paths]
+    report = json.loads(call("jaxgpt", *flags, "--json").out)
+    assert report["tokens"] == 11
+    bits = 11 * report["nats_per_token"] / math.log(2)
+    assert report["bits_per_character"] == pytest.approx(bits / 9)
 
 
 def test_bits_per_character_are_unknown_without_a_tokenizer(call, tiny_run, tmp_path):

@@ -53,6 +53,12 @@ def make_folder(path):
     path.mkdir()
 
 
+def make_pipe(path):
+    """Puts a pipe, which can be read only once, in place of a file."""
+    remove(path)
+    os.mkfifo(path)
+
+
 def corrupt(checkpoints):
     """Flips a bit in the parameters of each checkpoint."""
     for path in checkpoints.rglob("params/**/d/*"):
@@ -159,9 +165,12 @@ CASES = {
     ],
     "Text and tokens": [
         ("a file that does not exist", f"{SMOKE} --data.path tex.txt", "tex.txt"),
-        ("a folder among files", f"{TRAIN} tokens", "DIR/tokens"),
+        ("a folder among files", f"{TRAIN} tokens", "DIR/tokens *.txt"),
+        ("a folder without text", f"{SMOKE} --data.path gpt2", "DIR/gpt2 train.bin"),
+        ("a pipe", TRAIN, "text.txt zcat", {"text.txt": make_pipe}),
         ("an empty file", TRAIN, "text.txt", {"text.txt": ""}),
         ("text that is not UTF-8", TRAIN, "text.txt UTF-8", {"text.txt": b"\xe9"}),
+        ("text in UTF-16", TRAIN, "text.txt UTF-16", {"text.txt": b"\xff\xfee\0"}),
         ("too short a text", f"{TRAIN} --model.block-size 84", "84 block_size"),
         ("the run's text is missing", RESUME, "text.txt", {"text.txt": remove}),
         ("the run's text has changed", RESUME, "text.txt sha256", OTHER_TEXT),
@@ -260,9 +269,11 @@ CASES = {
         ("a stride of 0", f"{EVALUATE} --stride 0", "stride=0"),
         ("a stride above the block size", f"{EVALUATE} --stride 9", "stride=9 =8"),
         ("an unknown command", "-m jaxgpt evalute", "evalute"),
-        ("an unknown split", f"{EVALUATE} --split test", "--split 'test' 'val'"),
+        ("an unknown split", f"{EVALUATE} --split test", "--split 'test' 'val' 'all'"),
         ("text that does not exist", f"{EVALUATE} --data-path tex.txt", "tex.txt"),
         ("other characters", f"{EVALUATE} --data-path text.txt", "'!Zdsu'", OTHER_TEXT),
+        ("a single character", f"{EVALUATE} --data-path text.txt", "1 tokens",
+         {"text.txt": "T"}),
         ("text for a run without a tokenizer",
          "-m jaxgpt evaluate --run-dir runs/imported --data-path text.txt",
          "tokenizer.json --meta"),

@@ -10,7 +10,8 @@ from jaxgpt import BPETokenizer, CharTokenizer
 from jaxgpt.text import corpus as corpus_module
 from jaxgpt.text import pretrained
 from jaxgpt.text import tokenizer as tokenizer_module
-from jaxgpt.text.corpus import load_corpus
+from jaxgpt.text.corpus import load_corpus, load_split
+from jaxgpt.text.tokenizer import END_OF_TEXT, encode_prompt
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 UNKNOWN = changed(TINY, model={"vocab_size": None})
@@ -22,6 +23,14 @@ def load(*paths, tokenizer="char", resumed_tokenizer=None, **model):
     data = {"path": tuple(map(str, paths)), "tokenizer": tokenizer}
     config = changed(UNKNOWN, data=data, model=model)
     return load_corpus(config, lambda line: None, resumed_tokenizer)
+
+
+def split_of(split, *paths, tokenizer=None, vocab_size=None, log=lambda line: None):
+    """A split of these files, for a model that has the tokenizer or this vocabulary."""
+    size = tokenizer.vocab_size if tokenizer else vocab_size
+    data = {"path": tuple(map(str, paths))}
+    config = changed(UNKNOWN, data=data, model={"vocab_size": size})
+    return load_split(config, split, log, tokenizer)
 
 
 def text_of(corpus):
@@ -142,6 +151,87 @@ class TestBPE:
         assert padded.train.tolist() == corpus.train.tolist()
         with pytest.raises(ValueError, match=r"vocab_size=280\b.* 290 "):
             load(text_file, vocab_size=280, tokenizer="own.json")
+
+
+class TestDocuments:
+    """Several files, by a tokenizer that has a token for the end of a document."""
+
+    @pytest.fixture
+    def files(self, tmp_path):
+        """Paths of three documents, one of them empty."""
+        texts = [f"{TEXT} {END_OF_TEXT}", "", " Once more. " + TEXT]
+        for n, text in enumerate(texts):
+            (tmp_path / f"{n}.txt").write_text(text)
+        return sorted(tmp_path.glob("*.txt"))
+
+    @pytest.fixture
+    def bpe(self):
+        return BPETokenizer.train([TEXT], 290)
+
+    def test_each_is_tokenized_alone_and_ends_with_the_token(self, files, bpe):
+        first, _, last = (bpe.encode(path.read_text()) for path in files)
+        whole = split_of("all", *files, tokenizer=bpe)
+        end = bpe.end_of_text
+        assert whole.tolist() == [*first, end, *last, end]
+        corpus, _ = load(*files, vocab_size=290, resumed_tokenizer=bpe)
+        assert corpus.train[: len(first) + 1].tolist() == [*first, end]
+        assert corpus.val[-1] == end
+        assert np.count_nonzero(np.concatenate([corpus.train, corpus.val]) == end) == 2
+
+    def test_a_prompt_with_the_token_between_them_is_the_same_ids(self, files, bpe):
+        paths = files[1:] + files[2:]  # the others spell the token
+        text = files[2].read_text()
+        ids = encode_prompt(bpe, f"{text}{END_OF_TEXT}{text}{END_OF_TEXT}")
+        assert split_of("all", *paths, tokenizer=bpe).tolist() == ids.tolist()
+
+    def test_one_file_alone_has_no_end_and_characters_have_none(self, files, bpe):
+        first = files[0].read_text()
+        alone = split_of("all", *files[:2], tokenizer=bpe)
+        assert alone.tolist() == bpe.encode(first).tolist()
+        corpus, _ = load(*files)
+        assert text_of(corpus) == "".join(path.read_text() for path in files)
+
+    def test_boundaries_elsewhere_are_tokenized_again(self, files, bpe):
+        before = split_of("all", *files, tokenizer=bpe)
+        text = files[0].read_text()
+        files[0].write_text(text[:50])
+        files[1].write_text(text[50:])
+        after = split_of("all", *files, tokenizer=bpe)
+        counts = [np.count_nonzero(ids == bpe.end_of_text) for ids in (before, after)]
+        assert counts == [2, 3]
+
+    def test_a_corpus_that_spells_the_token_is_told_once(self, files, bpe, monkeypatch):
+        monkeypatch.setattr(corpus_module, "_CHUNK", 7)  # some are cut
+        files[0].write_text(f"tale{END_OF_TEXT}" * 30 + "<|endof")
+        files[1].write_text("text|>")  # in another file
+        for tokenizer, count in (
+            (bpe, 1),
+            (CharTokenizer.from_text(TEXT + END_OF_TEXT + "O"), 0),
+        ):
+            lines = []
+            for _ in range(2):
+                split_of("all", *files, tokenizer=tokenizer, log=lines.append)
+            told = [line for line in lines if END_OF_TEXT in line]
+            assert len(told) == count
+            assert all(" 30)" in line for line in told)
+
+
+class TestSplitsToEvaluate:
+    def test_all_of_a_text_is_tokenized_as_a_whole(self, tmp_path):
+        own = BPETokenizer.train(["ab " * 9], 258)
+        path = tmp_path / "text.txt"
+        path.write_text("12345678ab")  # val is one character, and half of a token
+        for split, text in (("all", "12345678ab"), ("train", "12345678a")):
+            ids = split_of(split, path, tokenizer=own)
+            assert ids.tolist() == own.encode(text).tolist()
+        with pytest.raises(ValueError, match=r"^val .* 1 tokens"):
+            split_of("val", path, tokenizer=own)
+
+    def test_all_token_files_are_train_and_then_val(self, tmp_path):
+        np.arange(5, dtype=np.uint16).tofile(tmp_path / "train.bin")
+        np.arange(3, dtype=np.uint16).tofile(tmp_path / "val.bin")
+        ids = split_of("all", tmp_path, vocab_size=9)
+        assert ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
 
 
 class TestTokenFiles:
