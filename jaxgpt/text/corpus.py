@@ -19,6 +19,7 @@ import numpy as np
 from jaxgpt.config import Config, DataConfig
 from jaxgpt.files import not_utf8, replace_file
 from jaxgpt.start import cache_dir
+from jaxgpt.terminal import progress
 from jaxgpt.text import pretrained, tinyshakespeare
 from jaxgpt.text.tokenizer import (
     END_OF_TEXT,
@@ -32,7 +33,7 @@ from jaxgpt.text.tokenizer import (
 
 SPLITS = ("train", "val")
 TRAIN_FRACTION = 0.9
-_CHUNK = 1 << 24  # characters
+_CHUNK = 1 << 22  # characters read or tokenized at once, in seconds at most
 _SIZES = "sizes.json"
 _EXPECTED = (
     "give UTF-8 text files, folders with *.txt files, or a single folder with "
@@ -246,16 +247,19 @@ def _scan_text(name: str, sha256: str, paths: Sequence[Path]) -> _Text:
     """Scans the text once; raises OSError or ValueError if it is unusable."""
     seen = np.zeros(0x110000, bool)  # indexed by code point
     files, end_of_texts = [], 0
-    for path in paths:
-        length, overlap = 0, ""
-        for text in _read_text(path):
-            seen[codepoints(text)] = True
-            length += len(text)
-            text = overlap + text
-            end_of_texts += text.count(END_OF_TEXT)
-            overlap = text[1 - len(END_OF_TEXT) :]
-        if length:
-            files.append((path, length))
+    total = sum(path.stat().st_size for path in paths)
+    with progress("reading the text", total) as advance:
+        for path in paths:
+            length, overlap = 0, ""
+            for text in _read_text(path):
+                seen[codepoints(text)] = True
+                length += len(text)
+                advance(len(text.encode()))
+                text = overlap + text
+                end_of_texts += text.count(END_OF_TEXT)
+                overlap = text[1 - len(END_OF_TEXT) :]
+            if length:
+                files.append((path, length))
     if not files:
         raise ValueError(f"{name}: the corpus is empty")
     characters = "".join(map(chr, np.flatnonzero(seen)))
@@ -343,10 +347,11 @@ def _tokenize(
     tmp_path.mkdir(exist_ok=True)
     try:
         dtype = token_dtype(tokenizer.vocab_size)
-        for split in splits:
-            with (tmp_path / f"{split}.bin").open("wb") as file:
-                for ids in _encode(text, split, tokenizer):
-                    file.write(ids.astype(dtype).tobytes())
+        with progress("tokenizing", text.length) as advance:
+            for split in splits:
+                with (tmp_path / f"{split}.bin").open("wb") as file:
+                    for ids in _encode(text, split, tokenizer, advance):
+                        file.write(ids.astype(dtype).tobytes())
         (tmp_path / _SIZES).write_text(json.dumps(_sizes(tmp_path)))
         tmp_path.rename(folder)
     except OSError:
@@ -357,14 +362,22 @@ def _tokenize(
     return folder
 
 
-def _encode(text: _Text, split: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Yields the token ids of a split.
+def _encode(
+    text: _Text, split: str, tokenizer: Tokenizer, advance: Callable[[int], None]
+) -> Iterator[np.ndarray]:
+    """Yields the token ids of a split; tells `advance` how many characters are done.
 
     If there are several files, each is a document: it is tokenized on its own and ends
     with the end-of-text token, if the tokenizer has one.
     """
+
+    def counted(chunks: Iterator[str]) -> Iterator[str]:
+        for chunk in chunks:
+            yield chunk
+            advance(len(chunk))  # once the next chunk is read
+
     for chunks, ends in text.documents(split):
-        yield from tokenizer.encode_chunks(chunks)
+        yield from tokenizer.encode_chunks(counted(chunks))
         if ends and len(text.files) > 1 and tokenizer.end_of_text is not None:
             yield np.array([tokenizer.end_of_text])
 

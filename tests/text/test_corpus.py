@@ -1,6 +1,7 @@
 import hashlib
 import os
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -72,6 +73,28 @@ class TestText:
         for path in (tmp_path, tmp_path / "pipe.txt"):
             with pytest.raises(ValueError, match=r"pipe\.txt .*zcat"):
                 load(path)
+
+    def test_progress_counts_bytes_read_and_characters_tokenized(
+        self, text_file, monkeypatch
+    ):
+        done = {}
+
+        @contextmanager
+        def progress(label, total):
+            yield lambda amount: counts.append(amount)
+            done[label] = (total, sum(counts))
+
+        counts = []
+        text_file.write_text("€" + TEXT)
+        size = text_file.stat().st_size
+        monkeypatch.setattr(corpus_module, "_CHUNK", 1000)
+        monkeypatch.setattr(corpus_module, "progress", progress)
+        load(text_file)
+        total = len(TEXT) + 1
+        assert done == {
+            "reading the text": (size, size),
+            "tokenizing": (total, size + total),
+        }
 
     def test_incomplete_cached_tokens_are_written_again(
         self, text_file, fresh_cache, monkeypatch
