@@ -6,6 +6,7 @@ from json import dumps
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tyro
 
 from jaxgpt.config import MeshConfig
@@ -13,6 +14,7 @@ from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import load_config, load_run, text_tokenizer
 from jaxgpt.terminal import log_line
 from jaxgpt.text.corpus import load_split
+from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
 
 
@@ -65,8 +67,7 @@ def evaluate(
     report["perplexity"] = math.exp(result.nats_per_token)
     report["bits_per_character"] = None
     if run.tokenizer:
-        ids = tokens[1:]
-        characters = len(run.tokenizer.decode(ids[ids != run.tokenizer.end_of_text]))
+        characters = count_characters(run.tokenizer, tokens[1:])
         bits = result.tokens * result.nats_per_token / math.log(2)
         report["bits_per_character"] = bits / characters if characters else None
     if json:
@@ -76,3 +77,15 @@ def evaluate(
         shown = f"{value:.4f}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' '):20}{'unknown' if value is None else shown}")
     return 0
+
+
+def count_characters(tokenizer: Tokenizer, tokens: np.ndarray) -> int:
+    """Counts the characters that begin in the tokens; an end-of-text token has none."""
+    counts_V = np.bincount(tokens, minlength=tokenizer.vocab_size)
+    if tokenizer.end_of_text is not None:
+        counts_V[tokenizer.end_of_text] = 0
+    characters = 0
+    for id_ in np.flatnonzero(counts_V).tolist():
+        utf8 = tokenizer.decode_bytes([id_])
+        characters += int(counts_V[id_]) * sum(byte & 0xC0 != 0x80 for byte in utf8)
+    return characters

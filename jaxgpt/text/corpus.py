@@ -1,7 +1,8 @@
 """Tokenizes text files into train.bin and val.bin, split 90/10 by position.
 
-Token files have nanoGPT's format, raw uint16 (uint32 for more than 65,536 tokens), and
-are memory-mapped, so neither the text nor its tokens need to fit in memory.
+Each of several files is a document. Token files have nanoGPT's format, raw uint16
+(uint32 for more than 65,536 tokens), and are memory-mapped, so neither the text nor its
+tokens need to fit in memory.
 """
 
 import dataclasses
@@ -220,15 +221,18 @@ def _text_files(path: Path) -> list[Path]:
     """The path itself, or the text files in the folder at `path` and its subfolders."""
     if not path.is_dir():
         return [path]
-    files = [
-        file
-        for file in sorted(path.rglob("*.txt"))
-        if not file.is_dir()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(path, onerror=fail):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        shown = (name for name in names if not name.startswith("."))
+        files += [Path(folder, name) for name in shown if name.endswith(".txt")]
     if not files:
         raise FileNotFoundError(f"{path.absolute()} has no *.txt files; {_EXPECTED}")
-    return files
+    return sorted(files)
 
 
 def _read_text(path: Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[str]:

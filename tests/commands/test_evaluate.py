@@ -101,11 +101,11 @@ def test_ends_of_documents_are_predicted_but_are_no_characters(call, tmp_path):
         save_params(checkpoints, 8, init_model(**vars(config.model))[1])
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for path in paths:
-        path.write_text("to be")
+        path.write_text("to bé", encoding="utf-8")  # é is two tokens
     flags = ["evaluate", "--run-dir", tmp_path / "run", "--data-path", *paths]
     report = json.loads(call("jaxgpt", *flags, "--json").out)
-    assert report["tokens"] == 11
-    bits = 11 * report["nats_per_token"] / math.log(2)
+    assert report["tokens"] == 13
+    bits = 13 * report["nats_per_token"] / math.log(2)
     assert report["bits_per_character"] == pytest.approx(bits / 9)
 
 

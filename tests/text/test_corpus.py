@@ -60,7 +60,8 @@ class TestText:
         assert config.data.sha256 == hashlib.sha256(content).hexdigest()
 
     def test_a_folder_stands_for_its_text_files_in_sorted_order(self, tmp_path):
-        texts = {"b.txt": "b" * 20, "a/z.txt": "z" * 20, "c.md": "c", ".d/d.txt": "d"}
+        texts = {"b.txt": "b" * 20, "a/z.txt": "z" * 20}
+        texts |= dict.fromkeys(("c.md", ".d/d.txt", "._b.txt"), "left out")
         for name, text in texts.items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(text)
