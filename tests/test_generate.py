@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 from conftest import start_script
 
-from jaxgpt import SamplingConfig, generate, load_run
+from jaxgpt import generate, load_run
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def sample(call, tiny_run):
     return partial(call, "generate.py", "--run-dir", tiny_run)
 
 
-SAMPLING = SamplingConfig(temperature=0.9, top_k=9, top_p=0.95)
+SAMPLING = {"temperature": 0.9, "top_k": 9, "top_p": 0.95}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ SAMPLING = SamplingConfig(temperature=0.9, top_k=9, top_p=0.95)
             "--prompt be --max-new-tokens 60 --num-samples 3 --seed 5"
             " --temperature 0.9 --top-k 9 --top-p 0.95",
             "be",
-            dict(max_new_tokens=60, num_samples=3, seed=5, sampling=SAMPLING),
+            dict(max_new_tokens=60, num_samples=3, seed=5, **SAMPLING),
         ),
     ],
 )

@@ -23,7 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jaxgpt.config import Config, MeshConfig, SamplingConfig, check_seed
+from jaxgpt.config import Config, MeshConfig, check_seed
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
@@ -148,8 +148,7 @@ def train_rung(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str
         log_line(f"{rung.preset}  step {step}/{max_steps}  val {shown}")
     seconds, mean = time.monotonic() - started, float(np.mean(losses))
     run = Run(config, corpus.tokenizer, model, each_params[0], step)
-    sampling = SamplingConfig(temperature=1.0)
-    (sample,) = generate(run, "", max_new_tokens=300, sampling=sampling)
+    (sample,) = generate(run, "", max_new_tokens=300, temperature=1.0)
     return {
         "rung": rung.preset,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.params)),

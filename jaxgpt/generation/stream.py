@@ -10,12 +10,42 @@ from jaxgpt.run import Run, text_tokenizer
 from jaxgpt.text.tokenizer import encode_prompt
 
 
-def generate(run: Run, prompt: str, **options: object) -> list[str]:
-    """Continues `prompt`; takes the options of `stream_text`.
+def generate(
+    run: Run,
+    prompt: str,
+    *,
+    max_new_tokens: int = 500,
+    num_samples: int = 1,
+    temperature: float = SamplingConfig.temperature,
+    top_k: int | None = SamplingConfig.top_k,
+    top_p: float | None = SamplingConfig.top_p,
+    seed: int = 1337,
+    stop: str = "",
+) -> list[str]:
+    """Continues `prompt`; returns one continuation per sample, without the prompt.
 
-    Returns one continuation per sample, without the prompt.
+    Args:
+      run: the result of `load_run`.
+      prompt: the text to continue, as in `stream_text`.
+      max_new_tokens: tokens to generate for each sample.
+      num_samples: number of samples.
+      temperature: 0 is greedy, 1 keeps the model's probabilities.
+      top_k: draw from the k likeliest tokens; by default from all.
+      top_p: draw from the likeliest tokens of total probability p; by default from all.
+      seed: the same seed gives the same texts.
+      stop: a sample ends before the first occurrence of this text, if it is not empty.
+
+    Raises ValueError as `stream_text` does, and TypeError for a value of another type.
     """
-    new_texts = stream_text(run, prompt, **options)  # type: ignore[arg-type]
+    new_texts = stream_text(
+        run,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        sampling=SamplingConfig(temperature, top_k, top_p),
+        seed=seed,
+        stop=stop,
+    )
     return ["".join(texts) for texts in zip(*new_texts, strict=True)]
 
 
@@ -42,6 +72,9 @@ def stream_text(
     ValueError if an argument is out of range, a character is not in the vocabulary, or
     the run has no tokenizer.
     """
+    for name, text in (("prompt", prompt), ("stop", stop)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}={text!r} must be str")
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1")
     tokenizer = text_tokenizer(run)

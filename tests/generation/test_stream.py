@@ -47,6 +47,22 @@ def test_the_streamed_text_is_the_whole_text(run):
     assert texts[0] != texts[1]
 
 
+def test_sampling_options_are_arguments_and_a_wrong_name_is_an_error(run):
+    greedy = generate(run, "a", num_samples=2, temperature=0, **OPTIONS)
+    assert greedy[0] == greedy[1]
+    for only_one in ({"top_k": 1}, {"top_p": 1e-9}):
+        assert generate(run, "a", num_samples=2, **only_one, **OPTIONS) == greedy
+    assert generate(run, "a", temperature=0.8, **OPTIONS) == generate(
+        run, "a", **OPTIONS
+    )
+    with pytest.raises(TypeError, match=r"generate\(\) .*'temprature'"):
+        generate(run, "a", temprature=0)
+    with pytest.raises(ValueError, match="temperature=-1"):
+        generate(run, "a", temperature=-1)
+    with pytest.raises(TypeError, match=r"prompt=\['a', 'b'\]"):
+        generate(run, ["a", "b"])
+
+
 def test_the_empty_prompt_stands_for_a_newline(run):
     assert generate(run, "", **OPTIONS) == generate(run, "\n", **OPTIONS)
     assert CharTokenizer("xyz").start == "x"
