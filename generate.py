@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from jaxgpt import exits, start
+from jaxgpt.cli import parse_flags
 from jaxgpt.config import MeshConfig, SamplingConfig
 from jaxgpt.files import not_utf8
 from jaxgpt.generation.stream import stream_text
@@ -42,7 +43,7 @@ class Arguments:
 
 def main() -> None:
     """Parses the command line, loads the run and prints samples."""
-    arguments = tyro.cli(Arguments, prog="generate.py")
+    arguments = parse_flags(tyro.cli, Arguments, sys.argv[1:], prog="generate.py")
     start.start()
     mesh = model_mesh(load_config(arguments.run_dir), arguments.mesh)
     run = load_run(arguments.run_dir, arguments.checkpoint, mesh)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import tyro
 
 from jaxgpt import exits, start
+from jaxgpt.cli import parse_flags
 from jaxgpt.commands.attention import attention
 from jaxgpt.commands.compare import compare
 from jaxgpt.commands.convert import export, import_
@@ -25,8 +26,12 @@ COMMANDS: dict[str, Callable[..., int]] = {
 def main() -> int:
     """Runs the command that the command line names; returns the exit status."""
     start.start()
-    return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, prog="python -m jaxgpt", description=__doc__
+    return parse_flags(
+        tyro.extras.subcommand_cli_from_dict,
+        COMMANDS,
+        sys.argv[1:],
+        prog="python -m jaxgpt",
+        description=__doc__,
     )
 
 

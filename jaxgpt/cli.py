@@ -1,11 +1,17 @@
-"""The command line of train.py: a preset, a run directory and overrides."""
+"""The command line of train.py: a preset, a run directory and overrides.
+
+`parse_flags` is for all command lines.
+"""
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -25,6 +31,7 @@ from jaxgpt.terminal import log_line
 _PROG = "train.py [PRESET]"
 # Model fields that --init-from takes from the preset, not from the run.
 _TRAINING_FIELDS = ("dropout", "compute_dtype", "remat")
+_FLAG = re.compile(r"--[a-z][a-z0-9.-]*(?==|\Z)")  # alone, or before its value
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,33 @@ class _Arguments:
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
+def parse_flags(
+    parser: Callable[..., Any], kind: Any, argv: Sequence[str], **options: Any
+) -> Any:
+    """Calls a parser of tyro's, which mistakes values that begin with a dash for flags.
+
+    If it exits with an error, a line for each such value says how to write it.
+
+    Args:
+      parser: `tyro.cli`, or another with the same arguments.
+      kind: what to parse, the parser's first argument.
+      argv: the command line after the program's name.
+      options: further arguments of the parser.
+    """
+    try:
+        return parser(kind, args=argv, **options)
+    except SystemExit as stopped:
+        for before, value in pairwise(["", *argv]) if stopped.code == 2 else ():
+            if _FLAG.match(value) or not re.match(r"-+[^\W\d]|--\Z", value):
+                continue
+            if _FLAG.fullmatch(before):
+                written = f"{before}={shlex.quote(value)}"
+                log_line(f"a value that begins with a dash is written {written}")
+            elif Path(value).exists():
+                log_line(f"a path that begins with a dash is written ./{value}")
+        raise
+
+
 def read_options(argv: list[str]) -> tuple[str, list[str], RunOptions]:
     """Returns the preset ("" if omitted), the flags, and the run options among them.
 
@@ -73,7 +107,9 @@ def read_options(argv: list[str]) -> tuple[str, list[str], RunOptions]:
     if "-h" in flags or "--help" in flags:
         _parse(flags, PRESETS[preset]() if preset else Config())
     # `_parse` reads the other flags.
-    options, _ = tyro.cli(RunOptions, args=flags, prog=_PROG, return_unknown_args=True)
+    options, _ = parse_flags(
+        tyro.cli, RunOptions, flags, prog=_PROG, return_unknown_args=True
+    )
     return preset, flags, options
 
 
@@ -133,9 +169,10 @@ def _parse(flags: list[str], default: Config) -> Config:
         f"{name}: {(preset.__doc__ or '').splitlines()[0]}"
         for name, preset in PRESETS.items()
     ]
-    return tyro.cli(
+    return parse_flags(
+        tyro.cli,
         _Arguments,
-        args=flags,
+        flags,
         default=_Arguments(RunOptions(), default),
         prog=_PROG,
         description="Trains a model. PRESET comes first and is one of\n\n"

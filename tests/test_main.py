@@ -1,5 +1,9 @@
 """What holds for generate.py and every command of `python -m jaxgpt`."""
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 from conftest import assert_every_flag_is_explained, finish, start_script
 
@@ -33,6 +37,33 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(
     error = capsys.readouterr().err
     for name in names:
         assert name in error
+
+
+@pytest.mark.parametrize(
+    ("command", "lines"),
+    [
+        ("generate.py --run-dir x --prompt -The", ["--prompt=-The"]),
+        ("generate.py --prompt --", ["--prompt=--"]),
+        (
+            "jaxgpt attention --run-dir -x --prompt '--The end'",
+            ["--run-dir=-x", "--prompt='--The end'"],
+        ),
+        ("train.py smoke --out-dir -x", ["--out-dir=-x"]),
+        ("train.py --data.path text.txt -a.txt -b.txt", ["./-a.txt"]),
+        ("train.py --out-dir --resume", []),
+        ("generate.py --run-dir x --temprature=-1 --seed -1", []),
+    ],
+)
+def test_a_value_that_begins_with_a_dash_is_an_error_that_says_how_to_write_it(
+    call, capsys, tmp_path, monkeypatch, command, lines
+):
+    monkeypatch.chdir(tmp_path)
+    Path("-a.txt").touch()
+    with pytest.raises(SystemExit) as stopped:
+        call(*shlex.split(command))
+    assert stopped.value.code == 2
+    found = re.findall(r"begins with a dash is written (.+)", capsys.readouterr().err)
+    assert found == lines
 
 
 @pytest.mark.parametrize("command", [["generate.py"], ["-m", "jaxgpt", "evaluate"]])
