@@ -22,7 +22,7 @@ def log_line(line: str) -> None:
     if is_first_process():
         line = line.encode(errors="replace").decode()  # of paths that are not UTF-8
         with suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+            print(f"{line}\n", end="", file=sys.stderr, flush=True)  # as one write
 
 
 @contextmanager

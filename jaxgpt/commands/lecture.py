@@ -7,10 +7,12 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +28,7 @@ from rich.table import Table
 from jaxgpt.config import Config, MeshConfig, check_seed
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
+from jaxgpt.ops import cross_entropy
 from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.feeding import stack_batches
 from jaxgpt.parallel.mesh import make_mesh
@@ -34,7 +37,7 @@ from jaxgpt.run import Run
 from jaxgpt.terminal import log_line
 from jaxgpt.text.batches import training_source
 from jaxgpt.text.corpus import Corpus, load_corpus
-from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
+from jaxgpt.training.evaluation import evaluate_exactly
 from jaxgpt.training.objectives import Batch, next_token
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.step import (
@@ -103,9 +106,12 @@ def lecture(
     out_dir = out_dir or Path("runs", "lecture-trial" if trial else "lecture")
     out_dir.mkdir(parents=True, exist_ok=True)
     results_path, picture_path = out_dir / "lecture.json", out_dir / "lecture.png"
+    rungs = (*RUNGS, SCALED) if scaled else RUNGS
+    names = [rung.preset for rung in rungs]
     results: list[dict[str, Any]] = []
-    for rung in (*RUNGS, SCALED) if scaled else RUNGS:
-        results.append(train_rung(rung, seeds, steps_scale))
+    for result in train_rungs(rungs, seeds, steps_scale):
+        results.append(result)
+        results.sort(key=lambda result: names.index(result["rung"]))
         content = {"seeds": seeds, "steps_scale": steps_scale, "rungs": results}
         results_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         plot(results, seeds, picture_path)
@@ -119,7 +125,38 @@ def lecture(
     return int(not all(result["passed"] for result in results))
 
 
-def train_rung(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str, Any]:
+def train_rungs(
+    rungs: Sequence[Rung], seeds: Sequence[int], steps_scale: float
+) -> Iterator[dict[str, Any]]:
+    """Trains a rung on each device at the same time; yields the results as they come.
+
+    The last rungs start first, as they take the longest. An error in a rung is raised
+    at once, without waiting for the others.
+    """
+    load_corpus(Config(), log_line)  # fetches the text once, for all threads
+    idle: SimpleQueue[jax.Device] = SimpleQueue()
+    for device in jax.local_devices():
+        idle.put(device)
+
+    def train(rung: Rung) -> dict[str, Any]:
+        device = idle.get()
+        try:
+            with jax.default_device(device):
+                return train_rung(rung, seeds, steps_scale, device)
+        finally:
+            idle.put(device)
+
+    pool = ThreadPoolExecutor(jax.local_device_count())
+    try:
+        for done in as_completed([pool.submit(train, rung) for rung in rungs[::-1]]):
+            yield done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def train_rung(
+    rung: Rung, seeds: Sequence[int], steps_scale: float, device: jax.Device
+) -> dict[str, Any]:
     """Trains the rung's model with all seeds; returns its entry in lecture.json."""
     config = PRESETS[rung.preset]()
     max_steps = max(1, round(config.train.max_steps * steps_scale))
@@ -134,9 +171,14 @@ def train_rung(rung: Rung, seeds: Sequence[int], steps_scale: float) -> dict[str
     config = dataclasses.replace(config, train=train, mesh=MeshConfig(data=1))
     corpus, config = load_corpus(config, log_line)
     started = time.monotonic()
-    mesh = make_mesh(config, lambda line: None)
-    model = build_model(config.model, platform_of(mesh))
-    losses_of, curve = make_losses_step(model, mesh), []
+    mesh, curve = make_mesh(config, devices=[device]), []
+    model = build_model(config.model, platform_of(device))
+
+    @jax.jit  # `make_losses_step` shards, which takes longer than these small models
+    def losses_of(params: Any, batch: Batch) -> jax.Array:
+        inputs_BT, targets_BT = batch
+        return cross_entropy(model.apply({"params": params}, inputs_BT), targets_BT)
+
     for step, params_S in train_seeds(model, config, mesh, corpus, seeds):
         each_params = [jax.tree.map(itemgetter(s), params_S) for s in range(len(seeds))]
         losses = [

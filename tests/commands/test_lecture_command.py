@@ -2,8 +2,10 @@ import json
 import re
 from functools import partial
 from operator import itemgetter
+from threading import Barrier, Event
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, changed, finish, mesh_of, start_script, train_on
@@ -71,8 +73,10 @@ def test_a_rung_reports_exact_losses_its_curve_and_a_sample(monkeypatch, capsys)
         return generate(run, *arguments, **options)
 
     monkeypatch.setattr(lecture, "generate", noted)
-    result = lecture.train_rung(Rung("lecture-bigram", 4.6), [7, 8], steps_scale=0.002)
+    device = jax.devices()[1]
+    result = lecture.train_rung(Rung("lecture-bigram", 4.6), [7, 8], 0.002, device)
     (run,), losses = runs, result["val_losses"]
+    assert jax.tree.leaves(run.params)[0].device == device
     val = load_corpus(run.config)[0].val.astype(np.int32)
     table_VV = run.params["table"]["embedding"]  # of the first seed
     exact = cross_entropy(table_VV[val[:-1]], val[1:]).mean()
@@ -90,13 +94,42 @@ def test_a_rung_reports_exact_losses_its_curve_and_a_sample(monkeypatch, capsys)
     assert "step 6/6" in capsys.readouterr().err
 
 
-def made_up(rung, seeds=(7, 8), steps_scale=1):
+def made_up(rung, seeds=(7, 8), steps_scale=1, device=None):
     """What `train_rung` would return for losses of 2.0 and 2.1."""
     curve = [{"step": n, "val_losses": [3.0 - n / 9, 3.1 - n / 9]} for n in (5, 9)]
     result = {"rung": rung.preset, "parameters": 4225, "steps": 9, "seconds": 1.0}
     result |= {"val_losses": [2.0, 2.1], "val_loss": 2.05, "lecture": rung.lecture}
     result |= {"difference": 2.05 - rung.lecture, "pytorch": [2.5, 2.4], "curve": curve}
     return result | {"passed": rung.agrees(2.05), "sample": f"{rung.preset} says"}
+
+
+def test_rungs_train_at_the_same_time_each_on_its_own_device(monkeypatch):
+    started, used = Barrier(3, timeout=600), []
+
+    def train_rung(*arguments):
+        used.append((arguments[-1], jnp.zeros(()).device))
+        started.wait()
+        return made_up(*arguments)
+
+    monkeypatch.setattr(lecture, "train_rung", train_rung)
+    results = list(lecture.train_rungs(RUNGS[:3], (7, 8), 1))
+    names = [rung.preset for rung in RUNGS[:3]]
+    assert sorted(result["rung"] for result in results) == sorted(names)
+    assert set(used) == {(device, device) for device in jax.devices()[:3]}
+
+
+def test_an_error_in_a_rung_does_not_wait_for_the_others(monkeypatch):
+    raised = Event()
+
+    def train_rung(rung, *_):
+        if rung is RUNGS[0]:
+            raise FloatingPointError("the loss is nan")
+        assert raised.wait(timeout=600)
+
+    monkeypatch.setattr(lecture, "train_rung", train_rung)
+    with pytest.raises(FloatingPointError, match="nan"):
+        list(lecture.train_rungs(RUNGS[:2], (7, 8), 1))
+    raised.set()
 
 
 @pytest.mark.parametrize(
