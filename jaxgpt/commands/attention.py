@@ -3,6 +3,9 @@
 L layers   H heads   T time   S key time
 """
 
+import unicodedata
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ from flax.traverse_util import flatten_dict
 from jaxgpt.run import ATTENTION, load_run, text_tokenizer
 from jaxgpt.terminal import log_line
 from jaxgpt.text.tokenizer import encode_prompt
+
+_FONTS = ("DejaVu Sans Mono", "DejaVu Sans")  # matplotlib includes both
+_LABEL = 16  # characters in a label, at most; an ellipsis ends a longer one
 
 
 def attention(
@@ -37,7 +43,8 @@ def attention(
         ids = ids[-window:]
     weights_LHTS = attention_maps(run.model, run.params, ids)
     out = out or run_dir / ATTENTION
-    draw_maps(weights_LHTS, [tokenizer.decode([token]) for token in ids], out)
+    pieces = [tokenizer.decode_bytes([token]) for token in ids]
+    draw_maps(weights_LHTS, [p.decode("utf-8", "surrogateescape") for p in pieces], out)
     print(out)
     return 0
 
@@ -65,7 +72,8 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
 
     Args:
       weights_LHTS: attention weights; each sums to one over S.
-      tokens: the text of each of the T tokens.
+      tokens: the text of each of the T tokens; bytes that are only a part of a
+        character are surrogates, as `surrogateescape` decodes them.
     """
     import matplotlib  # takes half a second, needed only here
     from matplotlib.figure import Figure
@@ -81,13 +89,16 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
         image = axes.imshow(weights_TS, cmap=colours, vmin=0, vmax=1)
         axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
         axes.set(xticks=[], yticks=[])
-    # Spaces are shown as open boxes, newlines as escape sequences.
-    labels = [repr(token.replace(" ", "\N{OPEN BOX}"))[1:-1] for token in tokens]
-    points = min(0.75 * 72 * side / T, 8)
+    families, labels = token_labels(tokens)
+    width = 72 * side / T  # of each position, in points
+    points = min(0.75 * width, 8)
     if points >= 4:  # smaller text would be illegible
-        style = {"fontsize": points, "family": "monospace", "parse_math": False}
+        style: dict[str, Any] = {"family": families, "parse_math": False}
+        style["fontsize"] = points
+        longest = 0.6 * points * max(map(len, labels))
+        rotation = "vertical" if longest > width else "horizontal"
         for axes in panels[-1]:
-            axes.set_xticks(range(T), labels, **style)
+            axes.set_xticks(range(T), labels, rotation=rotation, **style)
         for axes in panels[:, 0]:
             axes.set_yticks(range(T), labels, **style)
         for axes in panels.flat:
@@ -95,5 +106,55 @@ def draw_maps(weights_LHTS: np.ndarray, tokens: list[str], path: Path) -> None:
     figure.supxlabel("looks at", fontsize=9)
     figure.supylabel("position", fontsize=9)
     figure.colorbar(image, ax=panels, label="weight", aspect=40, pad=0.01)
-    description = {"Description": "".join(tokens)}
+    text = "".join(tokens).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    description = {"Description": text}
     figure.savefig(path, dpi=120, format="png", metadata=description)
+
+
+def token_labels(tokens: list[str]) -> tuple[list[str], list[str]]:
+    """Fonts for the texts of tokens, and labels that can be drawn in these fonts.
+
+    Spaces are shown as open boxes. Escape sequences stand for what no installed font
+    has, what is invisible, marks without their letter, and parts of a character. Labels
+    that would take the room of the maps are cut.
+    """
+    shown = [token.replace(" ", "\N{OPEN BOX}") for token in tokens]
+    printable = {c for c in "".join(shown) if c.isprintable()} - {"\\"}
+    families, missing = find_fonts(printable)
+    drawn = printable - missing
+
+    def label(token: str) -> str:
+        text = ""
+        for c in token:
+            mark = unicodedata.category(c).startswith("M")
+            if c in drawn and (text or not mark):
+                text += c
+            else:
+                text += c.encode("unicode_escape").decode().replace(r"\udc", r"\x")
+        return text if len(text) <= _LABEL else text[: _LABEL - 1] + "\u2026"
+
+    return families, list(map(label, shown))
+
+
+def find_fonts(characters: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Names of fonts to draw the characters in, and the characters that no font has.
+
+    Reads no more of the installed fonts than needed, beginning with matplotlib's own.
+    """
+    from matplotlib.font_manager import fontManager, get_font
+
+    paths = {
+        entry.name: entry.fname
+        for entry in fontManager.ttflist
+        if (entry.style, entry.weight, entry.stretch) == ("normal", 400, "normal")
+        and "LastResort" not in entry.name  # has a box for every character
+    }
+    families, missing = [_FONTS[0]], set(characters)  # this one for the escapes too
+    for family in dict.fromkeys((*_FONTS, *paths)):
+        if missing and family in paths:
+            with suppress(OSError, RuntimeError):  # a damaged file
+                charmap = get_font(paths[family]).get_charmap()
+                if found := {c for c in missing if ord(c) in charmap}:
+                    families.append(family)
+                    missing -= found
+    return list(dict.fromkeys(families)), missing

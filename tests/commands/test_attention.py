@@ -1,14 +1,16 @@
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
 from conftest import build, random_params
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from jaxgpt.commands.attention import attention_maps, draw_maps
+from jaxgpt.commands.attention import attention_maps, draw_maps, token_labels
 from jaxgpt.models.lecture import BLOCKS
 
 TOKENS = np.array([3, 1, 4, 1, 5, 9])
@@ -103,3 +105,42 @@ def test_maps_in_bfloat16_are_near_those_in_float32_and_can_be_drawn(tmp_path):
     np.testing.assert_allclose(maps_LHTS, exact_LHTS, atol=0.02)
     draw_maps(maps_LHTS, list("To be,"), tmp_path / "maps.png")
     assert text_of(tmp_path / "maps.png") == "To be,"
+
+
+def test_labels_escape_what_no_font_has_and_what_cannot_be_seen(tmp_path):
+    labels = {
+        "a\N{COMBINING ACUTE ACCENT}": "a\N{COMBINING ACUTE ACCENT}",
+        "\N{COMBINING ACUTE ACCENT}a": r"\u0301a",
+        "Ромео": "Ромео",
+        "\N{HEBREW LETTER ALEF}": "\N{HEBREW LETTER ALEF}",
+        "\N{TAGALOG LETTER A}": r"\u1700",  # no font of matplotlib's has it
+        "\udce5\udca4": r"\xe5\xa4",  # the first bytes of a character
+        "\x1b\0\\": r"\x1b\x00\\",
+        "\ue000\u202e\u200b": r"\ue000\u202e\u200b"[:15] + "\N{HORIZONTAL ELLIPSIS}",
+    }
+    assert token_labels(list(labels))[1] == list(labels.values())
+    # No glyph is missing: matplotlib would warn, and warnings are errors.
+    shape = len(labels), len(labels)
+    draw_maps(np.ones((1, 1, *shape)), list(labels), tmp_path / "map.png")
+
+
+def test_a_font_that_is_installed_is_used_for_what_the_first_ones_lack(monkeypatch):
+    fonts, _ = token_labels(["a"])
+    assert fonts == ["DejaVu Sans Mono"]
+    have = {"DejaVu Sans Mono": "ab", "DejaVu Sans": "", "CJK": "天", "Other": "天b"}
+    entry = {"style": "normal", "weight": 400, "stretch": "normal"}
+    entries = [SimpleNamespace(name=name, fname=name, **entry) for name in have]
+    entries.append(
+        SimpleNamespace(**entry | {"name": "Slanted", "fname": "", "style": "italic"})
+    )
+    opened = []
+
+    def get_font(path):
+        opened.append(path)
+        return SimpleNamespace(get_charmap=lambda: dict.fromkeys(map(ord, have[path])))
+
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", entries)
+    monkeypatch.setattr(font_manager, "get_font", get_font)
+    assert token_labels(["ab", "天"]) == (["DejaVu Sans Mono", "CJK"], ["ab", "天"])
+    assert "Other" not in opened
+    assert token_labels(["地"]) == (["DejaVu Sans Mono"], [r"\u5730"])
