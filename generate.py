@@ -11,7 +11,7 @@ import tyro
 
 from jaxgpt import exits, start
 from jaxgpt.cli import parse_flags
-from jaxgpt.config import MeshConfig, SamplingConfig
+from jaxgpt.config import MeshConfig, SamplingConfig, sampling_contradictions
 from jaxgpt.files import not_utf8
 from jaxgpt.generation.stream import stream_text
 from jaxgpt.parallel.mesh import model_mesh
@@ -45,6 +45,8 @@ def main() -> None:
     """Parses the command line, loads the run and prints samples."""
     arguments = parse_flags(tyro.cli, Arguments, sys.argv[1:], prog="generate.py")
     start.start()
+    for line in sampling_contradictions(arguments.sampling, arguments.num_samples):
+        log_line(line)
     mesh = model_mesh(load_config(arguments.run_dir), arguments.mesh)
     run = load_run(arguments.run_dir, arguments.checkpoint, mesh)
     prompt = read_prompt(arguments.prompt, run)

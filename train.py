@@ -15,7 +15,7 @@ import jax
 
 from jaxgpt import exits, start
 from jaxgpt.cli import parse_arguments, read_options
-from jaxgpt.config import Config
+from jaxgpt.config import Config, training_contradictions
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
 from jaxgpt.parallel import processes
@@ -63,6 +63,8 @@ def main() -> None:
     if processes.several_processes():
         log_line(f"{jax.process_count()} processes, {jax.device_count()} devices")
     config, run_dir, options = parse_arguments(sys.argv[1:])
+    for line in training_contradictions(config):
+        log_line(line)
     if options.dry_run or options.plan:
         for line in describe(config, options.plan):
             print(line, flush=True)

@@ -365,3 +365,47 @@ def _read_model(**section: Any) -> AnyModelConfig:
             }
             return kind(**fields)
     raise ValueError(f"architecture={section['architecture']!r} is not known")
+
+
+def training_contradictions(config: Config) -> list[str]:
+    """Returns a line for each setting that others keep from taking effect.
+
+    All are valid, but not what a user expects.
+    """
+    optimizer, train = config.optimizer, config.train
+    lines = []
+    if optimizer.warmup_steps >= train.max_steps:
+        lines.append(
+            f"warmup_steps={optimizer.warmup_steps} does not end before max_steps="
+            f"{train.max_steps}: the learning rate never reaches "
+            f"{optimizer.learning_rate:g}; lower --optimizer.warmup-steps"
+        )
+    if train.log_interval > train.max_steps:
+        lines.append(
+            f"log_interval={train.log_interval} is more than max_steps="
+            f"{train.max_steps}: no training loss is logged; lower --train.log-interval"
+        )
+    intervals = ("eval_interval", "checkpoint_interval")
+    interval, name = min((getattr(train, name), name) for name in intervals)
+    if interval < min(train.steps_per_call, train.max_steps):
+        lines.append(
+            f"steps_per_call={train.steps_per_call} never fits into {name}={interval}: "
+            "updates are dispatched singly, which is slow; lower "
+            f"--train.steps-per-call to {interval}"
+        )
+    return lines
+
+
+def sampling_contradictions(sampling: SamplingConfig, num_samples: int) -> list[str]:
+    """Returns a line for each setting of generation that has no effect."""
+    lines = []
+    if sampling.temperature == 0:
+        lines += [
+            f"{name}={value} has no effect with temperature=0, which is greedy"
+            for name, value in (("top_k", sampling.top_k), ("top_p", sampling.top_p))
+            if value is not None
+        ]
+    if num_samples > 1 and (sampling.temperature == 0 or sampling.top_k == 1):
+        cause = "temperature=0" if sampling.temperature == 0 else "top_k=1"
+        lines.append(f"all {num_samples} samples are the same with {cause}; raise it")
+    return lines

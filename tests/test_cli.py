@@ -175,7 +175,9 @@ def test_help_an_unknown_preset_and_a_dry_run_need_neither_processes_nor_a_corpu
         call("train.py", "smoke", "--help")
     with pytest.raises(ValueError, match="'smok'"):
         call("train.py", "smok", "--process-id", "1")
-    assert "804,096" in call("train.py", "--dry-run").out  # parameters of the default
+    out, err = call("train.py", "--dry-run", "--train.max-steps", "100")
+    assert "804,096" in out  # parameters of the default preset
+    assert "warmup_steps=100 " in err  # a contradiction is told here too
     assert not fresh_cache.exists()
     with pytest.raises(AssertionError, match="it waits"):
         call("train.py", "smoke")

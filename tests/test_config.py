@@ -2,8 +2,10 @@ import dataclasses
 import json
 
 import pytest
+from conftest import changed
 
-from jaxgpt import BigramConfig, Config, GPTConfig
+from jaxgpt import BigramConfig, Config, GPTConfig, SamplingConfig
+from jaxgpt.config import sampling_contradictions, training_contradictions
 from jaxgpt.presets import PRESETS
 
 
@@ -67,3 +69,47 @@ def test_a_value_of_the_wrong_type_and_an_unknown_field_are_errors(values, messa
 def test_fields_that_older_versions_saved_for_every_model_are_ignored_at_defaults():
     saved = dataclasses.asdict(GPTConfig(block_size=8)) | {"architecture": "bigram"}
     assert Config.from_dict({"model": saved}).model == BigramConfig(block_size=8)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_preset_contradicts_itself(preset):
+    assert training_contradictions(PRESETS[preset]()) == []
+
+
+@pytest.mark.parametrize(
+    ("train", "names"),
+    [
+        ({"max_steps": 11}, []),
+        ({"max_steps": 10}, ["warmup_steps=10 max_steps=10"]),
+        ({"log_interval": 100}, []),
+        ({"log_interval": 101}, ["log_interval=101 max_steps=100"]),
+        ({"eval_interval": 10}, []),
+        ({"eval_interval": 9}, ["steps_per_call=10 eval_interval=9"]),
+        ({"checkpoint_interval": 9}, ["steps_per_call=10 checkpoint_interval=9"]),
+        (
+            {"max_steps": 6, "log_interval": 7, "eval_interval": 2},
+            ["warmup_steps=", "log_interval=", "steps_per_call="],
+        ),
+        ({"max_steps": 9, "eval_interval": 9}, ["warmup_steps="]),  # a short trial
+    ],
+)
+def test_a_setting_that_others_keep_from_taking_effect_is_named(train, names):
+    lines = training_contradictions(changed(PRESETS["smoke"](), train=train))
+    for line, words in zip(lines, names, strict=True):
+        assert all(word in line for word in words.split())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "num_samples", "names"),
+    [
+        ({}, 5, []),
+        ({"temperature": 0}, 1, []),
+        ({"temperature": 0}, 2, ["2 samples temperature=0"]),
+        ({"top_k": 1}, 2, ["2 samples top_k=1"]),
+        ({"temperature": 0, "top_k": 1, "top_p": 0.9}, 1, ["top_k=1", "top_p=0.9"]),
+    ],
+)
+def test_sampling_options_without_effect_are_named(sampling, num_samples, names):
+    lines = sampling_contradictions(SamplingConfig(**sampling), num_samples)
+    for line, words in zip(lines, names, strict=True):
+        assert all(word in line for word in words.split())

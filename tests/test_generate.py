@@ -41,8 +41,9 @@ def test_stdout_is_the_prompt_and_the_librarys_text_of_each_sample(
 def test_the_prompt_is_printed_once_even_if_the_text_stops_at_once(sample):
     greedy = ["--prompt", "To", "--temperature", "0"]
     first = sample(*greedy).out[2]
-    out = sample(*greedy, "--stop", first, "--num-samples", "2").out
+    out, err = sample(*greedy, "--stop", first, "--num-samples", "2")
     assert out == "To\n" + "-" * 40 + "\nTo\n"
+    assert "2 samples are the same" in err
 
 
 def test_a_prompt_comes_from_a_file_and_is_cropped_to_the_window(sample, tmp_path):
