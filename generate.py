@@ -3,6 +3,7 @@
 python generate.py --run-dir runs/shakespeare-char-cpu --prompt "ROMEO:"
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
