@@ -9,11 +9,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import jax
 
+T = TypeVar("T")
 _HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
 # Signals that would end the process. SLURM can send SIGUSR1 or SIGUSR2 before it stops
 # a job, and SIGXCPU at its limit of CPU time.
@@ -59,6 +61,25 @@ def deferred_interrupts() -> Iterator[Callable[[], int]]:
         yield lambda: _interrupts.first
     finally:
         _interrupts.deferred = False
+
+
+def interruptible(function: Callable[[], T], seconds: float | None = None) -> T:
+    """Calls a function in a thread, so that signals interrupt the wait for its result.
+
+    The main thread handles no signal while it is inside a library's native code. Raises
+    what the function raises, and TimeoutError after `seconds`; the thread then goes on,
+    but does not keep the script from ending.
+    """
+    result: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return result.result(seconds)
 
 
 def _watch(receiver: socket.socket, terminals: list[int]) -> None:

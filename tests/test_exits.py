@@ -167,6 +167,21 @@ with plain_errors(), deferred_interrupts():
     finish(script, 143)
 
 
+def test_a_signal_interrupts_a_native_call_in_a_thread():
+    busy = """
+import hashlib
+from jaxgpt.exits import interruptible, plain_errors
+with plain_errors():
+    print("busy", flush=True)
+    interruptible(lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1))
+"""
+    script = start_script("-c", busy)
+    assert script.stdout.readline() == "busy\n"
+    script.send_signal(signal.SIGTERM)
+    _, err = finish(script, 143)
+    assert "interrupted" in err
+
+
 def test_interrupted_generation_exits_with_the_signals_number(smoke):
     many = ("--max-new-tokens", 10**6)
     script = start_script("generate.py", "--run-dir", smoke[0], *many)

@@ -63,7 +63,8 @@ def stream_text(
 
     Args:
       prompt: empty for the tokenizer's `start`; the model sees the last block_size
-        tokens. <|endoftext|> is read as the end-of-text token, if any, as in nanoGPT.
+        tokens. <|endoftext|> is read as the end-of-text token, if any, as in nanoGPT,
+        and so are other tokens that were added to an imported tokenizer.
       stop: a sample ends before the first occurrence of this text; empty disables it.
         A sample also ends before the tokenizer's end-of-text token.
 

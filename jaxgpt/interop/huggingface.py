@@ -36,11 +36,11 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 # Maps each tensor to its file, if the weights are split over several files.
 _INDEX = f"{_WEIGHTS}.index.json"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 # Files of a previous model that an exported model must not be mixed with.
 _OF_ANOTHER_MODEL = (
     *(_INDEX, "model-*-of-*.safetensors", "generation_config.json", *_TOKENIZER_FILES),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer_config.json", "special_tokens_map.json"),
 )
 
 

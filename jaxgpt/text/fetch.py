@@ -5,15 +5,13 @@ import http.client
 import subprocess
 import sys
 import tempfile
-import threading
 import urllib.request
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from jaxgpt.exits import interruptible
 from jaxgpt.files import replace_file
 
 _CONNECT_SECONDS = 4  # for DNS lookup and connection together
@@ -70,18 +68,10 @@ def download(url: str) -> bytes:
 
     Connects in a thread, since a DNS lookup has no timeout of its own.
     """
-    answer: Future[Any] = Future()
-
-    def connect() -> None:
-        try:
-            # Longer than the wait below, so that the message is always the same.
-            answer.set_result(urllib.request.urlopen(url, timeout=_CONNECT_SECONDS + 1))
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=connect, daemon=True).start()
+    # Longer than the wait, so that the message is always the same.
+    connect = partial(urllib.request.urlopen, url, timeout=_CONNECT_SECONDS + 1)
     try:
-        response = answer.result(_CONNECT_SECONDS)
+        response = interruptible(connect, _CONNECT_SECONDS)
     except TimeoutError:
         raise TimeoutError(f"no answer within {_CONNECT_SECONDS} s") from None
     with response:

@@ -52,6 +52,12 @@ def tokenizer_in(folder: Path) -> Tokenizer | None:
         return load_tokenizer(folder / "tokenizer.json")
     for vocab, merges in _PAIRS:
         if (folder / vocab).is_file() and (folder / merges).is_file():
+            if (added := folder / "added_tokens.json").is_file():
+                raise ValueError(
+                    f"{added} adds tokens, which can't be read; save the tokenizer as "
+                    "a tokenizer.json, with save_pretrained of transformers' "
+                    "AutoTokenizer"
+                )
             return BPETokenizer.from_tables(folder / vocab, folder / merges)
     return None
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 import torch_gpt2
 from conftest import TEXT, finish, start_script
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from jaxgpt import BPETokenizer, CharTokenizer, GPTConfig, load_run
 from jaxgpt.interop import huggingface
@@ -25,8 +27,9 @@ from jaxgpt.interop.huggingface import (
     write_huggingface,
 )
 from jaxgpt.models import build_model
-from jaxgpt.text import fetch
+from jaxgpt.text import fetch, tokenizer
 from jaxgpt.text.pretrained import gpt2_tokenizer
+from jaxgpt.text.tokenizer import encode_prompt
 
 TOKENS = np.random.default_rng(0).integers(300, size=(2, 16))
 SMALL = GPTConfig(block_size=16, vocab_size=300, n_layer=2, n_head=2, n_embd=16)
@@ -165,6 +168,67 @@ def test_an_exported_tokenizer_encodes_and_decodes_as_ours_does(tmp_path, bpe, n
     again = read_tokenizer(tmp_path)
     assert type(again) is type(tokenizer)
     assert again.to_json() == tokenizer.to_json()
+
+
+ADDED = ["foo_bar", "a b", "<|user|>", "<|bot|>", "<|endoftext|>"]
+STRIPS, WORD = "strips the spaces around it", "-word"
+PIECES = st.sampled_from([*ADDED, STRIPS, WORD, "foo", "_bar", "<|", " ", "a", "é"])
+
+
+@pytest.fixture(scope="module")
+def with_added_tokens(make_once, bpe):
+    """A model of transformers whose tokenizer has tokens more than it was made with."""
+
+    def make(folder):
+        write_huggingface(folder, SMALL, random_params(SMALL), bpe)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens(ADDED[2:], special_tokens=True)
+        strips = AddedToken(STRIPS, lstrip=True, rstrip=True)
+        tokenizer.add_tokens([*ADDED, strips, AddedToken(WORD, single_word=True)])
+        assert len(tokenizer) == 306
+        tokenizer.save_pretrained(folder)
+        torch_gpt2.make(folder, vocab_size=306)
+
+    return make_once("added", make)
+
+
+@pytest.fixture(scope="module")
+def with_and_without_export(with_added_tokens, tmp_path_factory):
+    """Their tokenizer, ours from their files, and both after an export of ours."""
+    ours, exported = read_tokenizer(with_added_tokens), tmp_path_factory.mktemp("out")
+    config, params = read_huggingface(with_added_tokens)
+    write_huggingface(exported, config, params, ours)
+    theirs, again = map(AutoTokenizer.from_pretrained, (with_added_tokens, exported))
+    return (theirs, again), (ours, read_tokenizer(exported))
+
+
+@given(st.lists(PIECES, max_size=8).map("".join), st.integers(1, 9))
+@example(f"{STRIPS} a{STRIPS}", 1)  # the token takes a space after the first segment
+def test_added_tokens_have_transformers_ids(with_and_without_export, text, size):
+    """In prompts all are tokens; in documents special ones are text."""
+    theirs, ours = with_and_without_export
+    for their, our in zip(theirs, ours, strict=True):
+        prompt, document = (
+            their(text, split_special_tokens=split).input_ids for split in (False, True)
+        )
+        assert encode_prompt(our, text).tolist() == prompt
+        assert our.encode(text).tolist() == document
+        assert our.decode(prompt) == their.decode(prompt)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tokenizer, "_SEGMENT", size)
+            chunks = our.encode_chunks([text[:size], text[size:]])
+            assert [i for ids in chunks for i in ids.tolist()] == document
+
+
+def test_a_model_with_added_tokens_is_imported_and_generates(
+    with_added_tokens, tmp_path, call
+):
+    call("jaxgpt", "import", "huggingface", with_added_tokens, tmp_path / "run")
+    prompt = ["--prompt", "<|user|>hi<|bot|>", "--max-new-tokens", 3]
+    out, _ = call("generate.py", "--run-dir", tmp_path / "run", *prompt)
+    assert out.startswith("<|user|>hi<|bot|>")
+    run = load_run(tmp_path / "run")
+    assert encode_prompt(run.tokenizer, prompt[1])[[0, -1]].tolist() == [300, 301]
 
 
 def test_transformers_generates_our_greedy_text(tmp_path):

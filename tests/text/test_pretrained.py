@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from jaxgpt.text.pretrained import find_tokenizer, gpt2_tokenizer, load_nanogpt_
 from jaxgpt.text.tokenizer import load_tokenizer
 
 # Text that often meets GPT-2's rules for whitespace, apostrophes and numbers.
-TEXTS = st.text() | st.text(st.sampled_from(" \n\t'sdmtlrvea10.é🙂\u00a0\u2028\x85<|>"))
+TEXTS = st.text() | st.text(
+    st.sampled_from(" \n\t'sdmtlrvea10._é字。🙂\u00a0\u2028\x85<|>")
+)
 PATTERN = (
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 )
@@ -86,9 +89,34 @@ def test_segments_in_runs_of_whitespace_do_not_change_tokens(gpt2, reference):
         assert in_segments(gpt2, [text], size) == reference.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("end", ["\r\n", "\n", "\t", " "])
-def test_every_kind_of_whitespace_ends_a_segment(end):
+@pytest.mark.parametrize("end", ["\r\n", "\n", "\t", " ", "。", ","])
+def test_whitespace_and_punctuation_end_a_segment(end):
     assert sum(map(len, tokenizer._segments([f"汉字{end}" * 40_000]))) > 1
+
+
+def test_no_token_spans_a_letter_and_punctuation():
+    characters = "".join(map(chr, range(0x10000)))
+    letters, marks = (
+        re.findall(f"[{kind}]", characters)
+        for kind in (tokenizer._LETTERS, tokenizer._PUNCTUATION)
+    )
+    pairs = [a + b for a in letters for b in "'._。"] + ["a" + b for b in marks]
+    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = split.pre_tokenize_str("\n".join(pairs))
+    starts = {start for _, (start, _) in words}
+    assert starts.issuperset(range(1, 3 * len(pairs), 3))
+
+
+def test_text_without_a_boundary_is_cut_in_the_same_places_whatever_the_chunks(
+    monkeypatch,
+):
+    monkeypatch.setattr(tokenizer, "_SEGMENT", 2)
+    monkeypatch.setattr(tokenizer, "_LONGEST_SEGMENT", 5)
+    text = "aaaaaaa a<|x|>"
+    for cut in range(len(text)):
+        batches = tokenizer._segments([text[:cut], text[cut:]], ["<|x|>"])
+        segments = [segment for batch in batches for segment in batch]
+        assert segments == ["aaaaa", "aa", " a<|x|>"]
 
 
 @given(st.lists(st.integers(0, 50256), max_size=20))
@@ -157,6 +185,14 @@ def test_settings_and_added_tokens_do_not_change_encoding(tmp_path, gpt2, refere
     assert again.encode(text).tolist() == reference.encode_ordinary(text)
     assert again.vocab_size == 50258
     assert again.decode([50257]) == "<| é |>"
+
+
+def test_tokens_added_in_a_file_of_their_own_are_not_lost(tmp_path, tables):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tables / name, tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<|user|>": 50257}')
+    with pytest.raises(ValueError, match=r"added_tokens\.json"):
+        find_tokenizer(str(tmp_path))
 
 
 def test_nanogpt_meta_comes_back_as_it_was_written(tmp_path):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import BPETokenizer, CharTokenizer
+from jaxgpt.text import tokenizer
 from jaxgpt.text.tokenizer import encode_prompt, fits, load_tokenizer
 
 TEXT = "To be, or not to be: that is the question 🙂.\n" * 20
@@ -61,6 +62,28 @@ def test_the_most_frequent_pairs_become_tokens(bpe):
     small = BPETokenizer.train(["ababab abab"], 258)
     assert small.decode([256]) == "ab"
     assert small.encode("aab").tolist() == [*small.encode("a"), 256]
+
+
+def test_training_cuts_words_after_256_bytes():
+    """A word of n bytes costs n^2: 3 MB of DNA on one line took more than 6 minutes."""
+    small = BPETokenizer.train(["ab" * 5000], 265)
+    assert small.decode([263]) == "ab" * 128
+    with pytest.raises(ValueError, match="265"):
+        BPETokenizer.train(["ab" * 5000], 266)
+
+
+def test_native_calls_are_interruptible(bpe, monkeypatch):
+    def interrupted(call):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "interruptible", interrupted)
+    for call in (
+        lambda: BPETokenizer.train([TEXT], 258),
+        lambda: bpe.encode(TEXT),
+        lambda: bpe.encode_prompt(TEXT),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            call()
 
 
 @given(text=st.text(), data=st.data())
