@@ -208,7 +208,7 @@ def _read_optimizer(
         )
         count = jnp.asarray(int(states[0]["step"]), jnp.int32)
     except Exception as error:  # values of the wrong type raise many kinds of errors
-        log(f"the optimizer state is not imported, since it is not nanoGPT's: {error}")
+        log(f"the optimizer state is not imported: {error}")
         return None
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
     return optax.tree.set(

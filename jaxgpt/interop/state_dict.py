@@ -89,7 +89,8 @@ def from_state_dict(
       read: returns the tensor of a name; one tensor is read at a time.
       out_in: whether matrices are [out, in].
 
-    Raises ValueError that names a missing, unexpected or wrongly shaped tensor.
+    Raises ValueError that names a tensor that is missing, unexpected, wrongly shaped or
+    not finite.
     """
     if config.n_layer > len(shapes):  # else their names alone might exhaust memory
         raise ValueError(
@@ -112,8 +113,14 @@ def from_state_dict(
         array = array.T if out_in and path[-1] == "kernel" else array
         with np.errstate(over="ignore"):  # a float64 may overflow float32
             leaves[path][layer] = array.reshape(leaves[path][layer].shape)
+        if count := np.count_nonzero(~np.isfinite(leaves[path][layer])):
+            raise ValueError(
+                f"{name} is not finite: NaN, infinite or too large for float32 in "
+                f"{count:,} of {array.size:,} elements; give a checkpoint from before "
+                "the training diverged, or save the model again"
+            )
     table = leaves["wte", "embedding"]
-    if head and not np.array_equal(read(head), table, equal_nan=True):
+    if head and not np.array_equal(read(head), table):
         raise ValueError(
             f"{head} is not the token embedding; only a GPT whose head shares the "
             "embedding's weights is supported"

@@ -33,7 +33,7 @@ from jaxgpt.text.tokenizer import encode_prompt
 
 TOKENS = np.random.default_rng(0).integers(300, size=(2, 16))
 SMALL = GPTConfig(block_size=16, vocab_size=300, n_layer=2, n_head=2, n_embd=16)
-WTE = "transformer.wte.weight"
+WTE, MLP = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"
 
 
 def small(**fields):
@@ -309,6 +309,22 @@ def test_half_precision_weights_become_float32(folder, dtype):
     table = read_huggingface(folder)[1]["wte"]["embedding"]
     assert table.dtype == np.float32
     np.testing.assert_array_equal(table, halves.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(np.float32, np.nan), (np.float16, np.inf), (np.float64, -1e39)],
+    ids=["nan", "infinite", "too large for float32"],
+)
+def test_a_weight_that_is_not_finite_is_an_error(folder, dtype, value):
+    def change(tensors):
+        tensors[MLP] = tensors[MLP].astype(dtype)
+        tensors[MLP][3, 5] = value
+        return tensors
+
+    edit_weights(folder, change)
+    with pytest.raises(ValueError, match=rf"{re.escape(MLP)} .* 1 of 1,024 "):
+        read_huggingface(folder)
 
 
 def test_a_missing_file_is_an_error_that_names_it(shards):

@@ -1,3 +1,4 @@
+import math
 import re
 import shutil
 from functools import cache
@@ -183,6 +184,7 @@ def test_training_settings_are_imported(path):
         ("optimizer/state/0", None, "optimizer state"),
         ("optimizer/state/0/exp_avg", None, "optimizer state.*exp_avg"),
         ("optimizer/state/0/exp_avg", torch.ones(3), "optimizer state.*wte"),
+        ("optimizer/state/0/exp_avg", lambda m: m * math.nan, "optimizer.*wte.*NaN"),
     ],
 )
 def test_what_cannot_be_imported_is_logged_and_left_out(path, where, change, message):

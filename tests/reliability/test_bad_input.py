@@ -66,6 +66,13 @@ def corrupt(checkpoints):
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
+def with_nan(path):
+    """Makes an element of a nanoGPT's position embedding NaN."""
+    checkpoint = torch.load(path)
+    checkpoint["model"]["transformer.wpe.weight"][0, 0] = float("nan")
+    torch.save(checkpoint, path)
+
+
 def lock(path):
     """Locks a run as a training process does, until the returned file is closed."""
     file = path.open()
@@ -298,6 +305,7 @@ CASES = {
     "import and export": [
         ("code in ckpt.pt", CKPT, "ckpt.pt", {"ckpt.pt": torch_file(Malicious())}),
         ("an unknown format", f"{IMPORT} llama ckpt.pt runs/new", "'llama' 'nanogpt'"),
+        ("a weight that is NaN", CKPT, "wpe.weight NaN", {"ckpt.pt": with_nan}),
         ("a missing file", f"{IMPORT} nanogpt no.pt runs/new", "no.pt"),
         ("a truncated checkpoint", CKPT, "ckpt.pt", {"ckpt.pt": 5000}),
         ("another checkpoint", CKPT, "model_args",
