@@ -8,6 +8,7 @@ import tyro
 from jaxgpt import exits, start
 from jaxgpt.cli import parse_flags
 from jaxgpt.commands.attention import attention
+from jaxgpt.commands.cache import cache
 from jaxgpt.commands.compare import compare
 from jaxgpt.commands.convert import export, import_
 from jaxgpt.commands.evaluate import evaluate
@@ -20,6 +21,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "import": import_,
     "export": export,
     "compare": compare,
+    "cache": cache,
 }
 
 

@@ -2,17 +2,20 @@
 
 import codecs
 import os
+import platform
 import re
 import shlex
+import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 
-TMP_SUFFIX = ".tmp"  # suffix of files that are being written
+TMP_SUFFIX = ".tmp"  # suffix of files and folders that are being written
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -20,13 +23,66 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
     Creates the parent folder if needed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp_path = path.with_name(f"{path.name}.{os.getpid()}{TMP_SUFFIX}")
-    try:
+    with temporary(path) as tmp_path:
         write(tmp_path)
         os.replace(tmp_path, path)
+
+
+@contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write a file or folder at, which is then renamed.
+
+    Creates the parent folder if needed, and deletes what processes that were killed
+    have left in it. What is not renamed is deleted at the end.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    delete_abandoned(path.parent)
+    tmp_path = path.with_name(f"{path.name}.{_machine()}-{os.getpid()}{TMP_SUFFIX}")
+    delete(tmp_path)  # an earlier process may have had this PID
+    try:
+        yield tmp_path
     finally:
-        tmp_path.unlink(missing_ok=True)
+        delete(tmp_path)
+
+
+def delete_abandoned(folder: Path) -> None:
+    """Deletes what processes that were killed have left in a folder."""
+    for path in folder.glob(f"*{TMP_SUFFIX}"):
+        if is_abandoned(path):
+            delete(path)
+
+
+def is_abandoned(tmp_path: Path) -> bool:
+    """Whether the process that made the temporary file or folder has certainly ended.
+
+    Its name has the machine and the PID. Nothing is known of other machines' processes.
+    """
+    made = re.search(rf"\.{_machine()}-(\d+){re.escape(TMP_SUFFIX)}$", tmp_path.name)
+    if not made or os.name != "posix":  # elsewhere signal 0 would interrupt
+        return False
+    try:
+        os.kill(int(made[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # another user's
+        pass
+    return False
+
+
+def _machine() -> str:
+    """Names the machine and, on Linux, the container, within which PIDs are unique."""
+    namespace = Path("/proc/self/ns/pid")
+    number = namespace.stat().st_ino if namespace.exists() else 0
+    return f"{zlib.crc32(f'{platform.node()} {number}'.encode()):08x}"
+
+
+def delete(path: Path) -> None:
+    """Deletes a file or a folder, if it exists and may be deleted."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:

@@ -1,7 +1,6 @@
 """Imports PyTorch weights as a run, and exports a run for PyTorch."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from jaxgpt.config import Config
-from jaxgpt.files import TMP_SUFFIX
+from jaxgpt.files import temporary
 from jaxgpt.interop import huggingface, nanogpt
 from jaxgpt.parallel.mesh import host_mesh
 from jaxgpt.run import (
@@ -78,12 +77,11 @@ def import_(
         data = dataclasses.replace(config.data, tokenizer=tokenizer_path)
         config = dataclasses.replace(config, data=data)
     with claim_run(run_dir, resume=False, overwrite=overwrite):
-        tmp_path = run_dir / f"{CHECKPOINTS}{TMP_SUFFIX}"
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        with open_checkpoints(tmp_path) as checkpoints:
-            save_state(checkpoints, state, val_loss)
-        clear_run(run_dir)  # only once the new one is complete
-        tmp_path.rename(run_dir / CHECKPOINTS)
+        with temporary(run_dir / "import") as tmp_path:
+            with open_checkpoints(tmp_path) as checkpoints:
+                save_state(checkpoints, state, val_loss)
+            clear_run(run_dir)  # only once the new one is complete
+            tmp_path.rename(run_dir / CHECKPOINTS)
         save_config(run_dir, config, found)
     if not found:
         log_line(

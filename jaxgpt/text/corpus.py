@@ -8,7 +8,6 @@ tokens need to fit in memory.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxgpt.config import Config, DataConfig
-from jaxgpt.files import not_utf8, replace_file
+from jaxgpt.files import delete_abandoned, not_utf8, replace_file, temporary
 from jaxgpt.start import cache_dir
 from jaxgpt.terminal import progress
 from jaxgpt.text import pretrained, tinyshakespeare
@@ -329,6 +328,7 @@ def _tokenize(
     whole = "" if splits == SPLITS else "-all"
     folder = cache_dir() / "tokens" / f"{text.sha256}-{key[:16]}{whole}"
     sizes_path = folder / _SIZES
+    delete_abandoned(folder.parent)
     if sizes_path.is_file() and json.loads(sizes_path.read_text()) == _sizes(folder):
         return folder
     if isinstance(tokenizer, CharTokenizer):
@@ -346,23 +346,20 @@ def _tokenize(
             f"{text.end_of_texts:,}); to end documents with the token of that name, "
             "give each as a file of its own"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp_path = folder.with_suffix(f".{os.getpid()}")
-    tmp_path.mkdir(exist_ok=True)
-    try:
-        dtype = token_dtype(tokenizer.vocab_size)
+    dtype = token_dtype(tokenizer.vocab_size)
+    with temporary(folder) as tmp_path:
+        tmp_path.mkdir()
         with progress("tokenizing", text.length) as advance:
             for split in splits:
                 with (tmp_path / f"{split}.bin").open("wb") as file:
                     for ids in _encode(text, split, tokenizer, advance):
                         file.write(ids.astype(dtype).tobytes())
         (tmp_path / _SIZES).write_text(json.dumps(_sizes(tmp_path)))
-        tmp_path.rename(folder)
-    except OSError:
-        if not folder.exists():  # otherwise another process wrote it first
-            raise
-    finally:
-        shutil.rmtree(tmp_path, ignore_errors=True)
+        try:
+            tmp_path.rename(folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process wrote it first
+                raise
     return folder
 
 
