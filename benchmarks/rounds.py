@@ -11,12 +11,13 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
@@ -94,8 +95,8 @@ def compete(module: str, tasks: dict[str, Facts], rounds: int) -> dict[str, Fact
       rounds: number of rounds; every other one is in reverse order.
 
     Returns each contender's facts with its `rounds` and its `peak_mib` of memory, or
-    how it `failed`. The peak is the one that the last round reports, or else that of
-    the process since its start.
+    how it `failed`, or why it was `left_out`: memory is short. The peak is the one that
+    the last round reports, or else that of the process since its start.
     """
     found: dict[str, Facts] = {}
     command = [sys.executable, "-m", "benchmarks.rounds", module]
@@ -103,9 +104,9 @@ def compete(module: str, tasks: dict[str, Facts], rounds: int) -> dict[str, Fact
         running: dict[str, subprocess.Popen[str]] = {}
         try:
             for number, (name, task) in enumerate(tasks.items()):
-                if failed := _out_of_memory([child.pid for child in running.values()]):
-                    found[name] = {"failed": failed}
-                    _log(f"{name} failed: {failed}")
+                if reason := _out_of_memory([child.pid for child in running.values()]):
+                    found[name] = {"left_out": reason}
+                    _log(f"{name} is left out: {reason}")
                     continue
                 _log(f"{name}: starting")
                 errors = Path(folder) / str(number)
@@ -164,6 +165,8 @@ def _read_answer(
     child.communicate()
     lines = facts["errors"].read_text(errors="replace").strip().splitlines()
     last = lines[-1] if lines else f"exit status {child.returncode}"
+    if child.returncode == -signal.SIGKILL:
+        last = "killed, as the system does if memory runs out"
     found[name] = {"failed": last}
     _log(f"{name} failed: {last}")
     del running[name]
@@ -175,7 +178,7 @@ def _out_of_memory(pids: list[int]) -> str:
     left = psutil.virtual_memory().available / 2**20
     if left > needed:
         return ""
-    return f"{left:.0f} MiB of memory left, {needed:.0f} MiB may be needed"
+    return f"out of memory: {left:.0f} MiB left, {needed:.0f} MiB may be needed"
 
 
 def peak_mib(pid: int) -> float | None:
@@ -194,6 +197,11 @@ def rates(facts: Facts, amount: str) -> dict[str, float]:
         "lowest": min(each),
         "highest": max(each),
     }
+
+
+def reasons(facts: Facts) -> str:
+    """Why a contender without rounds has none, as "left out: ..." or "failed: ..."."""
+    return "; ".join(f"{how.replace('_', ' ')}: {why}" for how, why in facts.items())
 
 
 def machine(module: str, device: Device = "cpu") -> Facts:
@@ -223,8 +231,14 @@ def machine(module: str, device: Device = "cpu") -> Facts:
     }
 
 
-def wanted(names: Iterable[str], parts: tuple[str, ...]) -> list[str]:
-    """The names that contain one of the parts, or all names if no part is given."""
+def wanted(names: Collection[str], parts: tuple[str, ...]) -> list[str]:
+    """The names that contain one of the parts, or all names if no part is given.
+
+    Exits with the names if a part is in none of them.
+    """
+    for part in parts:
+        if not any(part in name for name in names):
+            sys.exit(f"{part!r} is in none of the names: {'; '.join(names)}")
     return [name for name in names if not parts or any(part in name for part in parts)]
 
 

@@ -44,6 +44,7 @@ from benchmarks.rounds import (
     compete,
     machine,
     rates,
+    reasons,
     settle,
     torch_device,
     wanted,
@@ -108,7 +109,7 @@ def main() -> int:
     precisions = {name.split()[-1] for name in names}
     selected = [name for name in CEILINGS if name.split()[-1] in precisions]
     for name, facts in run(selected, {"products": _PRODUCTS[arguments.device]}).items():
-        if "failed" not in facts:
+        if "rounds" in facts:
             facts["gflops"] = rates(facts, "flops")["highest"] / 1e9
             print(f"{name:28}{facts['gflops']:8.1f} GFLOP/s")
         ceilings[name] = facts
@@ -374,21 +375,21 @@ def judge(config: Any, results: dict[str, Facts], ceilings: dict[str, Facts]) ->
     tokens = config.data.batch_size * config.model.block_size
     flops = step_flops(config)
     judged = {
-        name: facts
-        if "failed" in facts
-        else facts | {"tokens_per_second": rates(facts, "tokens")}
+        name: facts | {"tokens_per_second": rates(facts, "tokens")}
+        if "rounds" in facts
+        else facts
         for name, facts in results.items()
     }
     speeds = {
         name: facts["tokens_per_second"]["median"]
         for name, facts in judged.items()
-        if "failed" not in facts
+        if "rounds" in facts
     }
     for name, speed in speeds.items():
         peers = [
             facts["gflops"]
             for ceiling, facts in ceilings.items()
-            if ceiling.split()[-1] == name.split()[-1] and "failed" not in facts
+            if ceiling.split()[-1] == name.split()[-1] and "gflops" in facts
         ]
         facts, gflops = judged[name], speed / tokens * flops / 1e9
         facts["gflops"] = gflops
@@ -421,8 +422,8 @@ def print_shape(shape: str, found: Facts) -> None:
     columns = f"{'tokens/s':>10}{'lowest - highest':>20}{'ratio':>7}"
     print(f"{'':30}{columns}{'peak MiB':>10}{'ceiling':>9}")
     for name, facts in found["contenders"].items():
-        if "failed" in facts:
-            print(f"{name:30}failed: {facts['failed']}")
+        if "rounds" not in facts:
+            print(f"{name:30}{reasons(facts)}")
             continue
         speed = facts["tokens_per_second"]
         spread = f"{speed['lowest']:,.0f} - {speed['highest']:,.0f}"

@@ -1,4 +1,5 @@
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,8 +8,7 @@ import torch
 import torch_nanogpt
 from conftest import finish, start_script
 
-from benchmarks import rounds, wall_clock
-from benchmarks.generate import judge as judge_generation
+from benchmarks import generate, rounds, wall_clock
 from benchmarks.rounds import compete, wanted
 from benchmarks.torch_recipe import exact_loss, make_schedule
 from benchmarks.train import judge as judge_training
@@ -23,11 +23,13 @@ from jaxgpt.training.optimizer import learning_rate_schedule
 
 # A contender whose rounds take made-up seconds.
 FAKE = """
-import time
+import signal, time
 
 def build(name, log, seconds=0, fails_at=None):
     if fails_at == 0:
         raise ValueError(f"{name} can't begin")
+    if fails_at == -1:
+        signal.raise_signal(signal.SIGKILL)
     print("chatter that is no answer")
     now, turns = [0], []
     time.perf_counter = lambda: now[0]
@@ -87,6 +89,16 @@ def test_a_contenders_failure_is_reported_and_the_others_go_on(fake):
     assert len(found["a"]["rounds"]) == len(found["d"]["rounds"]) == 3
 
 
+def test_a_contender_without_enough_memory_is_told_so(fake, monkeypatch):
+    found, _ = fake(1, a={}, b={"fails_at": -1})
+    assert "memory" in found["b"]["failed"]
+    nothing_left = SimpleNamespace(available=1)
+    monkeypatch.setattr(rounds.psutil, "virtual_memory", lambda: nothing_left)
+    found, turns = fake(1, c={}, d={})
+    assert turns == "ac"
+    assert "memory" in found["d"]["left_out"]
+
+
 def rounds_of(tokens, *seconds):
     return {"tokens": tokens, "rounds": [{"seconds": s} for s in seconds]}
 
@@ -97,11 +109,15 @@ def test_training_is_judged_by_median_speeds_and_the_highest_ceiling():
         "jaxgpt float32": rounds_of(600, 1, 3, 2),
         "torch eager float32": rounds_of(600, 4, 6, 5),
         "torch compile float32": {"failed": "no compiler"},
+        "transformers eager float32": {"left_out": "out of memory"},
         "torch eager bfloat16": rounds_of(600, 1, 1, 1),
     }
     gflops = {"jax float32": 2.0, "torch float32": 5.0, "torch bfloat16": 9.0}
     ceilings = {f"ceiling {name}": {"gflops": n} for name, n in gflops.items()}
     report = judge_training(config, results, ceilings)
+    assert report["contenders"].pop("transformers eager float32") == {
+        "left_out": "out of memory"
+    }
     ours, theirs, failed, half = report["contenders"].values()
     assert failed == {"failed": "no compiler"}
     speeds = {"median": 300, "lowest": 200, "highest": 600}
@@ -134,7 +150,7 @@ def test_the_training_benchmark_runs_and_writes_its_report(tmp_path):
 
 
 def test_a_contender_that_is_left_out_of_generation_has_no_ratio():
-    judged = judge_generation(
+    judged = generate.judge(
         {
             "jaxgpt": {"tokens": 8, "rounds": [{"seconds": 2.0, "first_seconds": 0.5}]},
             "transformers": rounds_of(2, 2.0),
@@ -146,10 +162,31 @@ def test_a_contender_that_is_left_out_of_generation_has_no_ratio():
     assert judged["torch lecture"] == {"left_out": "too long"}
 
 
+def test_what_transformers_cannot_do_is_left_out(monkeypatch, capsys, tmp_path):
+    tried = []
+
+    def compete(module, tasks, count):
+        tried.extend(tasks)
+        return {}
+
+    monkeypatch.setattr(generate, "compete", compete)
+    monkeypatch.setattr(generate, "settle", lambda device: None)
+    arguments = ["--contenders", "transformers", "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.generate", *arguments])
+    assert generate.main() == 0
+    out = capsys.readouterr().out
+    assert out.count("left out: not supported beyond the window") == 3
+    window = json.loads((tmp_path / "out.json").read_text())["model"]["block_size"]
+    cases = generate.CASES.values()
+    assert len(tried) == sum(case.prompt + case.new <= window for case in cases) == 3
+
+
 def test_contenders_are_chosen_by_parts_of_their_names():
     names = ["jaxgpt float32", "torch eager float32", "torch eager bfloat16"]
     assert wanted(names, ()) == names
     assert wanted(names, ("jaxgpt", "bfloat16")) == [names[0], names[2]]
+    with pytest.raises(SystemExit, match="bfloat61"):
+        wanted(names, ("jaxgpt", "bfloat61"))
 
 
 def test_pytorchs_recipe_has_our_learning_rates():
