@@ -8,6 +8,7 @@ tokens need to fit in memory.
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
