@@ -1,4 +1,4 @@
-"""Atomic file writes, paths that any library can use, and text that is not UTF-8."""
+"""Atomic file writes, leftovers, and paths and texts that libraries can't read."""
 
 import codecs
 import os

@@ -7,7 +7,6 @@ loss.png   attention.png   profile/
 import json
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +24,13 @@ except ImportError:  # Windows has no flock, so run directories are not locked
     fcntl = None  # type: ignore[assignment]
 
 from jaxgpt.config import Config, DataConfig
-from jaxgpt.files import TMP_SUFFIX, is_first_process, replace_file
+from jaxgpt.files import (
+    TMP_SUFFIX,
+    delete,
+    is_first_process,
+    replace_file,
+    temporary,
+)
 from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.mesh import host_mesh, single_device_mesh, with_shardings
@@ -262,7 +267,7 @@ def _claim(run_dir: Path, may_exist: bool) -> IO[str]:
         ) from None
     for name in _RUN_FILES:  # temporary files of a killed process
         for tmp_path in run_dir.glob(f"{name}.*{TMP_SUFFIX}"):
-            _delete(tmp_path)
+            delete(tmp_path)
     return lock
 
 
@@ -270,17 +275,12 @@ def clear_run(run_dir: Path) -> None:
     """Deletes the run's files, the config last; keeps other files."""
     if is_first_process():
         for path in (run_dir / name for name in _RUN_FILES):
-            if path.is_dir() and not path.is_symlink():  # readers must not see half
-                path = path.rename(run_dir / f"{path.name}.deleted{TMP_SUFFIX}")
-            _delete(path)
+            if path.is_dir() and not path.is_symlink():
+                with temporary(path) as tmp_path:  # so that no reader sees half
+                    path.rename(tmp_path)
+            else:
+                path.unlink(missing_ok=True)
     wait_for_all("clear")
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def save_config(run_dir: Path, config: Config, tokenizer: Tokenizer | None) -> None:

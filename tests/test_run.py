@@ -56,7 +56,7 @@ def test_only_overwrite_replaces_a_run_and_only_its_own_files(run_dir):
     with pytest.raises(FileExistsError, match=r"--resume.*--overwrite"), claim(run_dir):
         pass
     assert contents(run_dir) == before
-    shutil.copytree(run_dir / "checkpoints", run_dir / "checkpoints.deleted.tmp")
+    shutil.copytree(run_dir / "checkpoints", run_dir / "checkpoints.other-7.tmp")
     (run_dir / "config.json.7.tmp").touch()  # both left by killed processes
     with claim(run_dir, overwrite=True):
         run.clear_run(run_dir)
