@@ -28,7 +28,6 @@ from rich.table import Table
 from jaxgpt.config import Config, MeshConfig, check_seed
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
-from jaxgpt.ops import cross_entropy
 from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.feeding import stack_batches
 from jaxgpt.parallel.mesh import make_mesh
@@ -37,7 +36,7 @@ from jaxgpt.run import Run
 from jaxgpt.terminal import log_line
 from jaxgpt.text.batches import training_source
 from jaxgpt.text.corpus import Corpus, load_corpus
-from jaxgpt.training.evaluation import evaluate_exactly
+from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
 from jaxgpt.training.objectives import Batch, next_token
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.step import (
@@ -173,12 +172,7 @@ def train_rung(
     started = time.monotonic()
     mesh, curve = make_mesh(config, devices=[device]), []
     model = build_model(config.model, platform_of(device))
-
-    @jax.jit  # `make_losses_step` shards, which takes longer than these small models
-    def losses_of(params: Any, batch: Batch) -> jax.Array:
-        inputs_BT, targets_BT = batch
-        return cross_entropy(model.apply({"params": params}, inputs_BT), targets_BT)
-
+    losses_of = make_losses_step(model, mesh)
     for step, params_S in train_seeds(model, config, mesh, corpus, seeds):
         each_params = [jax.tree.map(itemgetter(s), params_S) for s in range(len(seeds))]
         losses = [

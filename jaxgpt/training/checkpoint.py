@@ -123,7 +123,10 @@ def save_state(
 def _read_back(saved: Path, parts: dict[str, Any]) -> None:
     """Raises ValueError unless the checkpoint just saved can be restored."""
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None)
+        ),
+        parts,
     )
     is_large = sum(x.nbytes for x in jax.tree.leaves(parts)) > _READ_BACK_BYTES
     try:

@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 from jaxgpt import ops
 from jaxgpt.config import Config
 from jaxgpt.parallel.feeding import shard_batch
-from jaxgpt.parallel.mesh import activation_sharding, replicated, shardings
+from jaxgpt.parallel.mesh import activation_sharding, replicated
 from jaxgpt.text.batches import Source
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
 
-# Maps parameters and a batch (in full on every process) to results on every process.
+# Maps sharded parameters and a batch (in full on every process) to results on every
+# process.
 EvalStep = Callable[[Any, Batch], Any]
 
 
@@ -53,7 +54,6 @@ def _compile(function: EvalStep, mesh: Mesh) -> EvalStep:
     jitted = jax.jit(function, out_shardings=replicated(mesh))
 
     def eval_step(params: Any, batch: Batch) -> Any:
-        params = jax.device_put(params, shardings(params, mesh))  # if not yet sharded
         with activation_sharding(mesh):
             return jitted(params, shard_batch(mesh, batch))
 

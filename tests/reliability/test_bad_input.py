@@ -393,8 +393,8 @@ def message_of(status, err, here):
     else:
         message = re.search(r"^error: (.+)\Z", err, re.MULTILINE | re.DOTALL)[1]
     message = " ".join(message.replace(str(here), "DIR").split())
-    digests_and_temporary_names = r"\b([0-9a-f]{32}){1,2}\b"
-    return re.sub(digests_and_temporary_names, "...", message)
+    digests, temporary_names = r"\b([0-9a-f]{32}){1,2}\b", r"[0-9a-f]{8}-\d+(?=\.tmp)"
+    return re.sub(f"{digests}|{temporary_names}", "...", message)
 
 
 # The first case of each group, and these, which protect files or have no other test.

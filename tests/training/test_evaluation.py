@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import TINY, changed, logits_of, mesh_of
 
+from jaxgpt.parallel.mesh import replicated
 from jaxgpt.text.batches import evaluation_source
 from jaxgpt.training import evaluation
 from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
@@ -126,7 +127,7 @@ def test_an_evaluation_of_weight_0_is_an_error():
 
 def test_many_evaluations_on_many_devices_do_not_deadlock(bigram):
     model, params = bigram
-    params = jax.device_put(params, jax.devices()[0])
+    params = jax.device_put(params, replicated(mesh_of(TINY)))
     splits = np.zeros(99, np.uint16), np.ones(99, np.uint16)
     losses = estimates(next_token(model), TINY, params, *splits, batches=200)
     expected = -jax.nn.log_softmax(params["table"]["embedding"]).diagonal()
