@@ -90,8 +90,15 @@ def start() -> None:
         # step of `shakespeare-char-cpu` took 19.6 ms with one arena, 18.1 with two.
         with suppress(OSError):  # not glibc
             ctypes.CDLL("libc.so.6").mallopt(-8, 2)  # M_ARENA_MAX
-    # A file or a pipe gets UTF-8, whatever the locale; a terminal shows "?" for what it
-    # can't. Arguments that are not UTF-8 become surrogates, which nothing can encode.
+    encode_output()
+
+
+def encode_output() -> None:
+    """Makes a file or a pipe get UTF-8, whatever the locale is.
+
+    A terminal shows "?" for what it can't. So do all for surrogates, which arguments
+    and names of files that are not UTF-8 become.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not if it is closed
             encoding = None if stream.isatty() else "utf-8"

@@ -284,7 +284,7 @@ def tiny_run(make_once):
 def call(monkeypatch, capsys):
     """Calls a script's or `python -m jaxgpt`'s main here; returns stdout and stderr."""
     mains = {"train.py": train, "generate.py": generate, "jaxgpt": __main__}
-    monkeypatch.setattr(start, "start", lambda: None)
+    monkeypatch.setattr(start, "start", start.encode_output)
 
     def call(script, *arguments, status=0):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])

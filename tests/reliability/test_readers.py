@@ -462,7 +462,7 @@ def test_any_prompt_is_continued_in_utf8_or_refused(kind, prompt, stop):
         patch.setattr(generate.tyro, "cli", lambda *args, **kwargs: arguments)
         patch.setattr(generate, "load_config", lambda run_dir: run.config)
         patch.setattr(generate, "load_run", lambda *args: run)
-        patch.setattr(generate.start, "start", lambda: None)
+        patch.setattr(generate.start, "start", generate.start.encode_output)
         patch.setattr(sys, "stdout", stdout)
         outcome(generate.main)
     stdout.flush()

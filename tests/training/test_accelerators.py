@@ -330,8 +330,9 @@ def bfloat16_products(text):
 
 
 # Calls of cuDNN's attention in the text, forward and backward. The scanned layers share
-# one function. Of the 3 unrolled layers of generation, the last computes one position;
-# that uses the plain form, as does a token that attends to the cache.
+# one function, but with jax 0.11 only if they are not unrolled. Of the 3 unrolled
+# layers of generation, the last computes one position; that uses the plain form, as
+# does a token that attends to the cache.
 CALLS = {
     "training": (1, 1),
     "evaluation": (1, 0),
@@ -340,6 +341,7 @@ CALLS = {
     "generation with a cache": (0, 0),
     "generation by windows": (2, 0),
 }
+UNROLLED = {"training": (3, 3), "evaluation": (3, 0), "run.model.apply": (3, 0)}
 
 
 @pytest.mark.usefixtures("cudnn")
@@ -349,7 +351,7 @@ def test_every_program_for_cuda_uses_the_ops_for_cuda():
         found[name] = text.count("@cudnn_forward"), text.count("@cudnn_backward")
         # Four matmuls a layer; equal layers may share one function.
         assert bfloat16_products(text).count("bf16") >= 4, name
-    assert found == CALLS
+    assert found in (CALLS, CALLS | UNROLLED)
 
 
 def test_every_program_for_a_tpu_uses_the_ops_for_tpus():
