@@ -70,7 +70,9 @@ def main() -> None:
             print(line, flush=True)
         return
     resume, overwrite = options.resume, options.overwrite
-    resume_command = f"python train.py --out-dir {shlex.quote(str(run_dir))} --resume"
+    dash = "./" if str(run_dir).startswith("-") else ""  # else it were a flag
+    quoted_dir = shlex.quote(f"{dash}{run_dir}")
+    resume_command = f"python train.py --out-dir {quoted_dir} --resume"
     try:
         signal = train(config, run_dir, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
@@ -81,7 +83,6 @@ def main() -> None:
         log_line(f"stopped; resume with: {resume_command}")
         sys.exit(128 + signal)
     if processes.several_processes():
-        quoted_dir = shlex.quote(str(run_dir))
         log_line(f"sample with: python generate.py --run-dir {quoted_dir}")
         return
     saved = load_config(run_dir)

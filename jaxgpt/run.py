@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -71,7 +71,7 @@ class Run:
     config: Config
     tokenizer: Tokenizer | None
     model: nn.Module
-    params: Any
+    params: Any = field(repr=False)  # thousands of numbers
     step: int
 
 

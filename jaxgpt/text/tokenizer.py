@@ -98,9 +98,9 @@ class CharTokenizer:
         """The tokenizer as JSON."""
         return json.dumps({"type": "char", "characters": self.characters})
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the tokenizer as JSON, which `load_tokenizer` reads."""
-        path.write_text(self.to_json(), encoding="utf-8")
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
 
 class BPETokenizer:
@@ -211,7 +211,7 @@ class BPETokenizer:
         )
         if not is_gpt2:
             raise ValueError("it does not split text as GPT-2's byte-level BPE does")
-        return cls(tokenizers.Tokenizer.from_str(content.decode("utf-8")))
+        return cls(tokenizers.Tokenizer.from_str(content.decode("utf-8-sig")))
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, i32 [tokens]; unpaired surrogates become U+FFFD."""
@@ -254,9 +254,9 @@ class BPETokenizer:
         """The tokenizer as JSON, in the format of the library `tokenizers`."""
         return self._tokenizer.to_str()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the tokenizer as JSON, which `load_tokenizer` reads."""
-        path.write_text(self.to_json(), encoding="utf-8")
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
 
 Tokenizer = CharTokenizer | BPETokenizer
