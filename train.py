@@ -70,7 +70,7 @@ def main() -> None:
             print(line, flush=True)
         return
     resume, overwrite = options.resume, options.overwrite
-    dash = "./" if str(run_dir).startswith("-") else ""  # else it were a flag
+    dash = "./" if str(run_dir).startswith("-") else ""  # or it would be read as a flag
     quoted_dir = shlex.quote(f"{dash}{run_dir}")
     resume_command = f"python train.py --out-dir {quoted_dir} --resume"
     try:

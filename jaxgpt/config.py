@@ -182,8 +182,10 @@ class DataConfig:
     @property
     def has_tokens(self) -> bool:
         """Whether `path` is a single directory with train.bin or val.bin."""
-        files = (Path(*self.path, name) for name in ("train.bin", "val.bin"))
-        return len(self.path) == 1 and any(file.exists() for file in files)
+        names = ("train.bin", "val.bin")
+        return len(self.path) == 1 and any(
+            Path(self.path[0], name).exists() for name in names
+        )
 
     @property
     def microbatch_size(self) -> int:

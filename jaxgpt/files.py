@@ -87,12 +87,11 @@ def delete(path: Path) -> None:
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
     """The error of a text file in another encoding; it says how to convert the file."""
-    found = "an unknown encoding, such as LATIN1"
-    if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        found = "UTF-16"
+    utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "UTF-16" if utf16 else "LATIN1"
     return ValueError(
-        f"{path} is not UTF-8 text but in {found} ({error.reason}); convert it first: "
-        f"iconv -f {found.split()[-1]} -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
+        f"{path} is not UTF-8 text ({error.reason}); if it is {encoding}, convert it: "
+        f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
     )
 
 
@@ -105,16 +104,21 @@ def is_first_process() -> bool:
 def plain_path(path: Path) -> Iterator[Path]:
     """Yields an absolute path to the same folder, of plain ASCII characters.
 
-    Orbax takes a path as a glob pattern, and TensorStore takes only UTF-8. Other paths
-    are reached through a symbolic link, which is deleted on exit.
+    Orbax takes a path as a glob pattern, and TensorStore takes only UTF-8. Folders with
+    other names are reached by a file descriptor or, where there is no /proc, through a
+    symbolic link, which is deleted on exit.
     """
     plain, path = re.compile(r"[\w/.+=@, -]*", re.ASCII), path.absolute()
-    if plain.fullmatch(str(path)):
+    if os.name != "posix" or plain.fullmatch(str(path)):
         yield path
-        return
-    temporary = tempfile.gettempdir()
-    parent = temporary if plain.fullmatch(temporary) else "/tmp"
-    with tempfile.TemporaryDirectory(prefix="jaxgpt-", dir=parent) as folder:
-        link = Path(folder, "link")
-        link.symlink_to(path)
-        yield link
+    elif Path("/proc/self/fd").exists():
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield Path(f"/proc/self/fd/{folder}")
+        finally:
+            os.close(folder)
+    else:
+        with tempfile.TemporaryDirectory(prefix="jaxgpt-") as link_folder:
+            link = Path(link_folder, "link")
+            link.symlink_to(path)
+            yield link

@@ -90,6 +90,9 @@ def start() -> None:
         # step of `shakespeare-char-cpu` took 19.6 ms with one arena, 18.1 with two.
         with suppress(OSError):  # not glibc
             ctypes.CDLL("libc.so.6").mallopt(-8, 2)  # M_ARENA_MAX
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        with suppress(OSError):  # else matplotlib warns of a temporary folder
+            os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
     encode_output()
 
 

@@ -37,6 +37,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
       total: how much there is to do, in any unit.
     """
     console = Console(stderr=True, highlight=False)
+    started = time.monotonic()
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -46,7 +47,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         transient=True,
         disable=not (console.is_terminal and is_first_process()),
     ) as bar:
-        task, done, said = bar.add_task(label, total=total), 0, time.monotonic()
+        task, done, said = bar.add_task(label, total=total), 0, started
 
         def advance(amount: int) -> None:
             nonlocal done, said
@@ -54,6 +55,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
             bar.update(task, completed=done)
             if bar.disable and time.monotonic() - said > _LINE_SECONDS:
                 said = time.monotonic()
-                log_line(f"{label}: {done / total:.0%}")
+                left = (said - started) * (total - done) / done
+                log_line(f"{label}: {done / total:.0%}, {left:.0f} s left")
 
         yield advance

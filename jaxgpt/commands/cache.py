@@ -1,6 +1,7 @@
 """The cache: where it is, how large its parts are, and how to empty it."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from tyro.conf import FlagCreatePairsOff
@@ -54,6 +55,8 @@ def _clear(part: Path) -> list[Path]:
 
 
 def _size(part: Path) -> int:
-    return sum(
-        path.stat().st_size for path in (part, *part.rglob("*")) if path.is_file()
-    )
+    size = 0
+    for path in (part, *part.rglob("*")):
+        with suppress(FileNotFoundError):  # a program that runs may delete it
+            size += path.stat().st_size if path.is_file() else 0
+    return size

@@ -12,7 +12,7 @@ import tyro
 from jaxgpt.config import MeshConfig
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import load_config, load_run, text_tokenizer
-from jaxgpt.terminal import log_line
+from jaxgpt.terminal import log_line, progress
 from jaxgpt.text.corpus import load_split
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
@@ -62,7 +62,10 @@ def evaluate(
     log_line(f"evaluating on {part} of {text}")
     tokens = load_split(config, split, log_line, run.tokenizer)
     eval_step = make_losses_step(run.model, devices)
-    result = evaluate_exactly(eval_step, run.params, tokens, config, stride)
+    with progress("evaluating", len(tokens) - 1) as advance:
+        result = evaluate_exactly(
+            eval_step, run.params, tokens, config, stride, advance
+        )
     report = {"split": split, **dataclasses.asdict(result)}
     report["perplexity"] = math.exp(result.nats_per_token)
     report["bits_per_character"] = None

@@ -229,7 +229,7 @@ def _text_files(path: Path) -> list[Path]:
     for folder, subfolders, names in os.walk(path, onerror=fail):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         shown = (name for name in names if not name.startswith("."))
-        files += [Path(folder, name) for name in shown if name.endswith(".txt")]
+        files += [Path(folder, name) for name in shown if name.lower().endswith(".txt")]
     if not files:
         raise FileNotFoundError(f"{path.absolute()} has no *.txt files; {_EXPECTED}")
     return sorted(files)
@@ -240,7 +240,7 @@ def _read_text(path: Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[
     position = 0
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         try:
-            while chunk := file.read(_CHUNK):
+            while position < stop and (chunk := file.read(_CHUNK)):
                 yield chunk[max(start - position, 0) : max(stop - position, 0)]
                 position += len(chunk)
         except UnicodeDecodeError as error:
@@ -328,6 +328,12 @@ def _tokenize(
     key = hashlib.sha256((tokenizer.to_json() + boundaries).encode()).hexdigest()
     whole = "" if splits == SPLITS else "-all"
     folder = cache_dir() / "tokens" / f"{text.sha256}-{key[:16]}{whole}"
+    if text.end_of_texts and tokenizer.end_of_text is not None:
+        log(
+            f"{END_OF_TEXT} is text like any other in a corpus (occurrences: "
+            f"{text.end_of_texts:,}); to end documents with the token of that name, "
+            "give each as a file of its own"
+        )
     sizes_path = folder / _SIZES
     delete_abandoned(folder.parent)
     if sizes_path.is_file() and json.loads(sizes_path.read_text()) == _sizes(folder):
@@ -341,12 +347,6 @@ def _tokenize(
             )
     shutil.rmtree(folder, ignore_errors=True)  # incomplete or damaged files
     log(f"tokenizing {text.length:,} characters into {folder}")
-    if text.end_of_texts and tokenizer.end_of_text is not None:
-        log(
-            f"{END_OF_TEXT} is text like any other in a corpus (occurrences: "
-            f"{text.end_of_texts:,}); to end documents with the token of that name, "
-            "give each as a file of its own"
-        )
     dtype = token_dtype(tokenizer.vocab_size)
     with temporary(folder) as tmp_path:
         tmp_path.mkdir()

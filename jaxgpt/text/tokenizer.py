@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import tokenizers
@@ -151,8 +151,11 @@ class BPETokenizer:
 
         Raises ValueError if they are not tables of byte-level BPE.
         """
-        try:
-            return cls(_byte_level(models.BPE.from_file(str(vocab), str(merges))))
+        try:  # not `BPE.from_file`, which takes only paths and texts in plain UTF-8
+            lines = merges.read_bytes().decode("utf-8-sig").split("\n")
+            lines = [line for line in lines if line and line[:8] != "#version"]
+            pairs: Any = [tuple(line.split()) for line in lines]
+            return cls(_byte_level(models.BPE(json.loads(vocab.read_bytes()), pairs)))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(
                 f"{vocab} and {merges} are not tables of byte-level BPE: {error}"

@@ -7,6 +7,7 @@ checkpoint whose restored arrays do not match, or are not finite, is never used.
 
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,12 +38,16 @@ _DELETED = "deleted"  # checkpoints are moved there first, so that readers see n
 _READ_BACK_BYTES = 2 << 30  # a larger first checkpoint is read back only in part
 
 
-# Causes that a user should see if no checkpoint can be restored.
-_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+_NO_MEMORY = (MemoryError, jax.errors.JaxRuntimeError)
+_NOT_DAMAGE = (*_NO_MEMORY, PermissionError)
 
 
 class _RestoreError(ValueError):
-    """A checkpoint that can't be restored, or differs from what was saved."""
+    """A checkpoint that can't be restored."""
+
+
+class _DamageError(_RestoreError):
+    """A checkpoint that is unreadable, or differs from what was saved."""
 
 
 @contextmanager
@@ -117,11 +122,12 @@ def save_state(
             raise ValueError(f"there is already a checkpoint later than step {step}")
         if is_first:
             checkpoints.wait_until_finished()
-            _read_back(Path(checkpoints.directory).resolve() / str(step), parts)
+    if is_first:
+        _read_back(Path(checkpoints.directory).resolve() / str(step), parts)
 
 
 def _read_back(saved: Path, parts: dict[str, Any]) -> None:
-    """Raises ValueError unless the checkpoint just saved can be restored."""
+    """Raises OSError unless the checkpoint just saved can be restored."""
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=getattr(x, "sharding", None)
@@ -129,10 +135,22 @@ def _read_back(saved: Path, parts: dict[str, Any]) -> None:
         parts,
     )
     is_large = sum(x.nbytes for x in jax.tree.leaves(parts)) > _READ_BACK_BYTES
+    for wait in (0, 1, 4, 10):  # a network file system may be slow to show it
+        time.sleep(wait)
+        if saved.exists():
+            break
     try:
-        _restore(saved, abstract, only_one=is_large)
+        try:
+            _restore(saved, abstract, only_one=is_large)
+        except _RestoreError as error:
+            if not isinstance(error.__cause__, _NO_MEMORY):
+                raise
+            _restore(saved, abstract, only_one=True)  # there is no room for a second
     except _RestoreError as error:
-        raise ValueError(f"it was written, but can't be read back: {error}") from error
+        raise OSError(
+            f"the first checkpoint was saved, but can't be read back: {error}; train "
+            "in another directory"
+        ) from error
 
 
 def _only_smallest(tree: Any) -> Any:
@@ -214,7 +232,8 @@ def restore_state(
     if (saved_step := progress["step"]) != step:
         raise ValueError(f"{saved} contains step {saved_step}; rename it to match")
     for damaged, fault in faults.items():
-        renamed = folder / f"{damaged}.damaged"
+        kind = "damaged" if isinstance(fault, _DamageError) else "unreadable"
+        renamed = folder / f"{damaged}.{kind}"
         action = f"renamed to {renamed.name}" if resume else "skipped"
         log_line(f"{fault}; it was {action}, and step {step} is used instead")
         if resume and is_first_process():
@@ -240,9 +259,11 @@ def _restore_first(
     for fault in faults.values():
         if isinstance(fault.__cause__, _NOT_DAMAGE):
             raise fault.__cause__
-    other = f"move {folder} away to start at step 0" if resume else "use another"
+    advice = f"move {folder} away to start at step 0" if resume else "use another"
+    advice = f"; restore one from a copy, or {advice}"
+    damaged = any(isinstance(fault, _DamageError) for fault in faults.values())
     listed = "; ".join(map(str, faults.values()))
-    raise ValueError(f"{listed}; restore one from a copy, or {other}")
+    raise ValueError(listed + (advice if damaged else ""))
 
 
 def _restore(
@@ -252,21 +273,23 @@ def _restore(
 
     With `only_one`, reads one small array of each part; the others are PLACEHOLDER.
     """
-    with plain_path(saved) as path:
-        with _same_outcome_everywhere(saved):
-            record = read_record(path)
-        is_older = "checksums" not in record
-        try:
-            check_shapes(record["shapes"], shapes(parts["params"]), str(saved))
-        except ValueError as error:
-            raise _RestoreError(str(error)) from error
-        handler, restored = ocp.PyTreeCheckpointHandler(), {}  # no process barriers
-        with _same_outcome_everywhere(saved, is_older=is_older):
-            for name in [name for name in parts if name in record["parts"]]:
-                wanted = _only_smallest(parts[name]) if only_one else parts[name]
-                restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-                args = ocp.args.PyTreeRestore(wanted, restore_args)
-                restored[name] = handler.restore(path / name, args=args)
+    with _same_outcome_everywhere(saved), plain_path(saved) as path:
+        record = read_record(path)
+    is_older = "checksums" not in record
+    try:
+        check_shapes(record["shapes"], shapes(parts["params"]), str(saved))
+    except ValueError as error:
+        raise _RestoreError(str(error)) from error
+    handler, restored = ocp.PyTreeCheckpointHandler(), {}  # no process barriers
+    with (
+        _same_outcome_everywhere(saved, is_older=is_older),
+        plain_path(saved) as path,
+    ):
+        for name in [name for name in parts if name in record["parts"]]:
+            wanted = _only_smallest(parts[name]) if only_one else parts[name]
+            restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+            args = ocp.args.PyTreeRestore(wanted, restore_args)
+            restored[name] = handler.restore(path / name, args=args)
     if bad := non_finite_array(restored["params"]):
         raise _RestoreError(f"{saved} has parameters that are not finite ({bad})")
     if is_older:
@@ -274,7 +297,7 @@ def _restore(
         return restored
     for name, number in checksums(restored).items():
         if number != record["checksums"].get(name):
-            raise _RestoreError(f"{saved} is damaged (checksum mismatch in {name})")
+            raise _DamageError(f"{saved} is damaged (checksum mismatch in {name})")
     return restored
 
 
@@ -291,14 +314,13 @@ def _same_outcome_everywhere(saved: Path, *, is_older: bool = False) -> Iterator
         reason = reason or type(failed).__name__
         if isinstance(failed, _NOT_DAMAGE):
             raise _RestoreError(f"{saved} can't be read ({reason})") from failed
-        fault = "is damaged"
-        if is_older:
-            fault = (
-                "is from an older version, and this one can't read all of it; "
-                "--init-from reads only the parameters"
-            )
         reason = reason.split(":")[0]  # without TensorStore's details of its drivers
-        raise _RestoreError(f"{saved} {fault} ({reason})") from failed
+        if is_older:
+            raise _RestoreError(
+                f"{saved} is from an older version, and this one can't read all of it "
+                f"({reason}); `train.py --init-from` reads only the parameters"
+            ) from failed
+        raise _DamageError(f"{saved} is damaged ({reason})") from failed
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -337,7 +359,7 @@ def best_metric(folder: Path) -> float | None:
 def _metrics(folder: Path, steps: list[int], unreadable: float) -> dict[int, float]:
     metrics = dict.fromkeys(steps, unreadable)
     for step in steps:
-        with suppress(ValueError):
+        with suppress(ValueError, OSError):
             metrics[step] = read_record(folder / str(step))["figure"]
     return metrics
 

@@ -351,7 +351,7 @@ def test_every_program_for_cuda_uses_the_ops_for_cuda():
         found[name] = text.count("@cudnn_forward"), text.count("@cudnn_backward")
         # Four matmuls a layer; equal layers may share one function.
         assert bfloat16_products(text).count("bf16") >= 4, name
-    assert found in (CALLS, CALLS | UNROLLED)
+    assert found == (CALLS if jax.__version_info__ < (0, 11) else CALLS | UNROLLED)
 
 
 def test_every_program_for_a_tpu_uses_the_ops_for_tpus():

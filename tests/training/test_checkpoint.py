@@ -342,6 +342,44 @@ def test_whatever_makes_a_restore_fail_leads_to_the_one_before(
     assert checkpoint.saved_steps(two) == [4, 6]
 
 
+def test_a_record_that_may_not_be_read_hides_no_other_checkpoint(two, monkeypatch):
+    read = checkpoint.read_record
+
+    def fail(saved):
+        if saved.name == "6":
+            raise PermissionError
+        return read(saved)
+
+    monkeypatch.setattr(checkpoint, "read_record", fail)
+    assert_equal(restore(two, "best"), state_at(4))
+    assert checkpoint.best_metric(two) == 1.0
+    save(two, {8: None})
+    assert restore(two, resume=True).step == 8
+
+
+def test_a_checkpoint_that_may_not_be_read_is_kept_aside(two, monkeypatch):
+    fail_to_read(monkeypatch, PermissionError(), step=6)
+    assert_equal(restore(two, resume=True), state_at(4))
+    monkeypatch.undo()
+    (two / "6.unreadable").rename(two / "6")
+    assert_equal(restore(two), state_at(6))
+
+
+def test_a_first_checkpoint_for_which_memory_is_short_is_read_back_in_part(
+    tmp_path, monkeypatch
+):
+    whole = checkpoint.ocp.PyTreeCheckpointHandler.restore
+
+    def fail(self, path, args):
+        if ... not in jax.tree.leaves(args.item):
+            raise MemoryError
+        return whole(self, path, args=args)
+
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", fail)
+    save(tmp_path, {4: 1.0})
+    assert checkpoint.saved_steps(tmp_path) == [4]
+
+
 def test_parameters_that_are_not_finite_are_not_used(two, capsys):
     params = jax.tree.map(jnp.copy, STATE.params)
     params["wte"]["embedding"] = params["wte"]["embedding"].at[3, 2].set(jnp.nan)
