@@ -143,9 +143,11 @@ def test_tiny_shakespeare_has_as_many_gpt2_tokens_as_in_nanogpt():
 )
 def test_a_tokenizer_is_found_in_a_directory_or_a_file(tmp_path, gpt2, tables, names):
     expected = gpt2.to_json()
+    folder = tmp_path / "\udcff"  # not UTF-8
+    folder.mkdir()
     for name, table in zip(names, ("vocab.json", "merges.txt"), strict=True):
-        shutil.copy(tables / table, tmp_path / name)
-    assert find_tokenizer(str(tmp_path)).to_json() == expected
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (tables / table).read_bytes())
+    assert find_tokenizer(str(folder)).to_json() == expected
     gpt2.save(tmp_path / "tokenizer.json")
     for place in (tmp_path, tmp_path / "tokenizer.json"):
         assert find_tokenizer(str(place)).to_json() == expected
