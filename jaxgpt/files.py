@@ -87,12 +87,17 @@ def delete(path: Path) -> None:
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
     """The error of a text file in another encoding; it says how to convert the file."""
-    utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    encoding = "UTF-16" if utf16 else "LATIN1"
-    return ValueError(
-        f"{path} is not UTF-8 text ({error.reason}); if it is {encoding}, convert it: "
-        f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
-    )
+    quoted, start = shlex.quote(str(path)), error.object[:2]
+    if start == b"\x1f\x8b":
+        advice = f"it is compressed; decompress it: zcat {quoted} > text.txt"
+    else:
+        utf16 = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding = "UTF-16" if utf16 else "LATIN1"
+        advice = (
+            f"if it is {encoding}, convert it: iconv -f {encoding} -t UTF-8 {quoted}"
+        )
+        advice += " > utf8.txt"
+    return ValueError(f"{path} is not UTF-8 text ({error.reason}); {advice}")
 
 
 def is_first_process() -> bool:
@@ -102,21 +107,21 @@ def is_first_process() -> bool:
 
 @contextmanager
 def plain_path(path: Path) -> Iterator[Path]:
-    """Yields an absolute path to the same folder, of plain ASCII characters.
+    """Yields an absolute path to the same file or folder, of plain ASCII characters.
 
-    Orbax takes a path as a glob pattern, and TensorStore takes only UTF-8. Folders with
-    other names are reached by a file descriptor or, where there is no /proc, through a
+    Orbax takes a path as a glob pattern, and many libraries take only UTF-8. Other
+    paths are reached by a file descriptor or, where there is no /proc, through a
     symbolic link, which is deleted on exit.
     """
     plain, path = re.compile(r"[\w/.+=@, -]*", re.ASCII), path.absolute()
     if os.name != "posix" or plain.fullmatch(str(path)):
         yield path
     elif Path("/proc/self/fd").exists():
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        opened = os.open(path, os.O_RDONLY)
         try:
-            yield Path(f"/proc/self/fd/{folder}")
+            yield Path(f"/proc/self/fd/{opened}")
         finally:
-            os.close(folder)
+            os.close(opened)
     else:
         with tempfile.TemporaryDirectory(prefix="jaxgpt-") as link_folder:
             link = Path(link_folder, "link")

@@ -199,7 +199,7 @@ def assert_every_flag_is_explained(help_text):
     _, options = help_text.replace("│", "").split(" options ", 1)
     text = " ".join(options.split())
     flags = re.findall(r"(?<!\()--[a-z.-]+", text)
-    assert len(flags) > 2
+    assert len(flags) > 1  # one besides --help
     for flag in flags:
         values_and_help = text.split(f"{flag} ")[1]
         values_and_help = re.split(r"\((?:default|required)", values_and_help)[0]

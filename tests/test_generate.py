@@ -1,3 +1,4 @@
+import gzip
 import re
 from functools import partial
 
@@ -53,9 +54,11 @@ def test_a_prompt_comes_from_a_file_and_is_cropped_to_the_window(sample, tmp_pat
     assert re.findall(r"\d+", err) == ["16", "8"]  # tokens, and those that fit
     cropped = sample("--prompt", "e or not", "--max-new-tokens", "20").out
     assert out == "not to b" + cropped
-    for content, encoding in (("be".encode("utf-16"), "UTF-16"), (b"\xe9", "LATIN1")):
+    utf16, gz = "be".encode("utf-16"), gzip.compress(b"be")
+    advice = {utf16: "iconv -f UTF-16 ", b"\xe9": "iconv -f LATIN1 ", gz: "zcat "}
+    for content, way_out in advice.items():
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"prompt\.txt .*iconv -f {encoding} "):
+        with pytest.raises(ValueError, match=rf"prompt\.txt .*{way_out}"):
             sample("--prompt", f"FILE:{path}")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tyro.conf import FlagCreatePairsOff
 
-from jaxgpt.files import TMP_SUFFIX, delete, is_abandoned
+from jaxgpt.files import TMP_SUFFIX, delete, delete_abandoned, is_abandoned
 from jaxgpt.start import cache_dir
 
 PARTS = {
@@ -25,6 +25,8 @@ def cache(clear: FlagCreatePairsOff[bool] = False) -> int:
         clear: delete all of it; what is needed again is fetched or made again
     """
     folder = cache_dir()
+    for part in ("", *PARTS):
+        delete_abandoned(folder / part)
     sizes = {name: _size(folder / name) for name in PARTS}
     total = sum(sizes.values())
     print(folder)

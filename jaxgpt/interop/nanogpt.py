@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxgpt.config import Config, GPTConfig
-from jaxgpt.files import replace_file
+from jaxgpt.files import plain_path, replace_file
 from jaxgpt.interop import required, state_dict
 from jaxgpt.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxgpt.training.step import TrainState
@@ -59,7 +59,10 @@ def read_nanogpt(
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a ckpt.pt of nanoGPT")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with plain_path(path) as plain:
+            checkpoint = torch.load(
+                plain, map_location="cpu", weights_only=True, mmap=True
+            )
     except Exception as error:  # a damaged file raises many kinds of errors
         raise ValueError(
             f"{path} is not a PyTorch checkpoint, is truncated, or contains more than "

@@ -26,6 +26,7 @@ from jaxgpt.config import (
     SamplingConfig,
     TrainConfig,
 )
+from jaxgpt.files import plain_path
 from jaxgpt.generation.decode import generate_tokens
 from jaxgpt.interop import huggingface, required, state_dict
 from jaxgpt.models import build_model
@@ -99,7 +100,8 @@ def gpt2_of_params(config: GPTConfig, params: Any) -> Any:
 def gpt2_of_nanogpt(config: GPTConfig, path: Path) -> Any:
     """Returns transformers' GPT-2 with a ckpt.pt's weights, read without our code."""
     torch, reference = required("torch"), _gpt2(config)
-    tensors = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    with plain_path(path) as plain:
+        tensors = torch.load(plain, map_location="cpu", weights_only=True)["model"]
     linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transposed in GPT-2
     tensors = {
         state_dict.plain_name(name): tensor.T if name.endswith(linear) else tensor
@@ -113,9 +115,10 @@ def gpt2_of_directory(folder: Path) -> Any:
     """Returns the GPT-2 in a Hugging Face directory, as transformers loads it."""
     transformers = required("transformers")
     transformers.utils.logging.disable_progress_bar()
-    return transformers.GPT2LMHeadModel.from_pretrained(
-        folder, attn_implementation="eager", dtype="float32"
-    )
+    with plain_path(folder) as plain:
+        return transformers.GPT2LMHeadModel.from_pretrained(
+            plain, attn_implementation="eager", dtype="float32"
+        )
 
 
 def compare(

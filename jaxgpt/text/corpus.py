@@ -124,8 +124,8 @@ def load_split(
     ids = tokens[split] if split in tokens else np.concatenate(list(tokens.values()))
     if len(ids) < 2:
         raise ValueError(
-            f"{split} of the corpus has {len(ids)} tokens, but the first prediction "
-            "needs 2; give a longer text"
+            f"a prediction needs 2 tokens, but {split} of the corpus has {len(ids)}; "
+            "give a longer text"
         )
     return ids
 
@@ -207,7 +207,8 @@ def _find_files(data: DataConfig, log: Callable[[str], None]) -> list[Path]:
     else:
         files = [tinyshakespeare.find_text(log)]
     for path in files:
-        if path.exists() and not (path.is_file() or path.is_dir()):
+        pipe = path.exists() and not (path.is_file() or path.is_dir())
+        if pipe or str(path) == "-":
             raise ValueError(
                 f"{path} is not a regular file, and the text is read more than once; "
                 "save it first, as in `zcat text.gz > text.txt`"

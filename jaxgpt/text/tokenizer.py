@@ -238,7 +238,8 @@ class BPETokenizer:
         The ids are those of a call of transformers' tokenizer.
         """
         text = _without_surrogates(text)
-        return np.array(interruptible(lambda: self._parser.encode(text)).ids, np.int32)
+        encode = partial(self._parser.encode_batch, [text])  # `encode` holds the GIL
+        return np.array(interruptible(encode)[0].ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; incomplete characters become U+FFFD."""

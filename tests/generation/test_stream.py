@@ -59,6 +59,11 @@ def test_sampling_options_are_arguments_and_a_wrong_name_is_an_error(run):
         generate(run, "a", temprature=0)
     with pytest.raises(ValueError, match="temperature=-1"):
         generate(run, "a", temperature=-1)
+    for wrong in ({"max_new_tokens": 2.5}, {"seed": 1.5}, {"num_samples": "2"}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            generate(run, "a", **wrong)
+    with pytest.raises(TypeError, match="load_run"):
+        generate("runs/x", "a")
     with pytest.raises(TypeError, match=r"prompt=\['a', 'b'\]"):
         generate(run, ["a", "b"])
 

@@ -21,7 +21,7 @@ from jaxgpt.training.step import make_train_step
 @pytest.fixture(params=[True, False], ids=["bias", "no bias"])
 def saved(request, tmp_path):
     """nanoGPT's model after 5 updates, its optimizer, and the path of its ckpt.pt."""
-    path = tmp_path / "ckpt.pt"
+    path = tmp_path / "[x]\udce9.pt"  # not UTF-8
     return *torch_nanogpt.make(path, bias=request.param), path
 
 

@@ -71,8 +71,8 @@ class TestText:
 
     def test_what_cannot_be_read_twice_is_refused_and_never_opened(self, tmp_path):
         os.mkfifo(tmp_path / "pipe.txt")
-        for path in (tmp_path, tmp_path / "pipe.txt"):
-            with pytest.raises(ValueError, match=r"pipe\.txt .*zcat"):
+        for path in (tmp_path, tmp_path / "pipe.txt", "-"):
+            with pytest.raises(ValueError, match=r"(pipe\.txt|-) .*zcat"):
                 load(path)
 
     def test_progress_counts_bytes_read_and_characters_tokenized(
@@ -248,7 +248,7 @@ class TestSplitsToEvaluate:
         for split, text in (("all", "12345678ab"), ("train", "12345678a")):
             ids = split_of(split, path, tokenizer=own)
             assert ids.tolist() == own.encode(text).tolist()
-        with pytest.raises(ValueError, match=r"^val .* 1 tokens"):
+        with pytest.raises(ValueError, match=r"2 tokens, but val .* has 1"):
             split_of("val", path, tokenizer=own)
 
     def test_all_token_files_are_train_and_then_val(self, tmp_path):
