@@ -118,6 +118,7 @@ def test_the_dataset_of_an_export_can_be_named(call, tiny_run, tmp_path):
         assert torch.load(target)["config"]["dataset"] == name
 
 
+@pytest.mark.slow
 def test_an_imported_gpt2_can_be_fine_tuned(call, gpt2, text_file, tmp_path):
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     out, err = call("jaxgpt", "import", "huggingface", gpt2, base)

@@ -413,9 +413,9 @@ def test_a_deleted_checkpoint_disappears_at_once(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"5", "6"}
 
 
-@pytest.mark.parametrize("name", ["x[1]", "*?", "%41 #\n{ä}", "\udcff\udcfe"])
+@pytest.mark.parametrize("name", ["x[1]", "*?%41 #\n{ä}\udcff"])
 def test_a_folder_may_have_any_name(tmp_path, name):
-    (tmp_path / "x1").mkdir()  # which the first two match as patterns
+    (tmp_path / "x1").mkdir()  # which the first matches as a pattern
     save(tmp_path / name, {4: 1.0, 6: 0.5})
     assert_equal(restore(tmp_path / name, resume=True), state_at(6))
     make_old(tmp_path / name / "6", 0.5)
