@@ -74,10 +74,10 @@ def evaluations(run_dir):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (CUBE, FSDP),
+        pytest.param(CUBE, FSDP, marks=MORE),
         pytest.param(CUBE, ONE, marks=MORE),
         pytest.param(FSDP, CUBE, marks=MORE),
-        pytest.param(ONE, ONE | {"fsdp": 2, "tensor": 2}, marks=MORE),
+        (ONE, ONE | {"fsdp": 2, "tensor": 2}),
     ],
 )
 def test_a_run_resumed_on_another_mesh_has_the_losses_of_an_uninterrupted_run(

@@ -136,7 +136,10 @@ def test_a_run_stopped_before_its_first_checkpoint_resumes_at_step_0(
     assert_same_run(run_dir, trained)
 
 
-@pytest.mark.parametrize(("checkpoint_interval", "step"), [(100, 10), (1, 9)])
+@pytest.mark.parametrize(
+    ("checkpoint_interval", "step"),
+    [pytest.param(100, 10, marks=pytest.mark.slow), (1, 9)],
+)
 def test_non_finite_parameters_stop_a_run_name_a_layer_and_are_never_saved(
     run_dir, checkpoint_interval, step
 ):
@@ -233,6 +236,7 @@ def test_fine_tuning_starts_from_a_runs_parameters_cropped_to_the_block_size(
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_resumes_and_needs_its_base_only_before_a_checkpoint(
     run_dir, fine_tuning, tmp_path
 ):

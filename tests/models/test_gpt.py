@@ -130,6 +130,7 @@ def test_the_program_is_as_long_for_a_deep_model_as_for_a_shallow_one():
     assert program_lines(4) == program_lines(24)
 
 
+@pytest.mark.slow
 def test_rematerialisation_saves_memory_and_changes_no_gradient():
     tokens_BT = np.zeros((4, 64), np.int32)
 
