@@ -35,7 +35,7 @@ from jaxgpt.training.step import TrainState
 
 CHECKPOINTS = "checkpoints"
 _DELETED = "deleted"  # checkpoints are moved there first, so that readers see no half
-_READ_BACK_BYTES = 2 << 30  # a larger first checkpoint is read back only in part
+_READ_BACK_BYTES = 256 << 20  # a larger first checkpoint is read back only in part
 
 
 _NO_MEMORY = (MemoryError, jax.errors.JaxRuntimeError)
