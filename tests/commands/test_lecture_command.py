@@ -104,7 +104,7 @@ def made_up(rung, seeds=(7, 8), steps_scale=1, device=None):
 
 
 def test_rungs_train_at_the_same_time_each_on_its_own_device(monkeypatch):
-    started, used = Barrier(3, timeout=60), []
+    started, used = Barrier(3, timeout=1200), []
 
     def train_rung(*arguments):
         used.append((arguments[-1], jnp.zeros(()).device))
@@ -124,7 +124,7 @@ def test_an_error_in_a_rung_does_not_wait_for_the_others(monkeypatch):
     def train_rung(rung, *_):
         if rung is RUNGS[0]:
             raise FloatingPointError("the loss is nan")
-        finished.append(raised.wait(timeout=60))
+        finished.append(raised.wait(timeout=1200))
 
     monkeypatch.setattr(lecture, "train_rung", train_rung)
     with pytest.raises(FloatingPointError, match="nan"):
