@@ -214,8 +214,8 @@ def restore_state(
       which: "best", "latest" or a step.
       abstract: shapes, dtypes and shardings. If its opt_state is None, only parameters
         are read. The returned opt_state is None if only parameters were saved.
-      resume: requires an opt_state, and renames damaged checkpoints so that their steps
-        can be saved again.
+      resume: requires an opt_state, and renames those that can't be restored, so
+        that their steps can be saved again.
 
     Raises FileNotFoundError if there is no checkpoint, ValueError that lists the
     existing steps, the damage, or the first parameter whose shape differs, or the first
