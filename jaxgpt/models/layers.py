@@ -68,16 +68,34 @@ class Linear(nn.Module):
     init: nn.initializers.Initializer = INIT
 
     @nn.compact
-    def __call__(self, x: Array, part: slice = slice(None)) -> Array:
-        """`part` selects from axis K of "BTC,CKHD->BTKHD"; the default is all of it."""
+    def __call__(self, x: Array) -> Array:
         dtype = jnp.dtype(self.config.compute_dtype)
-        kernel = self.param("kernel", self.init, self.shape)[:, part].astype(dtype)
+        kernel = self.param("kernel", self.init, self.shape).astype(dtype)
         y = ops.einsum(self.spec, x.astype(dtype), kernel, dtype, self.platform)
         if self.config.bias:
             axes, out = self.spec.split(",")[1].split("->")
             shape = [n for axis, n in zip(axes, self.shape, strict=True) if axis in out]
-            y += self.param("bias", nn.initializers.zeros, shape)[part].astype(dtype)
+            y += self.param("bias", nn.initializers.zeros, shape).astype(dtype)
         return y
+
+
+class QueriesKeysValues(nn.Module):
+    """Linear layers to the queries, keys and values of all heads, in one kernel."""
+
+    config: GPTConfig
+    platform: str
+
+    @nn.compact
+    def __call__(self, x_BTC: Array, part: slice = slice(None)) -> list[Array]:
+        """Arrays [B, T, H, D]: those in `part` of queries, keys and values."""
+        config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
+        shape = (config.n_embd, 3, config.n_head, config.head_dim)
+        kernel = self.param("kernel", INIT, shape)[:, part].astype(dtype)
+        arrays = ops.project(x_BTC.astype(dtype), kernel, self.platform)
+        if config.bias:
+            bias = self.param("bias", nn.initializers.zeros, shape[1:])[part]
+            arrays = [a + b for a, b in zip(arrays, bias.astype(dtype), strict=True)]
+        return [constrain(a, ("batch", "time", "heads", "head_dim")) for a in arrays]
 
 
 class Dropout(nn.Module):
@@ -106,7 +124,7 @@ class Attention(nn.Module):
     def setup(self) -> None:
         config, linear = self.config, partial(Linear, self.config, self.platform)
         C, H, D = config.n_embd, config.n_head, config.head_dim
-        self.c_attn = linear("BTC,CKHD->BTKHD", (C, 3, H, D))
+        self.c_attn = QueriesKeysValues(config, self.platform)
         self.c_proj = linear("BTHD,HDC->BTC", (H, D, C), residual_init(config))
         self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
@@ -129,9 +147,9 @@ class Attention(nn.Module):
           start_B: if given, x attends to the cache; if None, only to the new keys.
         """
         if memory is None:
-            q_BTHD, k_BSHD, v_BSHD = self._project(x_BTC, slice(0, 3))
+            q_BTHD, k_BSHD, v_BSHD = self.c_attn(x_BTC)
         else:
-            (q_BTHD,), (k_BSHD, v_BSHD) = self._project(x_BTC, slice(0, 1)), memory
+            (q_BTHD,), (k_BSHD, v_BSHD) = self.c_attn(x_BTC, slice(0, 1)), memory
         if cache is not None:
             at_B = jnp.zeros(len(x_BTC), jnp.int32) if start_B is None else start_B
             cache = ops.update_cache(cache, (k_BSHD, v_BSHD), at_B)
@@ -150,11 +168,7 @@ class Attention(nn.Module):
 
     def keys_and_values(self, memory_BSC: Array) -> list[Array]:
         """Projects a memory to keys and values, for `memory` of `__call__`."""
-        return self._project(memory_BSC, slice(1, 3))
-
-    def _project(self, x_BTC: Array, part: slice) -> list[Array]:
-        names = ("batch", "time", "qkv", "heads", "head_dim")
-        return ops.unpack_qkv(constrain(self.c_attn(x_BTC, part), names), self.platform)
+        return self.c_attn(memory_BSC, slice(1, 3))
 
 
 class MLP(nn.Module):
@@ -202,5 +216,6 @@ class Block(nn.Module):
             memory = self.attn.keys_and_values(h_BTC)
             x_BTC, h_BTC = take(x_BTC, last_B), take(h_BTC, last_B)
         out_BTC, cache = self.attn(h_BTC, mask, rows_B, memory, **cached)
-        x_BTC = x_BTC + out_BTC
-        return x_BTC + self.mlp(self.ln_2(x_BTC), rows_B), cache
+        x_BTC = ops.residual(x_BTC, out_BTC, self.platform)
+        out_BTC = self.mlp(self.ln_2(x_BTC), rows_B)
+        return ops.residual(x_BTC, out_BTC, self.platform), cache

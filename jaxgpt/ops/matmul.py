@@ -50,9 +50,16 @@ def _backward(
 einsum.defvjp(_forward, _backward)
 
 
-def unpack_qkv(qkv_BTKHD: Array, platform: str) -> list[Array]:
-    """Splits the output of a fused projection into K arrays [B, T, H, D]."""
-    K = qkv_BTKHD.shape[2]
+def project(x_BTC: Array, kernel_CKHD: Array, platform: str) -> list[Array]:
+    """Projects x to K arrays [B, T, H, D] in its dtype: queries, keys and values."""
+    if platform in ("cuda", "gpu") and x_BTC.shape[1] > 1:
+        # Attention needs each in memory of its own: one matmul would need copies.
+        kernels = jnp.split(kernel_CKHD, kernel_CKHD.shape[1], axis=1)
+        spec, out = "BTC,CHD->BTHD", (x_BTC.dtype, platform)
+        return [einsum(spec, x_BTC, kernel[:, 0], *out) for kernel in kernels]
+    spec = "BTC,CKHD->BTKHD"
+    joined_BTKHD = einsum(spec, x_BTC, kernel_CKHD, x_BTC.dtype, platform)
+    K = kernel_CKHD.shape[1]
     if platform == "cpu":  # where summing the zero-padded gradients of slices is slow
-        return [a[:, :, 0] for a in jnp.split(qkv_BTKHD, K, axis=2)]
-    return [qkv_BTKHD[:, :, i] for i in range(K)]
+        return [a[:, :, 0] for a in jnp.split(joined_BTKHD, K, axis=2)]
+    return [joined_BTKHD[:, :, i] for i in range(K)]

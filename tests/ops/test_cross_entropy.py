@@ -1,12 +1,14 @@
+from functools import partial
 from importlib import import_module
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PLATFORMS
+from conftest import PLATFORMS, TINY, changed, mesh_of
 
 from jaxgpt.ops import cross_entropy, head_loss_sum, head_losses
+from jaxgpt.parallel.mesh import activation_sharding
 
 MODULE = import_module("jaxgpt.ops.cross_entropy")  # the function has its name
 
@@ -27,7 +29,8 @@ def test_cross_entropy_is_minus_the_log_of_the_softmax():
 def test_losses_and_gradients_in_chunks_are_those_of_all_logits(
     monkeypatch, at_once, chunks, platform
 ):
-    monkeypatch.setattr(MODULE, "CHUNK_LOGITS", at_once)
+    larger = 4 if platform in MODULE.GPUS else 1
+    monkeypatch.setattr(MODULE, "CHUNK_LOGITS", at_once / larger)
 
     def chunked(x_BTC, table_VC):
         losses_BT = head_losses(x_BTC, table_VC, TARGETS_BT, platform)
@@ -51,3 +54,66 @@ def test_losses_and_gradients_in_chunks_are_those_of_all_logits(
     np.testing.assert_allclose(found[0][1], expected[0][1], rtol=1e-6)  # of each token
     jaxpr = jax.make_jaxpr(jax.grad(lambda *weights: chunked(*weights)[0]))(*WEIGHTS)
     assert f"length={chunks}\n" in str(jaxpr)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("vocab_size", [8192, 8200])
+def test_the_kernel_equals_the_definition(dtype, vocab_size):
+    rng = np.random.default_rng(1)
+    padded = vocab_size + 56  # so that the last block is not full
+    logits_BTV = jnp.array(8 * rng.normal(size=(1, 4, padded)) - 40, dtype)
+    targets_BT = jnp.array([[0, 8191, vocab_size - 1, 77]])
+    fused, plain = (
+        form(logits_BTV, targets_BT, vocab_size)
+        for form in (
+            partial(MODULE._fused_losses_and_gradient, interpret=True),
+            MODULE.plain_losses_and_gradient,
+        )
+    )
+    np.testing.assert_allclose(fused[0], plain[0], rtol=1e-6)
+    assert fused[1].dtype == dtype
+    rounding = 1e-6 if dtype == "float32" else 2**-8
+    np.testing.assert_allclose(*(np.float32(a[1]) for a in (fused, plain)), rounding)
+
+
+def head(x_BTC, table_VC, targets_BT, platform):
+    """The mean of the losses, and the mean loss with its gradients."""
+
+    def loss(*weights):
+        return head_loss_sum(*weights, targets_BT, platform) / targets_BT.size
+
+    losses_BT = head_losses(x_BTC, table_VC, targets_BT, platform)
+    return losses_BT.mean(), *jax.value_and_grad(loss, argnums=(0, 1))(x_BTC, table_VC)
+
+
+def test_devices_call_the_kernel_for_their_own_positions(monkeypatch):
+    kernel = partial(MODULE._fused_losses_and_gradient, interpret=True)
+    monkeypatch.setattr(MODULE, "_fused_losses_and_gradient", kernel)
+    monkeypatch.setattr(MODULE, "BLOCK", 32)  # the vocabulary has two blocks
+    config = changed(TINY, data={"batch_size": B}, mesh={"data": 2, "tensor": 2})
+    with activation_sharding(mesh_of(config)):
+        program = jax.jit(head, static_argnums=3).trace(*WEIGHTS, TARGETS_BT, "cuda")
+    # Each kernel gets one of two rows, and half of its positions.
+    assert f"f32[{T // 2},64]" in str(program.jaxpr)
+    found, expected = (
+        program.lower().compile()(*WEIGHTS, TARGETS_BT),
+        head(*WEIGHTS, TARGETS_BT, "cpu"),
+    )
+    close = partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
+    jax.tree.map(close, found, expected)
+
+
+@pytest.mark.parametrize("platform", MODULE.GPUS)
+def test_rounded_logits_have_the_loss_of_float32(platform):
+    """As in GPT-2, all logits of a position are near -100, and vary by a few units."""
+    rng, (B, T, C, V) = np.random.default_rng(2), (2, 256, 64, 512)
+    x_BTC = jnp.array(rng.normal(size=(B, T, C)), jnp.bfloat16).at[..., 0].add(20)
+    table_VC = jnp.array(0.3 * rng.normal(size=(V, C)), jnp.float32)
+    table_VC = table_VC.at[:, 0].set(0.2 * table_VC[:, 0] - 5)
+    targets_BT = rng.integers(V, size=(B, T))
+    exact = head(x_BTC.astype(jnp.float32), table_VC, targets_BT, "cpu")
+    rounded = head(x_BTC, table_VC, targets_BT, platform)
+    np.testing.assert_allclose(rounded[:2], exact[:2], atol=2e-3)
+    for found, expected in zip(rounded[2], exact[2], strict=True):
+        error = np.abs(np.float32(found) - expected).max()
+        assert error < 0.02 * np.abs(expected).max()
