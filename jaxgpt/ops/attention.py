@@ -17,8 +17,10 @@ from jaxgpt.ops.matmul import einsum
 
 # Number of query blocks in causal attention, each of which skips all later keys. Four
 # save 3/8 of the work: 2 CPU cores train the 10.8M model 1.2 times as fast.
+# Blocks of 64 queries make a GPU's step of that model no faster: for an H100, XLA then
+# takes 23 s to compile it, not 17, into 716 kernels, not 474, that move more bytes.
 BLOCKS = 4
-SMALLEST_BLOCK = 64
+SMALLEST_BLOCK = {"cpu": 64, "tpu": 64, "cuda": 256, "gpu": 256}
 
 
 @flax.struct.dataclass
@@ -76,7 +78,7 @@ def _blocked_attention(
 ) -> Array:
     """Causal attention, one block of queries at a time."""
     T, H = q_BTHD.shape[1:3]
-    size = max(SMALLEST_BLOCK, -(-T // BLOCKS))
+    size = max(SMALLEST_BLOCK[platform], -(-T // BLOCKS))
     starts, out = list(range(0, T, size)), []
     prefixes = (_prefixes(a, starts, platform) for a in (k_BTHD, v_BTHD))
     for start, k_BSHD, v_BSHD in zip(starts, *prefixes, strict=True):
