@@ -4,6 +4,7 @@ python train.py [PRESET] [--out-dir DIR] [--resume] [--section.field VALUE ...]
 """
 
 import dataclasses
+import itertools
 import shlex
 import sys
 import time
@@ -107,7 +108,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         splits = {"train": corpus.train, "val": corpus.val}
         sources = {name: evaluation_source(splits[name], config) for name in splits}
         eval_step = evaluation.make_eval_step(objective, mesh)
-        evaluate = partial(evaluation.estimate, eval_step, sources)
+        estimate = partial(evaluation.estimate, eval_step)
+        eval_batches = evaluation.read_evaluation(sources, config, mesh)
 
         folder = run_dir / checkpoint.CHECKPOINTS
         resumed_step = None
@@ -150,17 +152,22 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                     programs[shapes] = traced.lower().compile()
                 return programs[shapes]
 
+            def evaluate() -> dict[str, float]:
+                """Estimates the losses on both splits, and shows progress."""
+                advance = monitor.evaluating(len(sources) * config.train.eval_iters)
+                return estimate(state.params, eval_batches, advance)
+
             def save() -> None:
                 """Saves a checkpoint, after checking that the loss is finite."""
                 monitor.flush()
-                check_finite(step, evaluate(state.params, batches=1))
+                first = {"val": itertools.islice(eval_batches["val"], 1)}
+                check_finite(step, estimate(state.params, first))
                 checkpoint.save_state(checkpoints, state, None)
 
             with exits.deferred_interrupts() as pending_signal:
                 agree = processes.make_agree()
                 if resumed_step is None:
-                    monitor.show("evaluating")
-                    monitor.eval(0, evaluate(state.params, config.train.eval_iters))
+                    monitor.eval(0, evaluate())
                 while not (signal := agree(pending_signal())) and step < last_step:
                     count = steps_in_next_call(step, config.train)
                     steps = range(step, step + count)
@@ -175,9 +182,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
 
                     if step % config.train.eval_interval == 0 or step == last_step:
                         monitor.flush()
-                        monitor.show("evaluating")
-                        eval_metrics = evaluate(state.params, config.train.eval_iters)
-                        monitor.eval(step, eval_metrics)
+                        monitor.eval(step, eval_metrics := evaluate())
                         metric = eval_metrics[validation_metric(objective)]
                         checkpoint.save_state(checkpoints, state, metric)
                     elif step % config.train.checkpoint_interval == 0:
@@ -192,7 +197,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             val = corpus.val
             with monitor.last_evaluation(len(val) - 1) as advance:
                 exact = evaluation.evaluate_exactly(
-                    eval_step, state.params, val, config, advance=advance
+                    eval_step, state.params, val, config, mesh, advance=advance
                 )
             monitor.done(step, exact.nats_per_token)
             return 0

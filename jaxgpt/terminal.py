@@ -25,6 +25,33 @@ def log_line(line: str) -> None:
             print(f"{line}\n", end="", file=sys.stderr, flush=True)  # as one write
 
 
+def counter(
+    label: str, total: int, show: Callable[[int], object] | None
+) -> Callable[[int], None]:
+    """Makes a function that adds to how much of long work is done, and shows it.
+
+    Args:
+      label: what is being done.
+      total: how much there is to do, in any unit.
+      show: called with what is done, for a terminal. Without it, a line says the share
+        every half minute.
+    """
+    done, started = 0, time.monotonic()
+    said = started
+
+    def advance(amount: int) -> None:
+        nonlocal done, said
+        done += amount
+        if show:
+            show(done)
+        elif time.monotonic() - said > _LINE_SECONDS:
+            said = time.monotonic()
+            left = (said - started) * (total - done) / done
+            log_line(f"{label}: {done / total:.0%}, {left:.0f} s left")
+
+    return advance
+
+
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Shows how much of long work is done; yields a function that adds to it.
@@ -37,7 +64,6 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
       total: how much there is to do, in any unit.
     """
     console = Console(stderr=True, highlight=False)
-    started = time.monotonic()
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -47,15 +73,6 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         transient=True,
         disable=not (console.is_terminal and is_first_process()),
     ) as bar:
-        task, done, said = bar.add_task(label, total=total), 0, started
-
-        def advance(amount: int) -> None:
-            nonlocal done, said
-            done += amount
-            bar.update(task, completed=done)
-            if bar.disable and time.monotonic() - said > _LINE_SECONDS:
-                said = time.monotonic()
-                left = (said - started) * (total - done) / done
-                log_line(f"{label}: {done / total:.0%}, {left:.0f} s left")
-
-        yield advance
+        task = bar.add_task(label, total=total)
+        show = None if bar.disable else lambda done: bar.update(task, completed=done)
+        yield counter(label, total, show)

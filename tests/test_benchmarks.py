@@ -205,10 +205,11 @@ def test_pytorchs_exact_loss_is_ours(tmp_path):
     theirs, _ = torch_nanogpt.make(path)
     config, state, _ = read_nanogpt(path, log=pytest.fail)
     T = config.model.block_size
-    losses = make_losses_step(build_model(config.model, "cpu"), make_mesh(config))
+    mesh = make_mesh(config)
+    losses = make_losses_step(build_model(config.model, "cpu"), mesh)
     for length in (2, T, T + 1, 20, 65 * T + 3):
         tokens = np.random.default_rng(0).integers(11, size=length).astype(np.int32)
-        ours = evaluate_exactly(losses, state.params, tokens, config)
+        ours = evaluate_exactly(losses, state.params, tokens, config, mesh)
         found = exact_loss(theirs, torch.tensor(tokens, dtype=torch.int64), T)
         assert found == pytest.approx(ours.nats_per_token, rel=1e-5)
 

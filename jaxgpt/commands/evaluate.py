@@ -64,7 +64,7 @@ def evaluate(
     eval_step = make_losses_step(run.model, devices)
     with progress("evaluating", len(tokens) - 1) as advance:
         result = evaluate_exactly(
-            eval_step, run.params, tokens, config, stride, advance
+            eval_step, run.params, tokens, config, devices, stride, advance
         )
     report = {"split": split, **dataclasses.asdict(result)}
     report["perplexity"] = math.exp(result.nats_per_token)

@@ -176,7 +176,7 @@ def train_rung(
     for step, params_S in train_seeds(model, config, mesh, corpus, seeds):
         each_params = [jax.tree.map(itemgetter(s), params_S) for s in range(len(seeds))]
         losses = [
-            evaluate_exactly(losses_of, params, corpus.val, config).nats_per_token
+            evaluate_exactly(losses_of, params, corpus.val, config, mesh).nats_per_token
             for params in each_params
         ]
         curve.append({"step": step, "val_losses": losses})

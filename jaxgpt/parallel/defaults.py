@@ -14,6 +14,10 @@ from jaxgpt.start import float32_matmul_flags
 # 2 cores the 10.8M model trains 1.5 times as fast as with all 8192 at once.
 CACHED_TOKENS = 1024
 
+# FLOP/s that a device reaches at least in models of more than a few layers, roughly.
+# They only size dispatches.
+CPU_FLOPS, ACCELERATOR_FLOPS = 5e10, 1e14
+
 
 def platform_of(device: Any) -> str:
     """The platform that programs for the device are compiled for, as in `jaxgpt.ops`.
@@ -41,8 +45,11 @@ def prefers_one_device(device: jax.Device, model: ModelConfig) -> bool:
     On 2 cores, a step of GPT-2's blocks (85M) with 2 rows of 512 took 2.7 s and 4.3 GB
     on one device, 3.0 s and 6.2 GB on two.
     """
-    size = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model)))
-    return device.platform == "cpu" and size > 50e6
+    return device.platform == "cpu" and _parameters(model) > 50e6
+
+
+def _parameters(model: ModelConfig) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model)))
 
 
 def with_microbatches(config: Config, mesh: Mesh) -> Config:
@@ -55,6 +62,31 @@ def with_microbatches(config: Config, mesh: Mesh) -> Config:
         microbatches = next(n for n in divisors if rows // n <= max_rows)
     data = dataclasses.replace(data, gradient_accumulation_steps=microbatches)
     return dataclasses.replace(config, data=data)
+
+
+def evaluations_per_call(config: Config, mesh: Mesh, total: int) -> int:
+    """Batches per dispatch of an evaluation of `total` batches of a microbatch's rows.
+
+    At most about half a second of work, and at least half of that. Of these sizes, it
+    leaves the fewest places of the last dispatch empty.
+    """
+    rows = config.data.microbatch_size
+    most = min(_batches_within(0.5, rows, 2, config, mesh), total)
+    return min(range(most, most // 2, -1), key=lambda size: -total % size)
+
+
+def _batches_within(
+    seconds: float, rows: int, flops: int, config: Config, mesh: Mesh
+) -> int:
+    """How many batches take at most `seconds`, from 1 to 100, roughly.
+
+    Args:
+      rows: in each batch.
+      flops: per parameter and token.
+    """
+    rate = CPU_FLOPS if platform_of(mesh) == "cpu" else ACCELERATOR_FLOPS
+    flops *= _parameters(config.model) * rows * config.model.block_size
+    return max(1, min(100, int(seconds * rate * mesh.size / flops)))
 
 
 def train_jit_options(config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The loss on a text: a quick estimate during training, and the exact value.
 
-B batch   T time
+N batches in one dispatch   B batch   T time
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,71 +16,137 @@ from jax.sharding import Mesh
 
 from jaxgpt import ops
 from jaxgpt.config import Config
-from jaxgpt.parallel.feeding import shard_batch
-from jaxgpt.parallel.mesh import activation_sharding, replicated
+from jaxgpt.parallel.defaults import evaluations_per_call
+from jaxgpt.parallel.feeding import read_batches
+from jaxgpt.parallel.mesh import activation_sharding, batch_sharding, replicated
 from jaxgpt.text.batches import Source
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
 
-# Maps sharded parameters and a batch (in full on every process) to results on every
-# process.
+# Maps parameters and N batches, both sharded, to results on every process.
 EvalStep = Callable[[Any, Batch], Any]
+HELD_BYTES = 256 << 20  # of evaluation batches on each device; more are read every time
 
 
 def make_eval_step(objective: Objective, mesh: Mesh) -> EvalStep:
-    """Makes the `EvalStep` of an objective's loss and metrics, without dropout."""
+    """Makes the `EvalStep` of an objective's loss and metrics, without dropout.
 
-    def metrics(params: Any, batch: Batch) -> dict[str, LossSum]:
-        rows_B = jnp.arange(len(jax.tree.leaves(batch)[0]))
-        loss, metrics = objective(params, batch, Context(None, rows_B))
-        return {"loss": loss, **metrics}
+    It returns their sums over the N batches.
+    """
 
-    return _compile(metrics, mesh)
+    def evaluate_batches(params: Any, batches: Batch) -> dict[str, LossSum]:
+        def sums(batch: Batch) -> dict[str, LossSum]:
+            rows_B = jnp.arange(len(jax.tree.leaves(batch)[0]))
+            loss, metrics = objective(params, batch, Context(None, rows_B))
+            return {"loss": loss, **metrics}
+
+        return jax.tree.map(partial(jnp.sum, axis=0), jax.lax.map(sums, batches))
+
+    return _compile(evaluate_batches, mesh)
 
 
 def make_losses_step(model: nn.Module, mesh: Mesh) -> EvalStep:
-    """Makes the `EvalStep` of next-token losses, f32 [B, T] in nats; no dropout."""
+    """Makes the `EvalStep` of next-token losses in nats, summed over parts of each row.
 
-    def losses(params: Any, batch: Batch) -> jax.Array:
-        (inputs_BT, targets_BT), apply = batch, partial(model.apply, {"params": params})
+    A batch is inputs and targets, i32 [N, B, T], and ranges, i32 [N, B, 3]: the first
+    sum is of positions from ranges[..., 0] up to ranges[..., 1], the second from there
+    up to ranges[..., 2]. The result is f32 [N, B, 2]. There is no dropout.
+    """
+
+    def sum_losses(params: Any, batches: Batch) -> jax.Array:
+        return jax.lax.map(partial(sums, params), batches)
+
+    def sums(params: Any, batch: Batch) -> jax.Array:
+        inputs_BT, targets_BT, ranges_B3 = batch
+        apply = partial(model.apply, {"params": params})
         if hasattr(model, "hidden"):
             x_BTC, head_VC = apply(inputs_BT, method="hidden"), model.head(params)
-            return ops.head_losses(x_BTC, head_VC, targets_BT, model.platform)
-        return ops.cross_entropy(apply(inputs_BT), targets_BT)
+            loss_BT = ops.head_losses(x_BTC, head_VC, targets_BT, model.platform)
+        else:
+            loss_BT = ops.cross_entropy(apply(inputs_BT), targets_BT)
+        position_T = jnp.arange(loss_BT.shape[1])
+        begin_B2T, end_B2T = ranges_B3[:, :2, None], ranges_B3[:, 1:, None]
+        counted_B2T = (begin_B2T <= position_T) & (position_T < end_B2T)
+        return jnp.where(counted_B2T, loss_BT[:, None], 0).sum(axis=2)
 
-    return _compile(losses, mesh)
+    return _compile(sum_losses, mesh)
 
 
 def _compile(function: EvalStep, mesh: Mesh) -> EvalStep:
     jitted = jax.jit(function, out_shardings=replicated(mesh))
 
-    def eval_step(params: Any, batch: Batch) -> Any:
+    def eval_step(params: Any, batches: Batch) -> Any:
         with activation_sharding(mesh):
-            return jitted(params, shard_batch(mesh, batch))
+            return jitted(params, batches)
 
     return eval_step
 
 
+@dataclass(frozen=True)
+class _ReadAnew:
+    """Batches of dispatches that are read from the source whenever they are needed."""
+
+    read: Callable[[range], Batch]
+    calls: list[range]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.read, self.calls)
+
+
+def read_evaluation(
+    sources: Mapping[str, Source], config: Config, mesh: Mesh
+) -> dict[str, Iterable[Batch]]:
+    """The batches of an evaluation of `train.eval_iters` batches of each source.
+
+    They are the same in every evaluation, so they are read only once and stay on the
+    devices, if they take less than HELD_BYTES there.
+
+    Returns, by the source's name, the batches of each dispatch, with leaves [N, B, ...]
+    that are sharded over the mesh. At most two sizes N occur.
+    """
+    total, B = config.train.eval_iters, config.data.microbatch_size
+    count = evaluations_per_call(config, mesh, total)
+    calls = [range(i, min(i + count, total)) for i in range(0, total, count)]
+    own_rows = slice(*batch_sharding(mesh).shard_shape((B,)))  # as many as a device has
+    first = [source(0, own_rows) for source in sources.values()]
+    is_held = total * sum(a.nbytes for a in jax.tree.leaves(first)) <= HELD_BYTES
+    batches: dict[str, Iterable[Batch]] = {}
+    for name, source in sources.items():
+        read = partial(read_batches, source, batch_size=B, mesh=mesh)
+        batches[name] = [*map(read, calls)] if is_held else _ReadAnew(read, calls)
+    return batches
+
+
 def estimate(
-    eval_step: EvalStep, sources: dict[str, Source], params: Any, batches: int
+    eval_step: EvalStep,
+    params: Any,
+    batches: Mapping[str, Iterable[Batch]],
+    advance: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
-    """Means of an objective's loss and metrics over `batches` batches of each source.
+    """Means of an objective's loss and metrics over the batches of each source.
 
     Args:
       eval_step: the result of `make_eval_step`.
-      sources: by name, which prefixes the metrics: "val" gives `val_loss` and so on.
       params: the model's parameters.
-      batches: number per source. Raises ValueError if a metric's total weight is 0.
+      batches: the result of `read_evaluation`. The names prefix the metrics: "val"
+        gives `val_loss` and so on. Raises ValueError if a metric's total weight is 0.
+      advance: called with the number of batches in each dispatch, to show progress.
     """
-    means = {}
-    for name, source in sources.items():
-        total: Any = None
-        steps = (source(step, slice(None)) for step in range(batches))
-        for sums in _each(eval_step, params, steps):
-            total = sums if total is None else jax.tree.map(np.add, total, sums)
-        for metric, loss in total.items():
+    names: list[str] = []
+
+    def dispatches() -> Iterator[tuple[int, Batch]]:
+        for name, of_source in batches.items():
+            for each in of_source:
+                names.append(name)
+                yield len(jax.tree.leaves(each)[0]), each
+
+    results, means = _results(eval_step, params, dispatches(), advance), {}
+    for name in batches:
+        of_source = [sums for i, sums in enumerate(results) if names[i] == name]
+        totals = jax.tree.map(lambda *a: np.sum(a, dtype=np.float64), *of_source)
+        for metric, loss in totals.items():
             if not loss.weight:
                 raise ValueError(
-                    f"{name}_{metric} has weight 0 in {batches} batches; increase "
+                    f"{name}_{metric} has weight 0 in every batch; increase "
                     "--train.eval-iters"
                 )
             means[f"{name}_{metric}"] = float(loss.mean())
@@ -109,6 +175,7 @@ def evaluate_exactly(
     params: Any,
     tokens: np.ndarray,
     config: Config,
+    mesh: Mesh,
     stride: int | None = None,
     advance: Callable[[int], object] = lambda predictions: None,
 ) -> Evaluation:
@@ -124,40 +191,55 @@ def evaluate_exactly(
       params: the model's parameters.
       tokens: token ids of one split [tokens], at least two.
       config: gives block_size and the number of rows per batch.
+      mesh: the mesh of `eval_step`.
       stride: block_size by default, so that windows do not overlap.
-      advance: called with the number of predictions of each batch, to show progress.
+      advance: called with the number of predictions in each dispatch, to show
+        progress.
 
     Raises ValueError if `stride` is not from 1 to block_size, and FloatingPointError if
     the loss is not finite.
     """
-    T = config.model.block_size
+    T, B = config.model.block_size, config.data.microbatch_size
     stride = T if stride is None else stride
     if not 1 <= stride <= T:
         raise ValueError(f"stride={stride} must be from 1 to block_size={T}")
-    starts = np.arange(0, max(len(tokens) - 1 - T, 0) + stride, stride)
-    batches = _windows(tokens, starts, config.data.microbatch_size, T)
-    count, position = len(tokens) - 1, 0
-    sums = np.zeros(-(-count // T))  # of each segment of T losses, in text order
-    for loss_BT in _each(eval_step, params, batches):
-        losses = loss_BT[:, T - stride :].ravel()
-        if position == 0:
-            losses = np.append(loss_BT[0, : T - stride], losses)
-        losses = losses[: count - position]  # the rest is padding
-        np.add.at(sums, (position + np.arange(len(losses))) // T, losses)
-        position += len(losses)
-        advance(len(losses))
-    return _summary(sums, T, count)
+    count = len(tokens) - 1
+    windows = 1 + -(-max(count - T, 0) // stride)
+    batches = -(-windows // B)
+    size = evaluations_per_call(config, mesh, batches)
 
+    def first_counted(window: np.ndarray) -> np.ndarray:
+        return np.where(window > 0, window * stride + T - stride, 0)
 
-def _windows(
-    tokens: np.ndarray, starts: np.ndarray, batch_size: int, block_size: int
-) -> Iterator[Batch]:
-    """Yields batches of the windows at `starts`, and repeats some to fill the last."""
-    for first in range(0, len(starts), batch_size):
-        starts_B = np.resize(starts[first : first + batch_size], batch_size)
-        positions = starts_B[:, None] + np.arange(block_size + 1)
-        windows = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int32)
-        yield windows[:, :-1], windows[:, 1:]
+    def read_windows(step: int, rows: slice) -> Batch:
+        """Reads windows and the ranges that count, cut where a segment of T begins.
+
+        Rows after the last window repeat it, and nothing in them counts.
+        """
+        window_B = np.arange(step * B, (step + 1) * B)[rows]
+        start_B = np.minimum(window_B, windows - 1) * stride
+        end_B = np.minimum(start_B + T, count)
+        first_B = np.where(window_B < windows, first_counted(window_B), end_B)
+        cut_B = np.minimum((first_B // T + 1) * T, end_B)
+        ranges_B3 = np.stack([first_B, cut_B, end_B], axis=1) - start_B[:, None]
+        positions = np.minimum(start_B[:, None] + np.arange(T + 1), count)
+        text = tokens[positions].astype(np.int32)
+        return text[:, :-1], text[:, 1:], ranges_B3.astype(np.int32)
+
+    def dispatches() -> Iterator[tuple[int, Batch]]:
+        done = 0
+        for step in range(0, batches, size):
+            before, steps = done, range(step, step + size)
+            done = min(T + (steps.stop * B - 1) * stride, count)
+            yield done - before, read_batches(read_windows, steps, B, mesh)
+
+    found = np.concatenate(_results(eval_step, params, dispatches(), advance))
+    sums_W2 = found.reshape(-1, 2)[:windows]
+    segment_W = first_counted(np.arange(windows)) // T
+    sums = np.zeros(-(-count // T) + 1)  # of each segment, and after the last
+    np.add.at(sums, segment_W, sums_W2[:, 0])
+    np.add.at(sums, segment_W + 1, sums_W2[:, 1])
+    return _summary(sums[:-1], T, count)
 
 
 def _summary(sums: np.ndarray, size: int, count: int) -> Evaluation:
@@ -178,17 +260,24 @@ def _summary(sums: np.ndarray, size: int, count: int) -> Evaluation:
     return Evaluation(count, float(mean), error)
 
 
-def _each(eval_step: EvalStep, params: Any, batches: Iterable[Batch]) -> Iterator[Any]:
-    """Yields the result of `eval_step` for each batch, f64 on the host.
+def _results(
+    eval_step: EvalStep,
+    params: Any,
+    dispatches: Iterable[tuple[int, Batch]],
+    advance: Callable[[int], object],
+) -> list[Any]:
+    """The results of all dispatches, on the host; `advance` gets each one's number.
 
-    Reads each result one batch late, so that the device never waits; no later, because
-    XLA's CPU client can deadlock with more than 32 programs in flight on many devices.
+    Two dispatches are in flight, so that the device never waits; no more, because XLA's
+    CPU client can deadlock with more than 32 programs in flight on many devices.
     """
-    running: list[Any] = []
-    to_host = partial(jax.tree.map, partial(np.asarray, dtype=np.float64))
-    for batch in batches:
-        running.append(eval_step(params, batch))
+    running: list[tuple[int, Any]] = []
+    for number, batches in dispatches:
+        running.append((number, eval_step(params, batches)))
         if len(running) > 1:
-            yield to_host(running.pop(0))
-    for last in running:
-        yield to_host(last)
+            number, results = running[-2]
+            jax.block_until_ready(results)
+            advance(number)
+    fetched = jax.device_get([results for _, results in running])
+    advance(running[-1][0])
+    return fetched

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxgpt.config import Config
 from jaxgpt.files import is_first_process, replace_file
-from jaxgpt.terminal import log_line, progress
+from jaxgpt.terminal import counter, log_line, progress
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -83,6 +83,15 @@ class Monitor(AbstractContextManager):
     def show(self, status: str) -> None:
         """Shows on the bar what takes time, other than steps."""
         self._bar.update(self._task, status=status)
+
+    def evaluating(self, batches: int) -> Callable[[int], None]:
+        """Shows an evaluation; returns a function to call with the batches done."""
+        self.show(label := "evaluating")
+
+        def show(done: int) -> None:
+            self.show(f"{label} {done / batches:.0%}")
+
+        return counter(label, batches, None if self._bar.disable else show)
 
     @contextmanager
     def last_evaluation(self, predictions: int) -> Iterator[Callable[[int], None]]:

@@ -1,4 +1,5 @@
 import ast
+import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import pytest
 from conftest import ROOT, TINY, changed, mesh_of
 
 from jaxgpt.parallel import defaults
-from jaxgpt.parallel.defaults import platform_of
+from jaxgpt.parallel.defaults import evaluations_per_call, platform_of
 from jaxgpt.parallel.mesh import single_device_mesh
+from jaxgpt.presets import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -86,3 +88,18 @@ def test_a_cpu_defaults_to_microbatches_that_fit_its_cache(
     monkeypatch.setattr(defaults, "platform_of", lambda mesh: platform)
     data = defaults.with_microbatches(config, mesh_of(config)).data
     assert data.gradient_accumulation_steps == microbatches
+
+
+@pytest.mark.parametrize(("platform", "most"), [("cpu", 1), ("gpu", 50)])
+def test_a_dispatch_of_an_evaluation_is_a_share_of_a_second(
+    monkeypatch, platform, most
+):
+    config = PRESETS["shakespeare-char"]()
+    model = dataclasses.replace(config.model, vocab_size=65)
+    config = dataclasses.replace(config, model=model)
+    monkeypatch.setattr(defaults, "platform_of", lambda mesh: platform)
+    mesh = single_device_mesh()
+    sizes = {n: evaluations_per_call(config, mesh, n) for n in (1, 7, 60, 200, 211)}
+    assert sizes[1] == 1
+    assert all(min(most, n) <= size <= 100 for n, size in sizes.items())
+    assert all(n % size == 0 for n, size in sizes.items() if n < 211)  # a prime

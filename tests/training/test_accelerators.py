@@ -72,9 +72,10 @@ def lowered(platform, traced):
 def traced_evaluation(model, params, block_size):
     eval_step = make_losses_step(model, single_device_mesh())
     jitted = inspect.getclosurevars(eval_step).nonlocals["jitted"]
-    tokens_BT = jax.ShapeDtypeStruct((B, block_size), jnp.int32)
+    tokens_NBT = jax.ShapeDtypeStruct((1, B, block_size), jnp.int32)
+    ranges_NB3 = jax.ShapeDtypeStruct((1, B, 3), jnp.int32)
     with activation_sharding(single_device_mesh()):
-        return jitted.trace(params, (tokens_BT, tokens_BT))
+        return jitted.trace(params, (tokens_NBT, tokens_NBT, ranges_NB3))
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,10 @@ def losses_of_next(model, params, window):
 
 @cache
 def compiled(model, batch_size):
-    """The `EvalStep` and the config for a batch size."""
+    """The `EvalStep`, config and mesh for a batch size, which is split over devices."""
     config = changed(TINY, data={"batch_size": batch_size})
-    return make_losses_step(model, mesh_of(config)), config
+    mesh = mesh_of(config)
+    return make_losses_step(model, mesh), config, mesh
 
 
 @pytest.mark.parametrize("count", [1, 2, T, T + 1, T + 2, 5 * T + 1, 93])
@@ -39,20 +40,27 @@ def test_the_exact_loss_predicts_each_token_once_from_its_own_window(
         losses = losses_of_next(model, params, tokens[start : i + 1])
         expected.append(losses[i - start, tokens[i + 1]])
     for batch_size in (1, 3, 8) if stride == T else (3,):
-        eval_step, config = compiled(model, batch_size)
+        eval_step, *where = compiled(model, batch_size)
         exact = evaluate_exactly(
-            eval_step, params, tokens, config, stride, (done := []).append
+            eval_step, params, tokens, *where, stride, (done := []).append
         )
         assert exact.tokens == sum(done) == count
         assert exact.nats_per_token == pytest.approx(np.mean(expected), abs=1e-6)
     if stride == T:
-        assert evaluate_exactly(eval_step, params, tokens, config) == exact
+        assert evaluate_exactly(eval_step, params, tokens, *where) == exact
 
 
 def evaluate_losses(losses, stride=None):
     """Evaluates a text whose prediction i has loss losses[i]."""
-    step, text = lambda params, batch: losses[batch[1] - 1], np.arange(len(losses) + 1)
-    return evaluate_exactly(step, None, text, TINY, stride)
+
+    def step(params, batches):
+        _, targets_NBT, ranges_NB3 = jax.device_get(batches)
+        edges = ranges_NB3[..., None]
+        counted = (edges[:, :, :2] <= np.arange(T)) & (np.arange(T) < edges[:, :, 1:])
+        return np.where(counted, losses[targets_NBT - 1][:, :, None], 0).sum(-1)
+
+    text = np.arange(len(losses) + 1)
+    return evaluate_exactly(step, None, text, TINY, mesh_of(TINY), stride)
 
 
 def test_the_standard_error_is_that_of_a_mean_of_windows():
@@ -83,9 +91,12 @@ def test_a_non_finite_loss_is_an_error(loss):
 
 
 def estimates(objective, config, params, train, val, batches=2):
-    train, val = (evaluation_source(tokens, config) for tokens in (train, val))
-    eval_step = evaluation.make_eval_step(objective, mesh_of(config))
-    return evaluation.estimate(eval_step, {"train": train, "val": val}, params, batches)
+    config = changed(config, train={"eval_iters": batches})
+    splits, mesh = {"train": train, "val": val}, mesh_of(config)
+    sources = {name: evaluation_source(splits[name], config) for name in splits}
+    eval_step = evaluation.make_eval_step(objective, mesh)
+    batches = evaluation.read_evaluation(sources, config, mesh)
+    return evaluation.estimate(eval_step, params, batches)
 
 
 def test_estimates_do_not_depend_on_the_seed_but_on_the_split(bigram):
@@ -118,14 +129,45 @@ def test_estimates_are_weighted_means_of_all_metrics():
     assert largest == found["val_largest"] == pytest.approx(seen.max((1, 2)).mean())
 
 
+def test_the_estimate_is_the_mean_of_batches_of_which_one_program_does_many(
+    tiny_model, monkeypatch
+):
+    (model, params), mesh = tiny_model, mesh_of(TINY)
+    tokens = np.random.default_rng(0).integers(11, size=99)
+    source, expected = evaluation_source(tokens, TINY), []
+    for step in range(6):
+        inputs_BT, targets_BT = source(step, slice(None))
+        log_probs_BTV = jax.nn.log_softmax(logits_of(model, params, inputs_BT))
+        expected.append(-np.take_along_axis(log_probs_BTV, targets_BT[..., None], -1))
+    compiled, objective = [], next_token(model)
+
+    def noted(params, batch, context):
+        compiled.append(batch[0].shape)
+        return objective(params, batch, context)
+
+    monkeypatch.setattr(evaluation, "evaluations_per_call", lambda *given: 3)
+    eval_step = evaluation.make_eval_step(noted, mesh)
+    config = changed(TINY, train={"eval_iters": 6})
+    for held_bytes in (evaluation.HELD_BYTES, 0):  # then they are read each time
+        monkeypatch.setattr(evaluation, "HELD_BYTES", held_bytes)
+        batches = evaluation.read_evaluation({"val": source}, config, mesh)
+        assert isinstance(batches["val"], list) == (held_bytes > 0)
+        for _ in range(2):
+            found = evaluation.estimate(eval_step, params, batches, (done := []).append)
+            assert found == {"val_loss": pytest.approx(np.mean(expected), rel=1e-6)}
+            assert done == [3, 3]
+    assert compiled == [(8, T)]
+
+
 def test_an_evaluation_of_weight_0_is_an_error():
     nothing = LossSum(jax.numpy.float32(0), jax.numpy.float32(0)), {}
     tokens = np.zeros(99, np.uint16)
-    with pytest.raises(ValueError, match=r"train_loss .* 2 batches"):
+    with pytest.raises(ValueError, match="train_loss"):
         estimates(lambda *args: nothing, TINY, {}, tokens, tokens)
 
 
-def test_many_evaluations_on_many_devices_do_not_deadlock(bigram):
+def test_many_dispatches_on_many_devices_do_not_deadlock(bigram, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluations_per_call", lambda *given: 1)
     model, params = bigram
     params = jax.device_put(params, replicated(mesh_of(TINY)))
     splits = np.zeros(99, np.uint16), np.ones(99, np.uint16)

@@ -67,6 +67,16 @@ def test_the_exact_evaluation_has_a_bar_of_its_own(tmp_path, monkeypatch):
     assert "evaluating" not in after
 
 
+def test_an_evaluation_shows_the_share_done_beside_the_steps(tmp_path, monkeypatch):
+    terminal = terminal_as_stderr(monkeypatch)
+    with monitor_of(tmp_path) as monitor:
+        advance = monitor.evaluating(400)
+        advance(100)
+        advance(36)
+    assert "step 0/" in terminal.getvalue()
+    assert "34%" in terminal.getvalue()
+
+
 def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("jaxgpt.training.monitor.is_first_process", lambda: False)
     monkeypatch.setattr("jaxgpt.terminal.is_first_process", lambda: False)
