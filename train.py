@@ -193,13 +193,21 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                         save()
                     return signal
 
-            eval_step = evaluation.make_losses_step(model, mesh)
-            val = corpus.val
-            with monitor.last_evaluation(len(val) - 1) as advance:
-                exact = evaluation.evaluate_exactly(
-                    eval_step, state.params, val, config, mesh, advance=advance
-                )
-            monitor.done(step, exact.nats_per_token)
+            losses_step = evaluation.make_losses_step(model, mesh)
+
+            def exact_loss(name: str, params: Any) -> float:
+                """The loss on the whole validation split."""
+                with monitor.last_evaluation(name, len(corpus.val) - 1) as advance:
+                    return evaluation.evaluate_exactly(
+                        losses_step, params, corpus.val, config, mesh, advance=advance
+                    ).nats_per_token
+
+            state = dataclasses.replace(state, opt_state=None)  # frees memory
+            exact = {step: exact_loss("last step", state.params)}
+            best_step, params = checkpoint.best_parameters(checkpoints, state)
+            if best_step not in (None, step):
+                exact[best_step] = exact_loss("best checkpoint", params)
+            monitor.done(step, exact, best_step)
             return 0
 
 

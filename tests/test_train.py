@@ -1,3 +1,4 @@
+import json
 import shutil
 import signal
 
@@ -195,6 +196,47 @@ def test_rows_are_on_disk_before_their_checkpoint_is_saved(
     intervals = {"eval_interval": 8, "checkpoint_interval": 2}
     run(changed(bigram_tales, train=intervals), tmp_path / "run")
     assert saved == [(2, 2), (4, 4), (6, 6), (8, 8)]
+
+
+def test_the_end_has_the_exact_losses_of_the_last_step_and_of_the_best_checkpoint(
+    bigram_tales, tmp_path, monkeypatch, call
+):
+    run_dir, save_state = tmp_path / "run", checkpoint.save_state
+    monkeypatch.setattr(  # so that the first is the best
+        checkpoint,
+        "save_state",
+        lambda checkpoints, state, metric: save_state(
+            checkpoints, state, float(state.step)
+        ),
+    )
+
+    def done():
+        *_, row = read_rows(run_dir / "metrics.jsonl")
+        return row["val_loss"], row["best_exact_val_loss"]
+
+    def evaluated(checkpoint):
+        flags = ("--run-dir", run_dir, "--checkpoint", checkpoint, "--json")
+        return json.loads(call("jaxgpt", "evaluate", *flags).out)["nats_per_token"]
+
+    run(changed(bigram_tales, train={"eval_interval": 4}), run_dir)
+    last, best = evaluated("latest"), evaluated("best")
+    assert done() == (pytest.approx(last, abs=1e-6), pytest.approx(best, abs=1e-6))
+    assert abs(best - last) > 1e-4
+    (run_dir / "checkpoints" / "4" / "_CHECKPOINT_METADATA").write_text("")
+    resume(
+        run_dir
+    )  # only this is left to do; the best that can be restored is the last
+    assert done() == (pytest.approx(last, abs=1e-6),) * 2
+    restore = checkpoint.restore_state
+
+    def fail(folder, which, *arguments, **options):
+        if which == "best":
+            raise ValueError("damaged")
+        return restore(folder, which, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "restore_state", fail)
+    assert resume(run_dir) == 0
+    assert done() == (pytest.approx(last, abs=1e-6), None)
 
 
 def test_a_bpe_run_resumes_with_its_own_tokenizer(bigram_tales, fresh_cache, tmp_path):

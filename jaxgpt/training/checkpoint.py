@@ -128,12 +128,7 @@ def save_state(
 
 def _read_back(saved: Path, parts: dict[str, Any]) -> None:
     """Raises OSError unless the checkpoint just saved can be restored."""
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=getattr(x, "sharding", None)
-        ),
-        parts,
-    )
+    abstract = _abstract(parts)
     is_large = sum(x.nbytes for x in jax.tree.leaves(parts)) > _READ_BACK_BYTES
     for wait in (0, 1, 4, 10):  # a network file system may be slow to show it
         time.sleep(wait)
@@ -151,6 +146,16 @@ def _read_back(saved: Path, parts: dict[str, Any]) -> None:
             f"the first checkpoint was saved, but can't be read back: {error}; train "
             "in another directory"
         ) from error
+
+
+def _abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of the arrays in a tree."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(x, "sharding", None)
+        ),
+        tree,
+    )
 
 
 def _only_smallest(tree: Any) -> Any:
@@ -241,6 +246,29 @@ def restore_state(
             (folder / str(damaged)).rename(renamed)
     wait_for_all("restored")
     return TrainState(params=parts["params"], **progress)
+
+
+def best_parameters(
+    checkpoints: ocp.CheckpointManager, last: TrainState
+) -> tuple[int | None, Any]:
+    """The step and the parameters of a run's best checkpoint, once all are saved.
+
+    If that is the last, they are those of `last`, which may lack an opt_state. If none
+    can be restored, that is logged, and both are None. Raises OSError if a save fails.
+    """
+    with _plain_save_errors():
+        checkpoints.wait_until_finished()
+    folder = Path(checkpoints.directory).resolve()
+    try:
+        best, *_ = find_steps(folder, "best")
+        if not any_failed(best != int(last.step)):
+            return best, last.params
+        abstract = TrainState(last.step, _abstract(last.params), None)
+        state = restore_state(folder, "best", abstract)
+    except (OSError, ValueError, *_NO_MEMORY) as error:
+        log_line(f"the loss of the best checkpoint is unknown: {error}")
+        return None, None
+    return int(state.step), state.params
 
 
 def _restore_first(

@@ -94,10 +94,13 @@ class Monitor(AbstractContextManager):
         return counter(label, batches, None if self._bar.disable else show)
 
     @contextmanager
-    def last_evaluation(self, predictions: int) -> Iterator[Callable[[int], None]]:
-        """Shows the progress of the exact evaluation in place of the steps'."""
+    def last_evaluation(
+        self, parameters: str, predictions: int
+    ) -> Iterator[Callable[[int], None]]:
+        """Shows the progress of an exact evaluation in place of the steps'."""
         self._bar.stop()
-        with progress("loss on the whole val split", predictions) as advance:
+        label = f"loss of the {parameters} on the whole val split"
+        with progress(label, predictions) as advance:
             yield advance
 
     def train(
@@ -142,18 +145,30 @@ class Monitor(AbstractContextManager):
         if step and is_first_process():  # at step 0 there is no curve yet
             plot_losses(self._path, self._curve)
 
-    def done(self, step: int, val_loss: float) -> None:
-        """Logs the end of training with the exact loss on the validation split."""
+    def done(
+        self, step: int, exact: Mapping[int, float], best_step: int | None
+    ) -> None:
+        """Logs the end of training after `step` updates.
+
+        Args:
+          exact: the exact loss on the validation split by step, of the last step and of
+            the best checkpoint's.
+          best_step: step of the best checkpoint; None if none can be restored.
+        """
+        val_loss = exact[step]
         check_finite(step, {"val_loss": val_loss})
         rows = read_rows(self._path)
         evaluated = (row["val_loss"] for row in rows if row["event"] == "eval")
-        best = min(evaluated, default=val_loss)
-        self._write("done", step, val_loss=val_loss, best_val_loss=best)
+        row = {"val_loss": val_loss, "best_val_loss": min(evaluated, default=val_loss)}
+        row["best_exact_val_loss"] = math.nan if best_step is None else exact[best_step]
+        self._write("done", step, **row)
         seconds = time.monotonic() - self._started
-        self._say(
-            f"done in {seconds:.1f} s: val loss {val_loss:.4f} on the whole split"
-            + (f", {self._skipped} steps skipped" if self._skipped else "")
-        )
+        line = f"done in {seconds:.1f} s: val loss {val_loss:.4f} on the whole split"
+        if best_step is not None:
+            best = f"{exact[best_step]:.4f} at step {best_step}"
+            line += f" at step {step}; the best checkpoint has {best}"
+        skipped = f", {self._skipped} steps skipped" if self._skipped else ""
+        self._say(line + skipped)
 
     def _log_pending(self) -> None:
         if not self._pending:

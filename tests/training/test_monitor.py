@@ -40,7 +40,7 @@ def test_rows_have_the_fields_of_their_event_and_of_the_objective(tmp_path, caps
         monitor.train(0, metrics_of(3, accuracy=[0.0, 0.25, 0.0]), START)
         monitor.train(3, metrics_of(5, accuracy=[jnp.nan] * 5), START)  # of weight 0
         monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5, "val_accuracy": 0.5})
-        monitor.done(8, 2.25)
+        monitor.done(8, {8: 2.25, 4: 2.125}, 4)
     rows = rows_of(tmp_path, "train")
     accuracies = {row["step"]: row["accuracy"] for row in rows}
     assert accuracies == {2: 0.25, 4: None, 6: None, 8: None}  # every log_interval
@@ -51,7 +51,9 @@ def test_rows_have_the_fields_of_their_event_and_of_the_objective(tmp_path, caps
     assert evals[1]["val_accuracy"] == 0.5
     (done,) = rows_of(tmp_path, "done")
     assert (done["step"], done["val_loss"], done["best_val_loss"]) == (8, 2.25, 2.5)
+    assert done["best_exact_val_loss"] == 2.125
     assert "val accuracy 0.5" in (err := capsys.readouterr().err)
+    assert all(loss in err.splitlines()[-1] for loss in ("2.2500", "2.1250"))
     assert "skipped" not in err
 
 
@@ -59,7 +61,7 @@ def test_the_exact_evaluation_has_a_bar_of_its_own(tmp_path, monkeypatch):
     terminal = terminal_as_stderr(monkeypatch)
     with monitor_of(tmp_path) as monitor:
         monitor.show("evaluating")
-        with monitor.last_evaluation(1000) as advance:
+        with monitor.last_evaluation("last step", 1000) as advance:
             advance(250)
     before, _, after = terminal.getvalue().partition("whole val split")
     assert "evaluating" in before
@@ -84,7 +86,7 @@ def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsy
         monitor.train(0, metrics_of(8), START)
         monitor.eval(8, {"train_loss": 2.0, "val_loss": 2.5})
         with pytest.raises(FloatingPointError):  # but all check that losses are finite
-            monitor.done(8, float("nan"))
+            monitor.done(8, {8: float("nan")}, 8)
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr() == ("", "")
 
@@ -122,7 +124,7 @@ def test_a_skipped_step_is_reported_and_logged_as_null(tmp_path, capsys):
     with monitor_of(tmp_path, config=config) as monitor:
         monitor.train(0, metrics_of(4, skipped=[2, 2, 2, 3], grad_norm=norms), START)
         monitor.eval(4, {"train_loss": 1.0, "val_loss": 1.0})
-        monitor.done(4, 1.0)
+        monitor.done(4, {4: 1.0}, 4)
     err = capsys.readouterr().err
     assert "step 4 is skipped, 3 of at most 5: grad_norm is inf" in err
     assert "3 steps skipped" in err.splitlines()[-1]
@@ -150,9 +152,10 @@ def test_resuming_deletes_partial_lines_later_rows_and_the_end(tmp_path):
 def test_a_finished_run_can_be_resumed_without_valid_rows(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_bytes(content)
     with monitor_of(tmp_path, resumed_step=8) as monitor:
-        monitor.done(8, 2.25)
+        monitor.done(8, {8: 2.25}, None)
     (row,) = read_rows(tmp_path / "metrics.jsonl")
     assert (row["event"], row["best_val_loss"]) == ("done", 2.25)
+    assert row["best_exact_val_loss"] is None
 
 
 @pytest.fixture
