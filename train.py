@@ -20,7 +20,7 @@ from jaxgpt.config import Config, training_contradictions
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
 from jaxgpt.parallel import processes
-from jaxgpt.parallel.defaults import platform_of
+from jaxgpt.parallel.defaults import platform_of, with_steps_per_call
 from jaxgpt.parallel.feeding import read_batches
 from jaxgpt.parallel.mesh import make_mesh, model_mesh
 from jaxgpt.planning.plan import describe
@@ -103,6 +103,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         corpus, config = load_corpus(config, log_line, tokenizer)
         processes.check_same_settings(config)
         mesh = make_mesh(config, log_line)
+        schedule = with_steps_per_call(config, mesh).train
         model = build_model(config.model, platform_of(mesh))
         objective, source = next_token(model), training_source(corpus.train, config)
         splits = {"train": corpus.train, "val": corpus.val}
@@ -169,7 +170,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                 if resumed_step is None:
                     monitor.eval(0, evaluate())
                 while not (signal := agree(pending_signal())) and step < last_step:
-                    count = steps_in_next_call(step, config.train)
+                    count = steps_in_next_call(step, schedule)
                     steps = range(step, step + count)
                     batches = read_batches(source, steps, config.data.batch_size, mesh)
                     run_steps = program(batches)

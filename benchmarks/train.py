@@ -155,7 +155,11 @@ def shape_config(shape: str, device: Device = "cpu") -> Any:
         rows, T = (2, 512) if device == "cpu" else (12, 1024)
         model = dataclasses.replace(model, block_size=T)
         data = dataclasses.replace(data, batch_size=rows, gradient_accumulation_steps=1)
-    return dataclasses.replace(config, model=model, data=data)
+    steps = config.train.steps_per_call
+    if steps == -1:  # chosen for the device; contenders must do the same number
+        steps = 25 if shape.startswith("shakespeare-char-cpu") else 1
+    train = dataclasses.replace(config.train, steps_per_call=steps)
+    return dataclasses.replace(config, model=model, data=data, train=train)
 
 
 def build(contender: str, config: Facts, seconds: float) -> tuple[Facts, Run]:

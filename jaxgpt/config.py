@@ -249,7 +249,8 @@ class TrainConfig:
     eval_iters: int = 20  # batches of each split per evaluation
     log_interval: int = 10  # updates between rows of metrics.jsonl
     checkpoint_interval: int = 250  # updates between checkpoints
-    steps_per_call: int = 1  # updates per dispatch, for about a second of work
+    # updates per dispatch; -1: as many as take about a second on the device
+    steps_per_call: int = -1
     # number of updates that may be skipped because their loss or gradients are not
     # finite; one more stops the run
     max_skipped_steps: int = 0
@@ -260,9 +261,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_at_least(self, 1, "max_steps", "eval_iters", "steps_per_call")
+        _check_at_least(self, 1, "max_steps", "eval_iters")
         _check_at_least(self, 1, "eval_interval", "log_interval", "checkpoint_interval")
         _check_at_least(self, 0, "max_skipped_steps", "profile")
+        _check(
+            self.steps_per_call == -1 or self.steps_per_call >= 1,
+            f"steps_per_call={self.steps_per_call} must be -1 (chosen for the device) "
+            "or at least 1",
+        )
         check_seed(self.seed)
 
 
@@ -393,7 +399,7 @@ def training_contradictions(config: Config) -> list[str]:
         lines.append(
             f"steps_per_call={train.steps_per_call} never fits into {name}={interval}: "
             "updates are dispatched singly, which is slow; lower "
-            f"--train.steps-per-call to {interval}"
+            f"--train.steps-per-call to {interval}, or to -1, which fits"
         )
     return lines
 

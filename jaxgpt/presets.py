@@ -50,7 +50,6 @@ def _lecture(
     learning_rate: float = 1e-3,
     max_steps: int = 5000,
     batch_size: int = 32,
-    steps_per_call: int = 100,
 ) -> Config:
     """The lecture's recipe: PyTorch's AdamW defaults, no schedule, no clipping.
 
@@ -67,12 +66,7 @@ def _lecture(
             beta2=0.999,
             grad_clip=0.0,
         ),
-        train=_train(
-            every=500,
-            max_steps=max_steps,
-            eval_iters=200,
-            steps_per_call=steps_per_call,
-        ),
+        train=_train(every=500, max_steps=max_steps, eval_iters=200),
     )
 
 
@@ -122,12 +116,12 @@ def lecture_scaled() -> Config:
         n_embd=384,
         dropout=0.2,
     )
-    return _lecture(model, learning_rate=3e-4, batch_size=64, steps_per_call=1)
+    return _lecture(model, learning_rate=3e-4, batch_size=64)
 
 
 def shakespeare_char_cpu() -> Config:
     """nanoGPT's recipe for a laptop: 45 s on 2 CPU cores, val 1.90."""
-    return Config(train=TrainConfig(steps_per_call=25))
+    return Config()
 
 
 def shakespeare_char_fast() -> Config:
@@ -138,7 +132,7 @@ def shakespeare_char_fast() -> Config:
     return Config(
         model=GPTConfig(n_layer=1),
         optimizer=OptimizerConfig(learning_rate=6e-3, min_lr=1e-5, warmup_steps=50),
-        train=_train(every=400, max_steps=1600, steps_per_call=50),
+        train=_train(every=400, max_steps=1600),
     )
 
 

@@ -69,7 +69,9 @@ TINY = Config(
     ),
     data=DataConfig(batch_size=8),
     optimizer=OptimizerConfig(warmup_steps=2),
-    train=TrainConfig(max_steps=8, eval_interval=4, eval_iters=2, seed=3),
+    train=TrainConfig(
+        max_steps=8, eval_interval=4, eval_iters=2, steps_per_call=1, seed=3
+    ),
 )
 ONE_ROW = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])  # tokens for TINY
 PLATFORMS = ("cpu", "tpu", "cuda", "gpu")  # as in jaxgpt.ops

@@ -28,7 +28,7 @@ from rich.table import Table
 from jaxgpt.config import Config, MeshConfig, check_seed
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
-from jaxgpt.parallel.defaults import platform_of
+from jaxgpt.parallel.defaults import platform_of, with_steps_per_call
 from jaxgpt.parallel.feeding import stack_batches
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.presets import PRESETS
@@ -165,12 +165,12 @@ def train_rung(
         max_steps=max_steps,
         eval_interval=interval,
         checkpoint_interval=interval,  # none is saved, but a dispatch ends there
-        steps_per_call=min(config.train.steps_per_call, interval),
     )
     config = dataclasses.replace(config, train=train, mesh=MeshConfig(data=1))
     corpus, config = load_corpus(config, log_line)
     started = time.monotonic()
     mesh, curve = make_mesh(config, devices=[device]), []
+    config = with_steps_per_call(config, mesh)
     model = build_model(config.model, platform_of(device))
     losses_of = make_losses_step(model, mesh)
     for step, params_S in train_seeds(model, config, mesh, corpus, seeds):

@@ -1,6 +1,7 @@
 """Defaults that depend on the device, where no one setting is fast on all of them."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -62,6 +63,34 @@ def with_microbatches(config: Config, mesh: Mesh) -> Config:
         microbatches = next(n for n in divisors if rows // n <= max_rows)
     data = dataclasses.replace(data, gradient_accumulation_steps=microbatches)
     return dataclasses.replace(config, data=data)
+
+
+def with_steps_per_call(config: Config, mesh: Mesh) -> Config:
+    """Replaces steps_per_call=-1 by the default for the mesh's devices.
+
+    A dispatch is then about a second of work, so that the host never paces the devices,
+    and progress and interrupts are not late. All dispatches have the same size, so that
+    one program serves: it divides the intervals of evaluations and checkpoints, and
+    max_steps too if it thereby stays above half.
+    """
+    train = config.train
+    if train.steps_per_call != -1:
+        return config
+    # The backward pass takes twice the operations of the forward pass.
+    most = _batches_within(1.0, config.data.batch_size, 6, config, mesh)
+    intervals = (train.eval_interval, train.checkpoint_interval)
+    boundary = math.gcd(*(each for each in intervals if each < train.max_steps))
+
+    def largest_divisor(number: int) -> int:
+        most_steps = min(most, train.max_steps)
+        return max(n for n in range(1, most_steps + 1) if number % n == 0)
+
+    count = largest_divisor(boundary)
+    if 2 * (even := largest_divisor(math.gcd(boundary, train.max_steps))) > count:
+        count = even
+    return dataclasses.replace(
+        config, train=dataclasses.replace(train, steps_per_call=count)
+    )
 
 
 def evaluations_per_call(config: Config, mesh: Mesh, total: int) -> int:

@@ -8,7 +8,11 @@ import pytest
 from conftest import ROOT, TINY, changed, mesh_of
 
 from jaxgpt.parallel import defaults
-from jaxgpt.parallel.defaults import evaluations_per_call, platform_of
+from jaxgpt.parallel.defaults import (
+    evaluations_per_call,
+    platform_of,
+    with_steps_per_call,
+)
 from jaxgpt.parallel.mesh import single_device_mesh
 from jaxgpt.presets import PRESETS
 
@@ -103,3 +107,35 @@ def test_a_dispatch_of_an_evaluation_is_a_share_of_a_second(
     assert sizes[1] == 1
     assert all(min(most, n) <= size <= 100 for n, size in sizes.items())
     assert all(n % size == 0 for n, size in sizes.items() if n < 211)  # a prime
+
+
+@pytest.mark.parametrize(
+    ("platform", "preset", "train", "steps"),
+    [
+        ("cpu", "shakespeare-char-cpu", {}, 10),
+        ("gpu", "shakespeare-char-cpu", {}, 50),  # at most 100, and it divides 250
+        ("cpu", "shakespeare-char", {}, 1),
+        ("gpu", "shakespeare-char", {}, 50),
+        ("gpu", "shakespeare-char", {"checkpoint_interval": 40}, 10),  # and 40
+        ("gpu", "shakespeare-char", {"eval_interval": 48, "max_steps": 48}, 48),
+        ("gpu", "shakespeare-char", {"max_steps": 3750 + 30}, 50),
+        (
+            "gpu",
+            "lecture-scaled",
+            {"eval_interval": 270, "checkpoint_interval": 270, "max_steps": 324},
+            54,
+        ),
+        ("cpu", "lecture-layer-norm", {}, 100),
+        ("gpu", "shakespeare-char", {"steps_per_call": 7}, 7),
+    ],
+)
+def test_steps_per_call_divide_the_intervals_and_fit_a_second(
+    monkeypatch, platform, preset, train, steps
+):
+    config = changed(PRESETS[preset](), model={"vocab_size": 65}, train=train)
+    monkeypatch.setattr(defaults, "platform_of", lambda mesh: platform)
+    chosen = with_steps_per_call(config, single_device_mesh())
+    assert chosen.train.steps_per_call == steps
+    assert changed(chosen, train={"steps_per_call": -1}) == changed(
+        config, train={"steps_per_call": -1}
+    )
