@@ -20,6 +20,7 @@ from jaxgpt.terminal import counter, log_line, progress
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
 _STEP_METRICS = ("loss", "learning_rate", "grad_norm")
+_LINE_SECONDS = 1.0  # at least between lines of steps where there is no terminal
 _POINTS = 2000  # maximum number of points in the curve of training losses
 
 
@@ -55,6 +56,7 @@ class Monitor(AbstractContextManager):
         self._config = config.train
         self._pending: tuple[int, Mapping[str, jax.Array], float] | None = None
         self._last_end = 0.0
+        self._said = -math.inf  # when the last line of steps was printed
         self._skipped = skipped
         console = Console(stderr=True, highlight=False)
         self._bar = Progress(
@@ -181,11 +183,10 @@ class Monitor(AbstractContextManager):
         self._last_end = end
         others = metrics.keys() - {*_STEP_METRICS, "tokens", "skipped"}
         names = (*_STEP_METRICS, *sorted(others))  # others are the objective's
-        for i, skipped in enumerate(metrics["skipped"].tolist()):
-            step, values = (
-                steps_before + 1 + i,
-                {n: float(metrics[n][i]) for n in names},
-            )
+        columns, row_written = (metrics[name].tolist() for name in names), False
+        rows = zip(metrics["skipped"].tolist(), *columns, strict=True)
+        for step, (skipped, *row) in enumerate(rows, steps_before + 1):
+            values = dict(zip(names, row, strict=True))
             bad = non_finite(values) if skipped > self._skipped else {}
             self._skipped = skipped
             if bad:
@@ -194,12 +195,15 @@ class Monitor(AbstractContextManager):
                 found = ", ".join(f"{name} is {value}" for name, value in bad.items())
                 so_far = f"{skipped} of at most {self._config.max_skipped_steps}"
                 self._say(f"step {step} is skipped, {so_far}: {found}")
-            status = f"loss {values['loss']:.4f}  {rate:,.0f} tok/s"
-            self._bar.update(self._task, completed=step, status=status)
             if step % self._config.log_interval == 0:
                 self._write("train", step, **values, tokens_per_second=rate)
-                if self._bar.disable:
-                    log_line(f"step {step}/{self._config.max_steps}  {status}")
+                row_written = True
+        status = f"loss {values['loss']:.4f}  {rate:,.0f} tok/s"
+        self._bar.update(self._task, completed=step, status=status)
+        due = step == self._config.max_steps or end - self._said >= _LINE_SECONDS
+        if self._bar.disable and row_written and due:
+            self._said = end
+            log_line(f"step {step}/{self._config.max_steps}  {status}")
 
     def _sync(self) -> None:
         if is_first_process():

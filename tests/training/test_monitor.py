@@ -1,4 +1,5 @@
 import json
+import re
 import time
 from types import SimpleNamespace
 from unittest.mock import create_autospec
@@ -176,6 +177,19 @@ def test_tokens_per_second_count_weights_and_leave_out_compilation(tmp_path, clo
             monitor.flush()
     rates = [row["tokens_per_second"] for row in rows_of(tmp_path, "train")]
     assert rates == [pytest.approx(200)] * 4
+
+
+def test_lines_of_steps_are_a_second_apart_but_every_row_is_kept(
+    tmp_path, clock, capsys
+):
+    with Monitor(tmp_path, CONFIG, None, clock.now) as monitor:
+        for first in range(0, 8, 2):
+            monitor.train(first, metrics_of(2), clock.now)
+            clock.now += 0.6
+            monitor.flush()
+    lines = re.findall(r"step (\d)/8", capsys.readouterr().err)
+    assert lines == ["2", "6", "8"]  # the first, one a second later, the last
+    assert [row["step"] for row in rows_of(tmp_path, "train")] == [2, 4, 6, 8]
 
 
 def test_elapsed_seconds_accumulate_over_resumes(tmp_path, clock):
