@@ -47,8 +47,8 @@ from jaxgpt.training.step import (
     abstract_state,
     check_skipped,
     create_state,
+    make_train_program,
     steps_in_next_call,
-    trace_train_steps,
 )
 
 STARTED = time.monotonic()
@@ -110,12 +110,22 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         sources = {name: evaluation_source(splits[name], config) for name in splits}
         eval_step = evaluation.make_eval_step(objective, mesh)
         estimate = partial(evaluation.estimate, eval_step)
+
+        def read(step: int) -> Batch:
+            """The batches of the dispatch after `step` updates."""
+            steps = range(step, step + steps_in_next_call(step, schedule))
+            return read_batches(source, steps, config.data.batch_size, mesh)
+
+        folder, last_step = run_dir / checkpoint.CHECKPOINTS, config.train.max_steps
+        found = checkpoint.saved_steps(folder)[-1:] if resume else []
+        abstract = abstract_state(model, config, mesh)
+        train_program = make_train_program(objective, config, mesh, abstract)
+        if (step := max(found, default=0)) < last_step:
+            train_program(read(step))  # compiles while other programs do, or run
         eval_batches = evaluation.read_evaluation(sources, config, mesh)
 
-        folder = run_dir / checkpoint.CHECKPOINTS
         resumed_step = None
-        if resume and checkpoint.saved_steps(folder):
-            abstract = abstract_state(model, config, mesh)
+        if found:
             state = checkpoint.restore_state(folder, "latest", abstract, resume=True)
             check_skipped(state, config)
             resumed_step = int(state.step)
@@ -126,7 +136,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                 log_line(f"{run_dir} has no checkpoint; starting at step 0")
         if not resume:
             clear_run(run_dir)  # only once the new run can start
-        step, last_step = resumed_step or 0, config.train.max_steps
+        step = resumed_step or 0
         saved, skipped = resumed_step, int(state.skipped)
         if step > last_step:
             raise ValueError(
@@ -141,17 +151,6 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
             diagnose_non_finite(lambda: state, next_token, source, config, mesh),
             profiled(run_dir / PROFILE, config.train.profile) as profile_dispatch,
         ):
-            programs: dict[Any, jax.stages.Compiled] = {}
-
-            def program(batches: Batch) -> jax.stages.Compiled:
-                """Returns the train steps, compiled for the shapes of `batches`."""
-                shapes = tuple(map(jax.typeof, jax.tree.leaves(batches)))
-                if shapes not in programs:
-                    monitor.flush()  # so that no step's time includes compilation
-                    monitor.show("compiling")
-                    traced = trace_train_steps(objective, config, mesh, state, batches)
-                    programs[shapes] = traced.lower().compile()
-                return programs[shapes]
 
             def evaluate() -> dict[str, float]:
                 """Estimates the losses on both splits, and shows progress."""
@@ -170,16 +169,18 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                 if resumed_step is None:
                     monitor.eval(0, evaluate())
                 while not (signal := agree(pending_signal())) and step < last_step:
-                    count = steps_in_next_call(step, schedule)
-                    steps = range(step, step + count)
-                    batches = read_batches(source, steps, config.data.batch_size, mesh)
-                    run_steps = program(batches)
+                    batches = read(step)
+                    program = train_program(batches)
+                    if not program.done():
+                        monitor.flush()  # so that no step's time includes compilation
+                        monitor.show("compiling")
+                    run_steps = program.result()
                     started = time.monotonic()
                     state, metrics = run_steps(state, batches)
                     monitor.train(step, metrics, started)
                     profile_dispatch(metrics)
                     saved = checkpoint.check_saves(checkpoints, saved)
-                    step += count
+                    step += len(metrics["loss"])
 
                     if step % config.train.eval_interval == 0 or step == last_step:
                         monitor.flush()

@@ -21,6 +21,7 @@ _HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
 # a job, and SIGXCPU at its limit of CPU time.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+_BACKGROUND = "background"  # name of threads that may outlive the script
 _REPEAT_SECONDS = 0.5  # GNU timeout and other wrappers send each signal twice
 _EXPECTED = (ArithmeticError, ImportError, MemoryError, OSError, ValueError)
 _DISK_FULL = "no disk space is left; free some and retry; earlier saves are kept. "
@@ -63,12 +64,10 @@ def deferred_interrupts() -> Iterator[Callable[[], int]]:
         _interrupts.deferred = False
 
 
-def interruptible(function: Callable[[], T], seconds: float | None = None) -> T:
-    """Calls a function in a thread, so that signals interrupt the wait for its result.
+def in_background(function: Callable[[], T]) -> Future[T]:
+    """Calls a function in a thread; returns the future of its result.
 
-    The main thread handles no signal while it is inside a library's native code. Raises
-    what the function raises, and TimeoutError after `seconds`; the thread then goes on,
-    but does not keep the script from ending.
+    The thread does not keep the script from ending, by a signal or otherwise.
     """
     result: Future[T] = Future()
 
@@ -78,8 +77,17 @@ def interruptible(function: Callable[[], T], seconds: float | None = None) -> T:
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=call, daemon=True).start()
-    return result.result(seconds)
+    threading.Thread(target=call, daemon=True, name=_BACKGROUND).start()
+    return result
+
+
+def interruptible(function: Callable[[], T], seconds: float | None = None) -> T:
+    """Calls a function in a thread, so that signals interrupt the wait for its result.
+
+    The main thread handles no signal while it is inside a library's native code. Raises
+    what the function raises, and TimeoutError after `seconds`; the thread then goes on.
+    """
+    return in_background(function).result(seconds)
 
 
 def _watch(receiver: socket.socket, terminals: list[int]) -> None:
@@ -127,6 +135,10 @@ def plain_errors() -> Iterator[None]:
         if _interrupts.raised or isinstance(error, KeyboardInterrupt):
             _exit(128 + (_interrupts.first or signal.SIGINT), "\ninterrupted\n")
         _exit_with_error(error)
+    except SystemExit as error:
+        if any(thread.name == _BACKGROUND for thread in threading.enumerate()):
+            _exit(error.code if isinstance(error.code, int) else bool(error.code))
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

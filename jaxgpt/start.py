@@ -20,7 +20,10 @@ from typing import Any
 import jax
 import jaxlib
 
+from jaxgpt.terminal import log_line
+
 _YNN = "xla_cpu_experimental_ynn_fusion_type"
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event
 _XLA_FLAGS = (
     # Run matmuls and reductions in YNNPACK, on x86-64: on 2 cores a step of
     # `shakespeare-char-cpu` took 21.5 ms with the matmuls in it, 29.0 without.
@@ -99,7 +102,16 @@ def start() -> None:
     if not os.access(os.path.expanduser("~"), os.W_OK):
         with suppress(OSError):  # else matplotlib warns of a temporary folder
             os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
+    jax.monitoring.register_event_duration_secs_listener(tell_compilation)
     encode_output()
+
+
+def tell_compilation(event: str, duration_secs: float, **facts: str | int) -> None:
+    """Prints the name of a program whose compilation took over 5 s, and the seconds."""
+    if event == _COMPILED and duration_secs > 5:
+        name = str(facts.get("fun_name", "a program"))
+        program = re.sub(r"^jit\(_?(.*)\)$", r"\1", name)
+        log_line(f"compiled {program} in {duration_secs:.1f} s")
 
 
 def encode_output() -> None:

@@ -182,6 +182,37 @@ with plain_errors():
     assert "interrupted" in err
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("ending", "code"), [("sys.exit(7)", 7), ("signal.raise_signal(2)", 130)]
+)
+def test_a_compilation_in_the_background_does_not_spoil_an_exit(ending, code):
+    # A thread that returns from XLA while Python shuts down would abort it.
+    script = f"""
+import signal, sys, threading
+import jax
+from jaxgpt.exits import in_background, plain_errors
+
+def slow(x):
+    for _ in range(100):
+        x = jax.numpy.sin(x) @ x
+    return x
+
+def compile_slowly():
+    lowered = jax.jit(slow).lower(jax.numpy.ones((50, 50)))
+    compiling.set()
+    lowered.compile()
+
+compiling = threading.Event()
+with plain_errors():
+    compiled = in_background(compile_slowly)
+    compiling.wait()
+    {ending}
+"""
+    _, err = finish(start_script("-c", script), code)
+    assert "Traceback" not in err
+
+
 def test_interrupted_generation_exits_with_the_signals_number(smoke):
     many = ("--max-new-tokens", 10**6)
     script = start_script("generate.py", "--run-dir", smoke[0], *many)

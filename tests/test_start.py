@@ -2,6 +2,7 @@ import gc
 import io
 import os
 import platform
+import re
 import sys
 import weakref
 from unittest.mock import Mock
@@ -127,3 +128,20 @@ def test_release_memory_frees_reference_cycles():
         assert reference() is None
     finally:
         gc.enable()
+
+
+def test_a_long_compilation_is_told_with_the_programs_name(capsys):
+    def slow_function(x):
+        return x + 1
+
+    def tell(event, seconds, **facts):
+        start.tell_compilation(event, 1000 * seconds + 6, **facts)
+
+    jax.monitoring.register_event_duration_secs_listener(tell)
+    try:
+        jax.jit(slow_function)(1.0)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(tell)
+    assert re.search(r"compiled slow_function in \d", capsys.readouterr().err)
+    start.tell_compilation("/jax/core/compile/backend_compile_duration", 4.0)
+    assert capsys.readouterr().err == ""

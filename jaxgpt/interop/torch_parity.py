@@ -355,7 +355,7 @@ def _training(
     full_config = Config(model=config, optimizer=optimizer, train=train)
     model, adamw = _build_model(config), make_optimizer(optimizer, len(batches))
     train_step = make_train_step(next_token(model), adamw, full_config)
-    state, metrics = jax.jit(lambda *args: jax.lax.scan(train_step, *args))(
+    state, metrics = jax.jit(partial(jax.lax.scan, train_step))(
         create_state(model, full_config, single_device_mesh(), params),
         (inputs_NBT, targets_NBT),
     )

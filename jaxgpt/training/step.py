@@ -4,6 +4,7 @@ B batch   N steps in one dispatch
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import cache, partial
 from operator import attrgetter
 from typing import Any
@@ -17,6 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config, TrainConfig
+from jaxgpt.exits import in_background
 from jaxgpt.parallel.defaults import train_jit_options, with_microbatches
 from jaxgpt.parallel.mesh import activation_sharding, replicated, with_shardings
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
@@ -46,7 +48,7 @@ def _keys(config: Config, seed: jax.Array | int | None = None) -> jax.Array:
     return jax.random.split(jax.random.key(config.train.seed if seed is None else seed))
 
 
-def _initial(model: nn.Module, config: Config, params: Any = None) -> TrainState:
+def _initial_state(model: nn.Module, config: Config, params: Any = None) -> TrainState:
     if params is None:
         tokens_BT = jnp.zeros((1, config.model.block_size), jnp.int32)
         params = model.init(_keys(config)[0], tokens_BT)["params"]
@@ -58,7 +60,7 @@ def _initial(model: nn.Module, config: Config, params: Any = None) -> TrainState
 @cache  # because it is needed several times at startup
 def abstract_state(model: nn.Module, config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without allocating memory."""
-    return with_shardings(jax.eval_shape(partial(_initial, model, config)), mesh)
+    return with_shardings(jax.eval_shape(partial(_initial_state, model, config)), mesh)
 
 
 def create_state(
@@ -69,7 +71,7 @@ def create_state(
     Each device computes its own shard.
     """
     where = jax.tree.map(attrgetter("sharding"), abstract_state(model, config, mesh))
-    return jax.jit(partial(_initial, model, config), out_shardings=where)(params)
+    return jax.jit(partial(_initial_state, model, config), out_shardings=where)(params)
 
 
 def make_train_step(
@@ -238,10 +240,34 @@ def trace_train_steps(
     """
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
     train_step = make_train_step(objective, optimizer, with_microbatches(config, mesh))
-    train_steps = jax.jit(
-        lambda state, batches: jax.lax.scan(train_step, state, batches),
+
+    def train_steps(state: TrainState, batches: Batch) -> tuple[TrainState, Any]:
+        return jax.lax.scan(train_step, state, batches)
+
+    jitted = jax.jit(
+        train_steps,
         out_shardings=(jax.tree.map(attrgetter("sharding"), state), replicated(mesh)),
         **train_jit_options(config, mesh),
     )
     with activation_sharding(mesh):
-        return train_steps.trace(state, batches)
+        return jitted.trace(state, batches)
+
+
+def make_train_program(
+    objective: Objective, config: Config, mesh: Mesh, state: TrainState
+) -> Callable[[Batch], Future[jax.stages.Compiled]]:
+    """Makes a function that compiles the train steps for the shapes of `batches`.
+
+    It compiles in the background, so that other programs can compile and run meanwhile,
+    and only once for the same shapes. The arguments are those of `trace_train_steps`.
+    """
+    programs: dict[Any, Future[jax.stages.Compiled]] = {}
+
+    def train_program(batches: Batch) -> Future[jax.stages.Compiled]:
+        shapes = tuple(map(jax.typeof, jax.tree.leaves(batches)))
+        if shapes not in programs:
+            trace = partial(trace_train_steps, objective, config, mesh, state, batches)
+            programs[shapes] = in_background(lambda: trace().lower().compile())
+        return programs[shapes]
+
+    return train_program

@@ -1,3 +1,4 @@
+import threading
 from functools import partial
 
 import jax
@@ -10,14 +11,17 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import TrainConfig
 from jaxgpt.models import build_model
 from jaxgpt.parallel import defaults
-from jaxgpt.parallel.feeding import stack_batches
+from jaxgpt.parallel.feeding import read_batches, stack_batches
 from jaxgpt.text.batches import training_source
+from jaxgpt.training import step
 from jaxgpt.training.objectives import Context, next_token
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.step import (
+    abstract_state,
     check_skipped,
     create_state,
     dropout_key,
+    make_train_program,
     make_train_step,
     steps_in_next_call,
     trace_train_steps,
@@ -181,3 +185,26 @@ def test_a_state_with_more_skipped_steps_than_allowed_is_refused():
     check_skipped(state, BIGRAM)
     with pytest.raises(ValueError, match=r"2 .* --train.max-skipped-steps 0"):
         check_skipped(state.replace(skipped=np.int32(2)), BIGRAM)
+
+
+def test_train_steps_compile_in_the_background_once_for_each_shape(monkeypatch):
+    traced, trace = [], step.trace_train_steps
+
+    def noted(*arguments):
+        traced.append(threading.current_thread())
+        return trace(*arguments)
+
+    monkeypatch.setattr(step, "trace_train_steps", noted)
+    model, mesh = build_model(BIGRAM.model, "cpu"), mesh_of(BIGRAM)
+    source = training_source(TOKENS, BIGRAM)
+    abstract = abstract_state(model, BIGRAM, mesh)
+    train_program = make_train_program(next_token(model), BIGRAM, mesh, abstract)
+    for count in (2, 2, 1):
+        state = create_state(model, BIGRAM, mesh)
+        batches = read_batches(source, range(count), 8, mesh)
+        state, metrics = train_program(batches).result()(state, batches)
+        assert int(state.step) == len(metrics["loss"]) == count
+    assert len(traced) == 2
+    assert threading.main_thread() not in traced
+    with pytest.raises(ValueError, match="unpack"):  # raised where it is needed
+        train_program(batches[:1]).result()
