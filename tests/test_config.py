@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import changed
 
-from jaxgpt import BigramConfig, Config, GPTConfig, SamplingConfig
+from jaxgpt import BigramConfig, Config, GPTConfig, SamplingConfig, TrainConfig
 from jaxgpt.config import sampling_contradictions, training_contradictions
 from jaxgpt.presets import PRESETS
 
@@ -97,6 +97,12 @@ def test_a_setting_that_others_keep_from_taking_effect_is_named(train, names):
     lines = training_contradictions(changed(PRESETS["smoke"](), train=train))
     for line, words in zip(lines, names, strict=True):
         assert all(word in line for word in words.split())
+
+
+@pytest.mark.parametrize("steps", [0, -2])
+def test_steps_per_call_are_a_number_or_chosen_for_the_device(steps):
+    with pytest.raises(ValueError, match=f"steps_per_call={steps} .*-1 "):
+        TrainConfig(steps_per_call=steps)
 
 
 @pytest.mark.parametrize(
