@@ -17,10 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,8 +63,22 @@ def main() -> None:
 
 
 def settle(device: Device) -> None:
-    """Selects the device of this process and its contenders; avoids logs about it."""
+    """Selects the device of this process and its contenders; avoids logs about it.
+
+    Exits if it is a GPU and there is none.
+    """
+    if device == "gpu" and not gpus():
+        sys.exit("nvidia-smi finds no GPU here; give --device cpu")
     os.environ |= _ENVIRONMENT[device]
+
+
+def gpus() -> list[str]:
+    """Name and driver of each NVIDIA GPU."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.check_output(command, text=True).splitlines()
+    except (OSError, subprocess.CalledProcessError):  # it is missing, or finds none
+        return []
 
 
 def torch_device() -> Any:
@@ -85,7 +99,12 @@ def calls_in(seconds: float, call: Callable[[], Any]) -> int:
     return max(1, round(seconds / (time.perf_counter() - started)))
 
 
-def compete(module: str, tasks: dict[str, Facts], rounds: int) -> dict[str, Facts]:
+def compete(
+    module: str,
+    tasks: dict[str, Facts],
+    rounds: int,
+    environments: Mapping[str, dict[str, str]] | None = None,
+) -> dict[str, Facts]:
     """Starts all contenders one after the other, then asks each for its rounds.
 
     Args:
@@ -93,6 +112,7 @@ def compete(module: str, tasks: dict[str, Facts], rounds: int) -> dict[str, Fact
         that runs a round; this may return more figures than the seconds it takes.
       tasks: arguments of `build` for each contender, by its name; plain values.
       rounds: number of rounds; every other one is in reverse order.
+      environments: environment variables of some contenders, in addition to ours.
 
     Returns each contender's facts with its `rounds` and its `peak_mib` of memory, or
     how it `failed`, or why it was `left_out`: memory is short. The peak is the one that
@@ -114,6 +134,7 @@ def compete(module: str, tasks: dict[str, Facts], rounds: int) -> dict[str, Fact
                     running[name] = subprocess.Popen(
                         [*command, json.dumps(task)],
                         cwd=ROOT,
+                        env=os.environ | (environments or {}).get(name, {}),
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=stderr,
@@ -207,7 +228,6 @@ def reasons(facts: Facts) -> str:
 def machine(module: str, device: Device = "cpu") -> Facts:
     """The command, date, machine and library versions of a report."""
     cpuinfo = Path("/proc/cpuinfo")
-    gpus = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     model = re.search(
         r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else ""
     )
@@ -216,9 +236,7 @@ def machine(module: str, device: Device = "cpu") -> Facts:
         "date": date.today().isoformat(),
         "machine": {
             "cpu": model[1] if model else platform.processor(),
-            "gpu": subprocess.check_output(gpus, text=True).splitlines()
-            if device == "gpu"
-            else [],
+            "gpu": gpus() if device == "gpu" else [],
             "cores": psutil.cpu_count(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "system": platform.platform(),
@@ -226,9 +244,17 @@ def machine(module: str, device: Device = "cpu") -> Facts:
         },
         "versions": {
             "python": platform.python_version(),
-            **{library: version(library) for library in _LIBRARIES},
+            **{library: _version(library) for library in _LIBRARIES},
         },
     }
+
+
+def _version(library: str) -> str | None:
+    """The installed version, or None: a contender may be absent."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def wanted(names: Collection[str], parts: tuple[str, ...]) -> list[str]:

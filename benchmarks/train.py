@@ -132,10 +132,15 @@ def contend(
     return compete("benchmarks.train", tasks, rounds)
 
 
-def shape_config(shape: str, device: Device = "cpu") -> Any:
+def shape_config(shape: str, device: Device = "cpu", rows: int = 0) -> Any:
     """The preset's config, in float32, with the fields that a run would fill in.
 
     gpt2-124m has a small batch on a CPU, and that of nanoGPT's bench.py on a GPU.
+
+    Args:
+      shape: a preset, which "-no-dropout" may follow, or "tiny".
+      device: where it is measured.
+      rows: replaces the number of rows of a step, if it is not 0.
     """
     from jaxgpt.config import GPTConfig
     from jaxgpt.presets import PRESETS
@@ -152,8 +157,9 @@ def shape_config(shape: str, device: Device = "cpu") -> Any:
     )
     data = config.data
     if shape == "gpt2-124m":
-        rows, T = (2, 512) if device == "cpu" else (12, 1024)
-        model = dataclasses.replace(model, block_size=T)
+        usual_rows, T = (2, 512) if device == "cpu" else (12, 1024)
+        model, rows = dataclasses.replace(model, block_size=T), rows or usual_rows
+    if rows:
         data = dataclasses.replace(data, batch_size=rows, gradient_accumulation_steps=1)
     steps = config.train.steps_per_call
     if steps == -1:  # chosen for the device; contenders must do the same number
@@ -238,11 +244,15 @@ def jaxgpt_updates(values: Facts) -> Updates:
         jax.block_until_ready((state, metrics))
         return float(metrics["loss"][-1])  # type: ignore[index] # after an update
 
-    def peak() -> dict[str, float]:
-        memory = jax.local_devices()[0].memory_stats()
-        return {"peak_mib": memory["peak_bytes_in_use"] / 2**20} if memory else {}
+    return update, finish, count, jax_peak
 
-    return update, finish, count, peak
+
+def jax_peak() -> dict[str, float]:
+    """Peak memory of JAX's GPU as `peak_mib`; nothing on a CPU."""
+    import jax
+
+    memory = jax.local_devices()[0].memory_stats()
+    return {"peak_mib": memory["peak_bytes_in_use"] / 2**20} if memory else {}
 
 
 def torch_model(library: str, sizes: Facts) -> Any:

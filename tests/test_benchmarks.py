@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch_nanogpt
 from conftest import finish, start_script
+from jax.profiler import ProfileData
 
-from benchmarks import generate, rounds, wall_clock
+from benchmarks import generate, gpu, rounds, wall_clock
 from benchmarks.rounds import compete, wanted
 from benchmarks.torch_recipe import exact_loss, make_schedule
 from benchmarks.train import judge as judge_training
@@ -21,9 +22,44 @@ from jaxgpt.planning.flops import step_flops
 from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
 from jaxgpt.training.optimizer import learning_rate_schedule
 
+# Stands for train.py: reaches a loss of 2.0, then waits to be stopped.
+REACHES_TWO = """
+import json, os, pathlib, signal, sys
+
+def stop(*_):
+    (run_dir / "stopped").touch()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, stop)
+_, preset, _, run_dir = sys.argv
+run_dir = pathlib.Path(run_dir)
+run_dir.mkdir()
+print("compiling the train step", file=sys.stderr)
+print(preset, os.environ["JAXGPT_CACHE"], file=sys.stderr, flush=True)
+with (run_dir / "metrics.jsonl").open("w") as file:
+    for step, loss in ((0, 4.0), (5, 2.0), (10, 1.0)):
+        for row in ({"event": "eval", "val_loss": loss}, {"event": "train"}):
+            print(json.dumps({"step": step, **row}), file=file, flush=True)
+while "smoke" in preset:
+    signal.pause()
+"""
+
+# Two updates on two streams of a GPU, in nanoseconds; the host's line does not count.
+GPU_TRACE = {
+    ("/device:GPU:0", "Stream #7(Compute)"): [
+        ("nvjet_hsh_128x256_TNN", 0, 400),
+        ("loop_convert_fusion_3", 400, 100),
+        ("loop_convert_fusion_14", 500, 60),
+        ("nvjet_hsh_128x256_TNN", 1000, 400),
+    ],
+    ("/device:GPU:0", "Stream #9(MemcpyD2D)"): [("MemcpyD2D", 550, 50)],
+    ("/device:GPU:0", "XLA Ops"): [("fusion.1", 0, 900)],
+    ("/host:CPU", "python"): [("PjitFunction", 0, 5000)],
+}
+
 # A contender whose rounds take made-up seconds.
 FAKE = """
-import signal, time
+import os, signal, time
 
 def build(name, log, seconds=0, fails_at=None):
     if fails_at == 0:
@@ -39,7 +75,7 @@ def build(name, log, seconds=0, fails_at=None):
         if len(turns) == fails_at:
             raise ValueError(f"{name} can't go on")
         with open(log, "a") as file:
-            file.write(name)
+            file.write(os.environ.get("WRITES", name))
         now[0] += seconds
         return {"turn": len(turns)}
 
@@ -64,10 +100,11 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(rounds, "_PAUSE", 0)
 
-    def run(count, **tasks):
+    def run(count, environments=None, **tasks):
         log = tmp_path / "log"
         tasks = {k: {"name": k, "log": str(log), **task} for k, task in tasks.items()}
-        return compete("fake_contender", tasks, count), log.read_text()
+        found = compete("fake_contender", tasks, count, environments)
+        return found, log.read_text()
 
     return run
 
@@ -97,6 +134,21 @@ def test_a_contender_without_enough_memory_is_told_so(fake, monkeypatch):
     found, turns = fake(1, c={}, d={})
     assert turns == "ac"
     assert "memory" in found["d"]["left_out"]
+
+
+def test_a_contender_may_have_an_environment_of_its_own(fake):
+    _, turns = fake(2, {"b": {"WRITES": "B"}}, a={}, b={}, c={})
+    assert turns == "aBccBa"
+
+
+def test_without_a_gpu_a_command_for_one_ends_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="GPU"):
+            rounds.settle("gpu")
+        nvidia_smi = tmp_path / "nvidia-smi"  # one that finds none
+        nvidia_smi.write_text("#!/bin/sh\nexit 6\n")
+        nvidia_smi.chmod(0o755)
 
 
 def rounds_of(tokens, *seconds):
@@ -235,3 +287,140 @@ def test_the_wall_clock_compares_with_the_faster_of_pytorchs():
     seconds = {"first start": 8.0, "second start": 2.0, "jaxgpt fast": 20.0}
     seconds |= {"jaxgpt": 50.0, "torch eager": 100.0, "torch compile": 80.0}
     assert list(wall_clock.judge(seconds).values()) == [0.25, 0.25, 0.625]
+
+
+def trace_of(lines):
+    """A profile with these events; on a line "XLA ops" they have an "hlo_op"."""
+    text, stat = "", 'stats { metadata_id: 1 str_value: "op" }'
+    for plane, line in lines:
+        events = names = ""
+        for i, (name, start, duration) in enumerate(lines[plane, line], start=1):
+            times = f"offset_ps: {1000 * start} duration_ps: {1000 * duration}"
+            ops = stat if line == "XLA ops" else ""
+            events += f"events {{ metadata_id: {i} {times} {ops} }}\n"
+            names += f'event_metadata {{ key: {i} value {{ id: {i} name: "{name}" }} }}'
+        names += 'stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }'
+        text += (
+            f'planes {{ name: "{plane}" lines {{ name: "{line}" {events} }} {names} }}'
+        )
+    return ProfileData.from_text_proto(text)
+
+
+def test_a_trace_becomes_a_table_of_kernels_by_time():
+    table = gpu.kernel_table(trace_of(GPU_TRACE), updates=2)
+    assert table["busy_ms"] == pytest.approx(1000e-6 / 2)  # 10 of the copy overlap
+    assert table["idle_ms"] == pytest.approx(400e-6 / 2)
+    rows = [tuple(row.values()) for row in table["kernels"]]
+    assert rows == [
+        ("nvjet_hsh_128x256_TNN", pytest.approx(400e-6), 1, pytest.approx(800 / 1010)),
+        ("loop_convert_fusion", pytest.approx(80e-6), 1, pytest.approx(160 / 1010)),
+        ("MemcpyD2D", pytest.approx(25e-6), 0.5, pytest.approx(50 / 1010)),
+    ]
+    names = [row["name"] for row in table["categories"]]
+    assert names == ["matrix products", "conversions", "copies"]
+    assert len(table["numbered_kernels"]) == 4
+
+
+def test_on_a_cpu_the_kernels_are_xlas_operations():
+    host = {("/host:CPU", "python"): [("PjitFunction", 0, 5000)]}
+    with pytest.raises(ValueError, match="kernels"):
+        gpu.kernel_table(trace_of(host), updates=1)
+    ops = {("/host:CPU", "XLA ops"): [("dot.3", 10, 20)]}
+    (row,) = gpu.kernel_table(trace_of(host | ops), updates=1)["kernels"]
+    assert (row["name"], row["calls"], row["share"]) == ("dot", 1, 1.0)
+
+
+def test_a_rows_verdict_is_met_or_missed_or_why_there_is_none():
+    ours, theirs = gpu.OURS, gpu.THEIRS
+    parts = {
+        "typing": {
+            "empty cache": {"reached_seconds": 35.0},
+            "second run": {"failed": "it ended"},
+        },
+        "gpt2-124m, 12 rows": {
+            "contenders": {
+                ours: {"evaluation": {"failed": "no memory"}},
+                theirs: {"ratio": 1.09},
+            }
+        },
+        "gpt2-124m, 48 rows": {
+            "contenders": {ours: {"mfu": None}, theirs: {"left_out": "no torch"}}
+        },
+    }
+    verdicts = [row["verdict"] for row in gpu.targets(parts, gpu.Arguments())]
+    assert verdicts[:3] == ["met", "failed: it ended", "missed"]
+    assert verdicts[3:6] == ["left out: no torch", "unknown", "not measured"]
+    assert verdicts[6:] == ["failed: no memory"]
+
+
+def test_a_gpu_is_judged_by_ratios_and_by_its_published_flops():
+    ours = rounds_of(600, 2, 2) | {"flops": 989.5e12, "device_kind": "NVIDIA H200"}
+    for turn in ours["rounds"]:
+        turn["evaluation_seconds"] = 1.0
+    ours["rounds"][-1]["kernels"] = {"busy_ms": 1.0}
+    ours["evaluation"] = {"tokens": 900}
+    unknown = rounds_of(600, 4) | {"flops": 1.0, "device_kind": "Tesla V100"}
+    unknown["rounds"][-1]["kernels"] = {}
+    failed = {"failed": "no torch"}
+    found = gpu.judge({gpu.OURS: ours, "tuned": unknown, gpu.THEIRS: failed})
+    assert found[gpu.OURS]["mfu"] == 0.5
+    assert found[gpu.OURS]["evaluation"]["ratio"] == 3.0
+    assert found[gpu.OURS]["kernels"] == {"busy_ms": 1.0}
+    assert (found["tuned"]["mfu"], found["tuned"]["ratio"]) == (None, 2.0)
+    assert found[gpu.THEIRS] == {"failed": "no torch"}
+
+
+def test_rows_of_a_step_can_be_chosen():
+    for rows, expected in ((0, 12), (48, 48)):
+        config = shape_config("gpt2-124m", "gpu", rows)
+        assert config.data.microbatch_size == config.data.batch_size == expected
+        assert config.model.block_size == 1024
+
+
+def test_the_command_is_stopped_where_its_run_reaches_the_loss(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(REACHES_TWO)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    environment = {"JAXGPT_CACHE": "an empty one"}
+    arguments = gpu.Arguments(preset="smoke", target=2.0)
+    found = gpu.time_to_loss(arguments, tmp_path / "run", environment)
+    assert (tmp_path / "run" / "stopped").exists()
+    assert (found["step"], found["val_loss"]) == (5, 2.0)
+    order = ("first_eval_seconds", "first_train_seconds", "reached_seconds")
+    assert 0 < found[order[0]] <= found[order[1]] <= found[order[2]]
+    assert found["compilations"] == ["compiling the train step"]
+    arguments = gpu.Arguments(preset="ends", target=0.5)
+    with pytest.raises(RuntimeError, match="an empty one"):
+        gpu.time_to_loss(arguments, tmp_path / "other", environment)
+
+
+def test_rows_are_followed_while_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_POLL", 0)
+    path = tmp_path / "metrics.jsonl"
+    parts = ['{"event": "eval", "st', 'ep": 0}\n{"event"', ': "train", "step": 1}\n']
+
+    def waits():
+        with path.open("a") as file:
+            file.write(parts.pop(0))
+        return bool(parts)
+
+    rows = gpu.follow(path, waits)
+    assert next(rows)["step"] == 0
+    assert len(parts) == 1
+    assert [row["step"] for row in rows] == [1]
+
+
+@pytest.mark.processes
+def test_the_gpu_benchmark_runs_on_a_cpu_and_writes_its_report(tmp_path):
+    out = tmp_path / "gpu.json"
+    flags = ["--device", "cpu", "--preset", "smoke", "--shape", "shakespeare-char-cpu"]
+    flags += ["--rounds", 2, "--seconds", 0.05, "--parts", "smoke", "--out", out]
+    shown, _ = finish(start_script("-m", "benchmarks.gpu", *flags))
+    report = json.loads(out.read_text())
+    ours, tuned = report["parts"]["smoke"]["contenders"].values()
+    for facts in (ours, tuned):
+        assert facts["compile_seconds"] > 0
+        assert facts["kernels"]["busy_ms"] > 0
+        assert f"{facts['tokens_per_second']['median']:,.0f}" in shown
+    assert ours["evaluation"]["tokens_per_second"] > 0
+    verdicts = [row["verdict"] for row in report["targets"]]
+    assert sum(verdict == "not measured" for verdict in verdicts) == len(verdicts) - 1
