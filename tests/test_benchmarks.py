@@ -9,7 +9,7 @@ import torch_nanogpt
 from conftest import finish, start_script
 from jax.profiler import ProfileData
 
-from benchmarks import generate, gpu, rounds, wall_clock
+from benchmarks import generate, gpu, kernels, rounds, wall_clock
 from benchmarks.rounds import compete, wanted
 from benchmarks.torch_recipe import exact_loss, make_schedule
 from benchmarks.train import judge as judge_training
@@ -91,6 +91,100 @@ while not pathlib.Path(sys.argv[1]).exists():
     assert time.monotonic() < deadline
     time.sleep(0.01)
 """
+
+# A program for a GPU. As in XLA's, a fusion hides the number of the loop's iterations.
+KERNELS = r"""
+%joined (a: f32[64], b: bf16[64]) -> f32[128] {
+  %a = f32[64]{0} parameter(0)
+  %b = bf16[64]{0} parameter(1)
+  %wide = f32[64]{0} convert(%b)
+  ROOT %both = f32[128]{0} concatenate(%a, %wide), dimensions={0}
+}
+
+%picked (table: bf16[16,8], mask: pred[8], rows: s32[2,1]) -> f32[2,8] {
+  %table = bf16[16,8]{1,0} parameter(0)
+  %mask = pred[8]{0} parameter(1)
+  %masks = pred[16,8]{1,0} broadcast(%mask), dimensions={1}
+  %zero.1 = bf16[] constant(0)
+  %zeros = bf16[16,8]{1,0} broadcast(%zero.1), dimensions={}
+  %masked = bf16[16,8]{1,0} select(%masks, %table, %zeros)
+  %same = bf16[16,8]{1,0} bitcast(%masked)
+  %rows = s32[2,1]{1,0} parameter(2)
+  %taken = bf16[2,8]{1,0} gather(%same, %rows), slice_sizes={1,8}
+  ROOT %end = f32[2,8]{1,0} convert(%taken)
+}
+
+%changed (all: f32[3,2,8], i: s32[], part: f32[2,8]) -> f32[3,2,8] {
+  %all = f32[3,2,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %part = f32[2,8]{1,0} parameter(2)
+  %one = f32[1,2,8]{2,1,0} bitcast(%part)
+  %zero = s32[] constant(0)
+  %new = f32[3,2,8]{2,1,0} dynamic-update-slice(%all, %one, %i, %zero, %zero)
+  ROOT %result = f32[3,2,8]{2,1,0} bitcast(%new)
+}
+
+%scattered (all: f32[128], i: s32[8,1], parts: bf16[8]) -> f32[128] {
+  %all.1 = f32[128]{0} parameter(0)
+  %i.1 = s32[8,1]{1,0} parameter(1)
+  %parts = bf16[8]{0} parameter(2)
+  %wide.1 = f32[8]{0} convert(%parts)
+  ROOT %sum = f32[128]{0} scatter(%all.1, %i.1, %wide.1), to_apply=%add
+}
+
+%multiplied (ps: f32[2,64], q: bf16[64]) -> (f32[64], s8[33554432]) {
+  %ps = f32[2,64]{1,0} parameter(0)
+  %q.1 = bf16[64]{0} parameter(1)
+  %p.1 = f32[1,64]{1,0} slice(%ps), slice={[0:1], [0:64]}
+  %p.2 = f32[64]{0} bitcast(%p.1)
+  %product.1 = (f32[64]{0}, s8[33554432]{0}) custom-call(%p.2, %q.1), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(f)/dot_general"}
+  %first.1 = f32[64]{0} get-tuple-element(%product.1), index=0
+  %scratch = s8[33554432]{0} get-tuple-element(%product.1), index=1
+  ROOT %pair = (f32[64]{0}, s8[33554432]{0}) tuple(%first.1, %scratch)
+}
+
+%less (i: s32[]) -> pred[] {
+  %i.2 = s32[] parameter(0)
+  %three = s32[] constant(3)
+  ROOT %lt = pred[] compare(%i.2, %three), direction=LT
+}
+
+%test (state.1: (s32[], f32[3,2,8])) -> pred[] {
+  %state.1 = (s32[], f32[3,2,8]{2,1,0}) parameter(0)
+  %i.3 = s32[] get-tuple-element(%state.1), index=0
+  ROOT %loop_compare_fusion = pred[] fusion(%i.3), kind=kLoop, calls=%less
+}
+
+%body (state: (s32[], f32[3,2,8])) -> (s32[], f32[3,2,8]) {
+  %state = (s32[], f32[3,2,8]{2,1,0}) parameter(0)
+  %i.4 = s32[] get-tuple-element(%state), index=0
+  %all.2 = f32[3,2,8]{2,1,0} get-tuple-element(%state), index=1
+  %table.1 = bf16[16,8]{1,0} constant({...})
+  %mask.1 = pred[8]{0} constant({...})
+  %rows.1 = s32[2,1]{1,0} constant({...})
+  %loop_convert_fusion = f32[2,8]{1,0} fusion(%table.1, %mask.1, %rows.1), calls=%picked
+  %loop_dynamic_update_slice_fusion.7 = f32[3,2,8]{2,1,0} fusion(%all.2, %i.4, %loop_convert_fusion), calls=%changed
+  ROOT %next = (s32[], f32[3,2,8]{2,1,0}) tuple(%i.4, %loop_dynamic_update_slice_fusion.7)
+}
+
+ENTRY %main (p: f32[64], q: bf16[64]) -> f32[128] {
+  %p = f32[64]{0} parameter(0)
+  %q = bf16[64]{0} parameter(1)
+  %start = (s32[], f32[3,2,8]{2,1,0}) constant({...})
+  %while = (s32[], f32[3,2,8]{2,1,0}) while(%start), condition=%test, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %copy.1 = bf16[64]{0} copy(%q)
+  %copy.2 = bf16[64]{0} copy(%copy.1)
+  %product = (f32[64]{0}, s8[33554432]{0}) custom-call(%p, %copy.2), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(f)/dot_general"}
+  %ps.1 = f32[2,64]{1,0} constant({...})
+  %dynamic_slice_fusion = (f32[64]{0}, s8[33554432]{0}) fusion(%ps.1, %q), calls=%multiplied
+  %first = f32[64]{0} get-tuple-element(%product), index=0
+  %written = f32[64]{0} custom-call(%first), custom_call_target="__gpu$xla.gpu.triton"
+  %loop_concatenate_fusion = f32[128]{0} fusion(%written, %copy.2), calls=%joined
+  %i.5 = s32[8,1]{1,0} constant({...})
+  %parts.1 = bf16[8]{0} constant({...})
+  ROOT %input_scatter_fusion = f32[128]{0} fusion(%loop_concatenate_fusion, %i.5, %parts.1), calls=%scattered
+}
+"""  # noqa: E501
 
 
 @pytest.fixture
@@ -425,3 +519,20 @@ def test_the_gpu_benchmark_runs_on_a_cpu_and_writes_its_report(tmp_path):
     assert ours["evaluation"]["tokens_per_second"] > 0
     verdicts = [row["verdict"] for row in report["targets"]]
     assert sum(verdict == "not measured" for verdict in verdicts) == len(verdicts) - 1
+
+
+def test_kernels_are_counted_with_the_bytes_that_they_move():
+    found = kernels.groups(KERNELS)
+    moved = {group.kind: (group.launches, group.read, group.written) for group in found}
+    assert moved == {
+        "fusion: concatenate": (1, 256 + 128, 512),
+        "cuBLAS matmul": (2, 2 * (256 + 128), 2 * 256),  # without its scratch memory
+        "Pallas or Triton": (1, 256, 256),
+        "copy": (2, 256, 256),
+        "fusion: convert": (3, 3 * (32 + 8 + 8), 3 * 64),  # 2 of the 16 rows of a table
+        "fusion: slice": (3, 3 * (4 + 64), 3 * 64),  # a third is changed, in place
+        "fusion: other": (1, 32 + 32 + 16, 32),  # adds to 8 of the 128 elements
+    }
+    assert found == sorted(found, key=lambda group: -group.milliseconds)
+    (product,) = (group for group in found if group.kind == "cuBLAS matmul")
+    assert (product.shape, product.operation) == ("(f32[64])", "jit(f)/dot_general")

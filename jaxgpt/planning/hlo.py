@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, parsed from its HLO.
+"""The operations of a compiled program, parsed from its HLO, and its collectives.
 
 Source: openxla.org/xla/operation_semantics, for the operations.
 """
@@ -39,28 +39,30 @@ class Collective:
         return self.times * self.tensor_bytes * share.get(self.kind, others)
 
 
-class _Operation(NamedTuple):
+class Operation(NamedTuple):
+    """An operation of a program; its name is its key in the computation."""
+
     shape: str
     opcode: str
     arguments: str
     attributes: str
 
 
-_Computation = dict[str, _Operation]  # by name; the last one is the result
-_Program = dict[str, _Computation]  # by name; the entry computation is ENTRY
+Computation = dict[str, Operation]  # by name; the last one is the result
+Program = dict[str, Computation]  # by name; the entry computation is ENTRY
 
 
 def collectives(text: str) -> list[Collective]:
     """Returns the collectives of a compiled program, and how often each runs.
 
     Args:
-      text: HLO, as returned by `jax.stages.Compiled.as_text`.
+      text: HLO, as `parse` takes it.
 
     Raises ValueError if the device groups of a collective can't be parsed.
     """
-    program = _parse(text)
+    program = parse(text)
     found: dict[object, Collective] = {}
-    for name, times in _runs(program, "ENTRY", 1):
+    for name, times in runs(program):
         for key, operation in program[name].items():
             if re.fullmatch(_COLLECTIVE, operation.opcode):
                 # A collective that overlaps with several matmuls appears in each.
@@ -74,66 +76,84 @@ def collectives(text: str) -> list[Collective]:
     return list(found.values())
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
+    """The names of operations or computations in arguments or attributes."""
     return re.findall(r"%([\w.-]+)", text)
 
 
-def _runs(program: _Program, name: str, times: int) -> Iterator[tuple[str, int]]:
-    """Yields the names of a computation and all it calls, and how often each runs."""
+def arrays(shape: str) -> list[tuple[int, int]]:
+    """Numbers of elements and of bytes of each array of a shape or of a tuple's."""
+    sizes = [
+        (math.prod(map(int, filter(None, axes.split(",")))), int(bits or 8))
+        # For example bf16[2,3], f8e4m3fn[4] or pred[]; pred takes 8 bits.
+        for bits, axes in re.findall(r"(?:pred|[a-z](\d+)\w*)\[([\d,]*)\]", shape)
+    ]
+    return [(size, size * bits // 8) for size, bits in sizes]
+
+
+def runs(
+    program: Program, through: str = ".*", name: str = "ENTRY", times: int = 1
+) -> Iterator[tuple[str, int]]:
+    """Yields the names of a computation and all it calls, and how often each runs.
+
+    Args:
+      through: pattern of the operations whose computations are included.
+    """
     yield name, times
     for operation in program[name].values():
+        if not re.fullmatch(through, operation.opcode):
+            continue
         is_loop = operation.opcode == "while"
         trips = _trips(program, name, operation) if is_loop else 1
-        for inner in _names(" ".join(re.findall(_RUN, operation.attributes))):
-            yield from _runs(program, inner, times * trips)
+        for inner in names(" ".join(re.findall(_RUN, operation.attributes))):
+            yield from runs(program, through, inner, times * trips)
 
 
-def _trips(program: _Program, name: str, loop: _Operation) -> int:
+def _trips(program: Program, name: str, loop: Operation) -> int:
     """Trip count of a loop that counts up to a constant; 1 for other loops."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
     outer, (test,) = program[name], re.findall(r"condition=%([\w.-]+)", loop.attributes)
     *_, compare = program[test].values()
     limit, start = 1, 0
-    for operand in _names(compare.arguments):
+    for operand in names(compare.arguments):
         counter = program[test][operand]
         if counter.opcode == "constant":
             limit = int(counter.arguments)
         elif index := re.search(r"index=(\d+)", counter.attributes):
-            initials = _names(outer[_names(loop.arguments)[0]].arguments)
+            initials = names(outer[names(loop.arguments)[0]].arguments)
             initial = outer[initials[int(index[1])]]
             start = int(initial.arguments) if initial.opcode == "constant" else 0
     return max(limit - start, 1)
 
 
 def _collective(
-    operation: _Operation, name: str, computation: _Computation, times: int
+    operation: Operation, name: str, computation: Computation, times: int
 ) -> Collective:
     kind, group = operation.opcode.removesuffix("-start"), _group(operation)
     if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-    operands = _names(operation.arguments)
+    operands = names(operation.arguments)
     shapes = " ".join(computation[operand].shape for operand in operands)
-    sizes = [
-        math.prod(map(int, filter(None, axes.split(",")))) * int(bits or 8) // 8
-        # For example bf16[2,3], f8e4m3fn[4] or pred[]; pred takes 8 bits.
-        for bits, axes in re.findall(r"(?:pred|[a-z](\d+)\w*)\[([\d,]*)\]", shapes)
-    ]
+    sizes = [size for _, size in arrays(shapes)]
     whole = sum(sizes) * (group if kind == "all-gather" else 1)
     return Collective(kind, len(sizes), group, whole, times)
 
 
-def _parse(text: str) -> _Program:
-    program: _Program = {}
+def parse(text: str) -> Program:
+    """Parses HLO, as returned by `jax.stages.Compiled.as_text`."""
+    program: Program = {}
     for line in text.splitlines():
         if header := re.match(r"(?:(ENTRY) )?%?([\w.-]+) \(.*\{$", line):
             computation = program[header[1] or header[2]] = {}
         elif found := re.match(r" +(?:ROOT )?%?(\S+) = (.*?) ([a-z][\w-]*)\(", line):
             name, shape, opcode = found.groups()
             arguments, _, attributes = line[found.end() :].partition(")")
-            computation[name] = _Operation(shape, opcode, arguments, attributes)
+            computation[name] = Operation(shape, opcode, arguments, attributes)
     return program
 
 
-def _group(operation: _Operation) -> int:
+def _group(operation: Operation) -> int:
     """Number of devices per group, from any of HLO's notations."""
     attributes = operation.attributes
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
