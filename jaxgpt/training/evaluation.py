@@ -214,12 +214,12 @@ def evaluate_exactly(
     def read_windows(step: int, rows: slice) -> Batch:
         """Reads windows and the ranges that count, cut where a segment of T begins.
 
-        Rows after the last window repeat it, and nothing in them counts.
+        Rows after the last window repeat it; their ranges are empty.
         """
         window_B = np.arange(step * B, (step + 1) * B)[rows]
         start_B = np.minimum(window_B, windows - 1) * stride
         end_B = np.minimum(start_B + T, count)
-        first_B = np.where(window_B < windows, first_counted(window_B), end_B)
+        first_B = np.minimum(first_counted(window_B), end_B)
         cut_B = np.minimum((first_B // T + 1) * T, end_B)
         ranges_B3 = np.stack([first_B, cut_B, end_B], axis=1) - start_B[:, None]
         positions = np.minimum(start_B[:, None] + np.arange(T + 1), count)

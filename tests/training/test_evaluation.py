@@ -31,8 +31,9 @@ def compiled(model, batch_size):
 @pytest.mark.parametrize("count", [1, 2, T, T + 1, T + 2, 5 * T + 1, 93])
 @pytest.mark.parametrize("stride", [1, 3, T - 1, T])
 def test_the_exact_loss_predicts_each_token_once_from_its_own_window(
-    tiny_model, count, stride
+    tiny_model, count, stride, monkeypatch
 ):
+    monkeypatch.setattr(evaluation, "evaluations_per_call", lambda *given: 2)
     tokens = np.random.default_rng(count).integers(11, size=count + 1).astype(np.uint16)
     (model, params), expected = tiny_model, []
     for i in range(count):  # prediction i is of token i + 1, from token i and earlier
@@ -45,6 +46,7 @@ def test_the_exact_loss_predicts_each_token_once_from_its_own_window(
             eval_step, params, tokens, *where, stride, (done := []).append
         )
         assert exact.tokens == sum(done) == count
+        assert max(done) <= 2 * batch_size * stride + T - stride
         assert exact.nats_per_token == pytest.approx(np.mean(expected), abs=1e-6)
     if stride == T:
         assert evaluate_exactly(eval_step, params, tokens, *where) == exact
