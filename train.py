@@ -20,7 +20,11 @@ from jaxgpt.config import Config, training_contradictions
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
 from jaxgpt.parallel import processes
-from jaxgpt.parallel.defaults import platform_of, with_steps_per_call
+from jaxgpt.parallel.defaults import (
+    platform_of,
+    steps_in_next_call,
+    with_steps_per_call,
+)
 from jaxgpt.parallel.feeding import read_batches
 from jaxgpt.parallel.mesh import make_mesh, model_mesh
 from jaxgpt.planning.plan import describe
@@ -48,7 +52,6 @@ from jaxgpt.training.step import (
     check_skipped,
     create_state,
     make_train_program,
-    steps_in_next_call,
 )
 
 STARTED = time.monotonic()

@@ -1,4 +1,4 @@
-"""What one GPU reaches, beside what it should, in one command of under ten minutes.
+"""What one GPU reaches, beside what it should, in one command.
 
 python -m benchmarks.gpu [--parts PART ...] [--out PATH]
 
@@ -77,7 +77,7 @@ CATEGORIES = {  # of kernels; the first whose pattern is in the name
     "conversions": "convert",
     "other fusions": "fusion|wrapped",
 }
-_SHOWN, _KEPT = 25, 100  # rows of a table of kernels that are printed and written
+_SHOWN = 25  # rows of a table of kernels
 _POLL = 0.05  # seconds between looks at metrics.jsonl
 
 
@@ -366,7 +366,7 @@ def trace_kernels(train_round: Run, updates: int) -> Facts:
 
 
 def kernel_table(trace: Any, updates: int) -> Facts:
-    """Milliseconds an update of each category, kernel, and kernel with its number.
+    """Milliseconds an update of each category and each kernel.
 
     Kernels are what the streams of a GPU have run; on a CPU, XLA's operations, of which
     some contain others. XLA numbers kernels that have the same name, such as those of
@@ -398,11 +398,7 @@ def kernel_table(trace: Any, updates: int) -> Facts:
         busy += max(0, stop - max(start, end))
         end = max(end, stop)
     tables, unnumbered = {}, partial(re.sub, r"([._]\d+)+$", "")
-    for table, name_of in (
-        ("categories", category),
-        ("kernels", unnumbered),
-        ("numbered_kernels", str),
-    ):
+    for table, name_of in (("categories", category), ("kernels", unnumbered)):
         total, calls = Counter[str](), Counter[str]()
         for event in events:
             total[name_of(event.name)] += event.duration_ns
@@ -414,7 +410,7 @@ def kernel_table(trace: Any, updates: int) -> Facts:
                 "calls": calls[name] / updates,
                 "share": nanoseconds / total.total(),
             }
-            for name, nanoseconds in total.most_common(_KEPT)
+            for name, nanoseconds in total.most_common(_SHOWN)
         ]
     busy, window = (each / 1e6 / updates for each in (busy, end - spans[0][0]))
     return {"busy_ms": busy, "idle_ms": window - busy, **tables}
@@ -535,7 +531,7 @@ def lines_of(facts: Facts) -> Iterator[str]:
         yield f"busy {kernels['busy_ms']:.2f} ms a step, idle {kernels['idle_ms']:.2f}"
         for table in ("categories", "kernels"):
             yield f"{'ms':>9}{'calls':>8}{'share':>7}  {table}"
-            for row in kernels[table][:_SHOWN]:
+            for row in kernels[table]:
                 figures = "{ms:9.3f}{calls:8.1f}{share:7.1%}  ".format(**row)
                 yield figures + row["name"][:70]
     elif kernels:

@@ -399,7 +399,7 @@ def training_contradictions(config: Config) -> list[str]:
         lines.append(
             f"steps_per_call={train.steps_per_call} never fits into {name}={interval}: "
             "updates are dispatched singly, which is slow; lower "
-            f"--train.steps-per-call to {interval}, or to -1, which fits"
+            f"--train.steps-per-call to {interval}, or set it to -1"
         )
     return lines
 

@@ -90,6 +90,11 @@ def interruptible(function: Callable[[], T], seconds: float | None = None) -> T:
     return in_background(function).result(seconds)
 
 
+def _compiles() -> bool:
+    """Whether a thread of `in_background` runs, which would abort a normal exit."""
+    return any(thread.name == _BACKGROUND for thread in threading.enumerate())
+
+
 def _watch(receiver: socket.socket, terminals: list[int]) -> None:
     """Ends the script at a second signal, and detaches it from a closed terminal.
 
@@ -129,6 +134,8 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
         print(end="", flush=True)  # raises if stdout can't be written
+        if _compiles():
+            _exit(0)
     except BrokenPipeError:  # stdout was closed, as in `generate.py | head`
         _exit(1)
     except (KeyboardInterrupt, RuntimeError, *_EXPECTED) as error:
@@ -136,8 +143,13 @@ def plain_errors() -> Iterator[None]:
             _exit(128 + (_interrupts.first or signal.SIGINT), "\ninterrupted\n")
         _exit_with_error(error)
     except SystemExit as error:
-        if any(thread.name == _BACKGROUND for thread in threading.enumerate()):
-            _exit(error.code if isinstance(error.code, int) else bool(error.code))
+        if _compiles():
+            has_text = isinstance(error.code, str)
+            _exit(*((1, f"{error.code}\n") if has_text else (int(error.code or 0),)))
+        raise
+    except Exception:
+        if _compiles():
+            _exit(1, traceback.format_exc())
         raise
     finally:
         for number, handler in before.items():
@@ -154,7 +166,7 @@ def _exit_with_error(error: Exception) -> NoReturn:
     lost = several and isinstance(error, (RuntimeError, TimeoutError))
     unexpected = isinstance(error, RuntimeError) and not (exhausted or lost)
     if os.environ.get("JAXGPT_TRACEBACK") or unexpected:
-        if not several:
+        if not (several or _compiles()):
             raise error
         _exit(1, traceback.format_exc())
     hint = _HINTS.get(error.errno or 0, "") if isinstance(error, OSError) else ""

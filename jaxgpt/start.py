@@ -31,8 +31,8 @@ _XLA_FLAGS = (
     # Run matmuls in cuBLAS only; XLA would compile and time many Triton kernels for
     # each. On an H100 `shakespeare-char` compiles in 39 s, not 60, and runs as fast.
     "--xla_gpu_enable_triton_gemm=false",
-    # Take cuBLAS's own choice of algorithm: timing others takes 24 s of `gpt2-124m`'s
-    # start on an H100, whose step is as fast without (27.9 ms).
+    # Take cuBLAS's own choice of algorithm. Timing others took 24 of the 37 s until a
+    # first step on an H100, and a step of `gpt2-124m` is as fast without (27.9 ms).
     "--xla_gpu_autotune_level=0",
     # Keep matmuls of the same input apart, as the models have them: XLA would join the
     # projections to queries, keys and values, and copy each out of the result.

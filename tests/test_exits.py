@@ -184,9 +184,17 @@ with plain_errors():
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("ending", "code"), [("sys.exit(7)", 7), ("signal.raise_signal(2)", 130)]
+    ("ending", "code", "told"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit(7)", 7, ""),
+        ("sys.exit('told')", 1, "told"),
+        ("signal.raise_signal(2)", 130, ""),
+        ("raise RuntimeError('told')", 1, "RuntimeError: told"),
+        ("raise KeyError('told')", 1, "KeyError: 'told'"),
+    ],
 )
-def test_a_compilation_in_the_background_does_not_spoil_an_exit(ending, code):
+def test_a_compilation_in_the_background_does_not_spoil_an_exit(ending, code, told):
     # A thread that returns from XLA while Python shuts down would abort it.
     script = f"""
 import signal, sys, threading
@@ -210,7 +218,8 @@ with plain_errors():
     {ending}
 """
     _, err = finish(start_script("-c", script), code)
-    assert "Traceback" not in err
+    assert told in err
+    assert ("Traceback" in err) == ("Error" in told)
 
 
 def test_interrupted_generation_exits_with_the_signals_number(smoke):

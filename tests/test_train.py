@@ -10,11 +10,11 @@ from conftest import TEXT, TINY, changed, contents, finish, losses, start_script
 
 import train
 from jaxgpt import exits, load_run
+from jaxgpt.parallel.defaults import steps_in_next_call
 from jaxgpt.run import crop_block_size, find_checkpoint, load_config
 from jaxgpt.start import cache_dir
 from jaxgpt.training import checkpoint
 from jaxgpt.training.monitor import read_rows
-from jaxgpt.training.step import steps_in_next_call
 
 
 def run(config, run_dir, *, resume=False, overwrite=False):
@@ -224,9 +224,7 @@ def test_the_end_has_the_exact_losses_of_the_last_step_and_of_the_best_checkpoin
     assert done() == (pytest.approx(last, abs=1e-6), pytest.approx(best, abs=1e-6))
     assert abs(best - last) > 1e-4
     (run_dir / "checkpoints" / "4" / "_CHECKPOINT_METADATA").write_text("")
-    resume(
-        run_dir
-    )  # only this is left to do; the best that can be restored is the last
+    resume(run_dir)  # the best that can be restored is now the last
     assert done() == (pytest.approx(last, abs=1e-6),) * 2
     restore = checkpoint.restore_state
 

@@ -28,7 +28,11 @@ from rich.table import Table
 from jaxgpt.config import Config, MeshConfig, check_seed
 from jaxgpt.generation.stream import generate
 from jaxgpt.models import build_model
-from jaxgpt.parallel.defaults import platform_of, with_steps_per_call
+from jaxgpt.parallel.defaults import (
+    platform_of,
+    steps_in_next_call,
+    with_steps_per_call,
+)
 from jaxgpt.parallel.feeding import stack_batches
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.presets import PRESETS
@@ -43,7 +47,6 @@ from jaxgpt.training.step import (
     TrainState,
     create_state,
     make_train_step,
-    steps_in_next_call,
 )
 
 

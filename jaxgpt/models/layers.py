@@ -164,7 +164,8 @@ class Attention(nn.Module):
                 maps_BHTS = self.attn_dropout(maps_BHTS, None)  # a layer to diagnose
                 self.sow("intermediates", "attention", maps_BHTS)
         out_BTHD = constrain(out_BTHD, ("batch", "time", "heads", "head_dim"))
-        return self.resid_dropout(self.c_proj(out_BTHD), rows_B), cache
+        out_BTC = ops.apart(self.c_proj(out_BTHD), self.platform)
+        return self.resid_dropout(out_BTC, rows_B), cache
 
     def keys_and_values(self, memory_BSC: Array) -> list[Array]:
         """Projects a memory to keys and values, for `memory` of `__call__`."""
@@ -187,7 +188,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTC: Array, rows_B: Array | None) -> Array:
         h_BTF = constrain(self.c_fc(x_BTC), ("batch", "time", "mlp"))
         h_BTF = ops.gelu(h_BTF, self.config.gelu, self.platform)
-        return self.dropout(self.c_proj(h_BTF), rows_B)
+        return self.dropout(ops.apart(self.c_proj(h_BTF), self.platform), rows_B)
 
 
 class Block(nn.Module):
@@ -216,6 +217,5 @@ class Block(nn.Module):
             memory = self.attn.keys_and_values(h_BTC)
             x_BTC, h_BTC = take(x_BTC, last_B), take(h_BTC, last_B)
         out_BTC, cache = self.attn(h_BTC, mask, rows_B, memory, **cached)
-        x_BTC = ops.residual(x_BTC, out_BTC, self.platform)
-        out_BTC = self.mlp(self.ln_2(x_BTC), rows_B)
-        return ops.residual(x_BTC, out_BTC, self.platform), cache
+        x_BTC = x_BTC + out_BTC
+        return x_BTC + self.mlp(self.ln_2(x_BTC), rows_B), cache

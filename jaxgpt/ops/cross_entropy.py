@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jaxgpt.ops.matmul import einsum
+from jaxgpt.ops.matmul import GPUS, einsum
 from jaxgpt.ops.sharding import per_device
 
 # Maximum logits per row in memory at once. Without chunks, GPT-2 would need 200 MB per
 # row (1,024 positions x 50,257 tokens), several times over.
 CHUNK_LOGITS = 2**23
-GPUS = ("cuda", "gpu")
 
 # `_fused_losses_and_gradient` is for large vocabularies, and reads this many at once.
 BLOCK = 8192
@@ -51,8 +50,8 @@ def _fused_losses_and_gradient(
 ) -> tuple[Array, Array]:
     """`plain_losses_and_gradient`, which overwrites the logits by their gradient.
 
-    Reads the logits from memory once, where XLA reads them three times: one program per
-    position reads them twice, the second time from the L2 cache.
+    One program per position reads its logits twice, the second time from the L2 cache,
+    which has room for those of all running programs. XLA would read them three times.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -108,10 +107,11 @@ def losses_and_gradient(
     logits_BTV: Array, targets_BT: Array, vocab_size: int, platform: str
 ) -> tuple[Array, Array]:
     """`plain_losses_and_gradient`, by the fastest implementation."""
-    if platform != "cuda" or vocab_size < BLOCK:
-        return plain_losses_and_gradient(logits_BTV, targets_BT, vocab_size)
-    fused = partial(_fused_losses_and_gradient, vocab_size=vocab_size)
-    return per_device(fused, ("batch", "time"))(logits_BTV, targets_BT)
+    call: Any = partial(plain_losses_and_gradient, vocab_size=vocab_size)
+    if platform == "cuda" and vocab_size >= BLOCK:
+        fused = partial(_fused_losses_and_gradient, vocab_size=vocab_size)
+        call = per_device(fused, ("batch", "time"), targets_BT.shape) or call
+    return call(logits_BTV, targets_BT)
 
 
 def head_losses(

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+GPUS = ("cuda", "gpu")
+
 
 def plain_einsum(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     """`jnp.einsum`, accumulated in float32 and returned in `dtype`."""
@@ -52,7 +54,7 @@ einsum.defvjp(_forward, _backward)
 
 def project(x_BTC: Array, kernel_CKHD: Array, platform: str) -> list[Array]:
     """Projects x to K arrays [B, T, H, D] in its dtype: queries, keys and values."""
-    if platform in ("cuda", "gpu") and x_BTC.shape[1] > 1:
+    if platform in GPUS and x_BTC.shape[1] > 1:
         # Attention needs each in memory of its own: one matmul would need copies.
         kernels = jnp.split(kernel_CKHD, kernel_CKHD.shape[1], axis=1)
         spec, out = "BTC,CHD->BTHD", (x_BTC.dtype, platform)
@@ -63,3 +65,12 @@ def project(x_BTC: Array, kernel_CKHD: Array, platform: str) -> list[Array]:
     if platform == "cpu":  # where summing the zero-padded gradients of slices is slow
         return [a[:, :, 0] for a in jnp.split(joined_BTKHD, K, axis=2)]
     return [joined_BTKHD[:, :, i] for i in range(K)]
+
+
+def apart(y: Array, platform: str) -> Array:
+    """Returns y, a product that will be added to the residual stream.
+
+    On GPUs XLA would let cuBLAS add it to a copy of the stream. Apart from the matmul,
+    the addition fuses with the LayerNorm that follows, and needs no copy.
+    """
+    return jax.lax.optimization_barrier(y) if platform in GPUS else y

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxgpt.config import Config, ModelConfig
+from jaxgpt.config import Config, ModelConfig, TrainConfig
 from jaxgpt.models import parameter_shapes
 from jaxgpt.start import float32_matmul_flags
 
@@ -15,8 +15,7 @@ from jaxgpt.start import float32_matmul_flags
 # 2 cores the 10.8M model trains 1.5 times as fast as with all 8192 at once.
 CACHED_TOKENS = 1024
 
-# FLOP/s that a device reaches at least in models of more than a few layers, roughly.
-# They only size dispatches.
+# Rough lower bounds of the FLOP/s that a device reaches, only to size dispatches.
 CPU_FLOPS, ACCELERATOR_FLOPS = 5e10, 1e14
 
 
@@ -65,13 +64,25 @@ def with_microbatches(config: Config, mesh: Mesh) -> Config:
     return dataclasses.replace(config, data=data)
 
 
+def steps_in_next_call(step: int, config: TrainConfig) -> int:
+    """Updates in the next dispatch: steps_per_call, or 1 if that passes a boundary.
+
+    Boundaries are evaluations, checkpoints and max_steps. At most two programs compile.
+    """
+    intervals = (config.eval_interval, config.checkpoint_interval)
+    due = min(step - step % interval + interval for interval in intervals)
+    fits = step + config.steps_per_call <= min(due, config.max_steps)
+    return config.steps_per_call if fits else 1
+
+
 def with_steps_per_call(config: Config, mesh: Mesh) -> Config:
     """Replaces steps_per_call=-1 by the default for the mesh's devices.
 
     A dispatch is then about a second of work, so that the host never paces the devices,
     and progress and interrupts are not late. All dispatches have the same size, so that
     one program serves: it divides the intervals of evaluations and checkpoints, and
-    max_steps too if it thereby stays above half.
+    max_steps too if it thereby stays above half. If that would be less than a tenth of
+    a second, it divides only the shorter interval, and single updates fill the other.
     """
     train = config.train
     if train.steps_per_call != -1:
@@ -88,6 +99,8 @@ def with_steps_per_call(config: Config, mesh: Mesh) -> Config:
     count = largest_divisor(boundary)
     if 2 * (even := largest_divisor(math.gcd(boundary, train.max_steps))) > count:
         count = even
+    if 10 * count < most:
+        count = largest_divisor(min(*intervals, train.max_steps))
     return dataclasses.replace(
         config, train=dataclasses.replace(train, steps_per_call=count)
     )

@@ -260,12 +260,15 @@ def best_parameters(
         checkpoints.wait_until_finished()
     folder = Path(checkpoints.directory).resolve()
     try:
-        best, *_ = find_steps(folder, "best")
-        if not any_failed(best != int(last.step)):
-            return best, last.params
+        step, saved = int(last.step), saved_steps(folder)
+        is_best = bool(saved) and find_steps(folder, "best")[0] == step
+        if not any_failed(not is_best):
+            return step, last.params
         abstract = TrainState(last.step, _abstract(last.params), None)
         state = restore_state(folder, "best", abstract)
     except (OSError, ValueError, *_NO_MEMORY) as error:
+        if several_processes() and isinstance(error, jax.errors.JaxRuntimeError):
+            raise  # another process has ended
         log_line(f"the loss of the best checkpoint is unknown: {error}")
         return None, None
     return int(state.step), state.params

@@ -166,7 +166,9 @@ class Monitor(AbstractContextManager):
         self._write("done", step, **row)
         seconds = time.monotonic() - self._started
         line = f"done in {seconds:.1f} s: val loss {val_loss:.4f} on the whole split"
-        if best_step is not None:
+        if best_step == step:
+            line += ", of the best checkpoint"
+        elif best_step is not None:
             best = f"{exact[best_step]:.4f} at step {best_step}"
             line += f" at step {step}; the best checkpoint has {best}"
         skipped = f", {self._skipped} steps skipped" if self._skipped else ""

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxgpt.config import Config, TrainConfig
+from jaxgpt.config import Config
 from jaxgpt.exits import in_background
 from jaxgpt.parallel.defaults import train_jit_options, with_microbatches
 from jaxgpt.parallel.mesh import activation_sharding, replicated, with_shardings
@@ -210,17 +210,6 @@ def check_skipped(state: TrainState, config: Config) -> None:
             f"the run has skipped {skipped} steps that were not finite, more than "
             f"--train.max-skipped-steps {limit}; increase it"
         )
-
-
-def steps_in_next_call(step: int, config: TrainConfig) -> int:
-    """Updates in the next dispatch: steps_per_call, or 1 if that passes a boundary.
-
-    Boundaries are evaluations, checkpoints and max_steps. At most two programs compile.
-    """
-    intervals = (config.eval_interval, config.checkpoint_interval)
-    due = min(step - step % interval + interval for interval in intervals)
-    fits = step + config.steps_per_call <= min(due, config.max_steps)
-    return config.steps_per_call if fits else 1
 
 
 def trace_train_steps(

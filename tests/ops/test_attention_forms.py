@@ -81,9 +81,8 @@ def visible_by_hand(mask, T, S):
 @pytest.mark.parametrize(
     ("name", "T", "S"),
     [
-        *(
-            ("causal", T, T) for T in (1, 7, 64, 130, 256, 320)
-        ),  # from one block to four
+        # From one block to four.
+        *(("causal", T, T) for T in (1, 7, 64, 130, 256, 320)),
         *((name, 70, 70) for name in ("lengths", "segments")),
         *((name, 70, 90) for name in MASKS if name not in ("lengths", "segments")),
     ],

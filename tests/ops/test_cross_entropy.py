@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import PLATFORMS, TINY, changed, mesh_of
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxgpt.ops import cross_entropy, head_loss_sum, head_losses
 from jaxgpt.parallel.mesh import activation_sharding
@@ -86,10 +87,15 @@ def head(x_BTC, table_VC, targets_BT, platform):
     return losses_BT.mean(), *jax.value_and_grad(loss, argnums=(0, 1))(x_BTC, table_VC)
 
 
-def test_devices_call_the_kernel_for_their_own_positions(monkeypatch):
+@pytest.fixture
+def interpreted_kernel(monkeypatch):
+    """Lets a CPU run the kernel, in blocks of which the vocabulary has two."""
     kernel = partial(MODULE._fused_losses_and_gradient, interpret=True)
     monkeypatch.setattr(MODULE, "_fused_losses_and_gradient", kernel)
-    monkeypatch.setattr(MODULE, "BLOCK", 32)  # the vocabulary has two blocks
+    monkeypatch.setattr(MODULE, "BLOCK", 32)
+
+
+def test_devices_call_the_kernel_for_their_own_positions(interpreted_kernel):
     config = changed(TINY, data={"batch_size": B}, mesh={"data": 2, "tensor": 2})
     with activation_sharding(mesh_of(config)):
         program = jax.jit(head, static_argnums=3).trace(*WEIGHTS, TARGETS_BT, "cuda")
@@ -101,6 +107,30 @@ def test_devices_call_the_kernel_for_their_own_positions(monkeypatch):
     )
     close = partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
     jax.tree.map(close, found, expected)
+
+
+def test_positions_that_do_not_divide_over_the_devices_need_no_kernel():
+    config = changed(TINY, data={"batch_size": B}, mesh={"data": 1, "tensor": 8})
+    logits_BTV = jnp.zeros((B, T, 8192))  # 12 positions over 8 devices
+    with activation_sharding(mesh_of(config)):
+        call = partial(MODULE.losses_and_gradient, vocab_size=8192, platform="cuda")
+        losses_BT, _ = jax.jit(call)(logits_BTV, TARGETS_BT)
+    np.testing.assert_allclose(losses_BT, np.log(8192), rtol=1e-6)
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_the_kernel_runs_inside_shard_map(interpreted_kernel, check_vma):
+    mesh = Mesh(np.array(jax.devices()[:2]), "rows")
+    rows, whole = PartitionSpec("rows"), PartitionSpec()
+
+    def mean_loss(x_BTC, table_VC, targets_BT):
+        loss = head_loss_sum(x_BTC, table_VC, targets_BT, "cuda")
+        return jax.lax.psum(loss, "rows") / (B * T)
+
+    specs = {"in_specs": (rows, whole, rows), "out_specs": whole}
+    mapped = jax.shard_map(mean_loss, mesh=mesh, check_vma=check_vma, **specs)
+    found = jax.jit(mapped)(*WEIGHTS, TARGETS_BT)
+    np.testing.assert_allclose(found, head(*WEIGHTS, TARGETS_BT, "cpu")[1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("platform", MODULE.GPUS)

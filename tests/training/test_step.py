@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import TrainConfig
 from jaxgpt.models import build_model
 from jaxgpt.parallel import defaults
+from jaxgpt.parallel.defaults import steps_in_next_call
 from jaxgpt.parallel.feeding import read_batches, stack_batches
 from jaxgpt.text.batches import training_source
 from jaxgpt.training import step
@@ -23,7 +24,6 @@ from jaxgpt.training.step import (
     dropout_key,
     make_train_program,
     make_train_step,
-    steps_in_next_call,
     trace_train_steps,
 )
 
