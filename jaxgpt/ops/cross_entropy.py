@@ -52,6 +52,7 @@ def _fused_losses_and_gradient(
 
     One program per position reads its logits twice, the second time from the L2 cache,
     which has room for those of all running programs. XLA would read them three times.
+    It needs Pallas's Triton backend, which jax 0.11 deprecates and still has.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton

@@ -87,6 +87,17 @@ def head(x_BTC, table_VC, targets_BT, platform):
     return losses_BT.mean(), *jax.value_and_grad(loss, argnums=(0, 1))(x_BTC, table_VC)
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="then it needs a GPU")
+def test_the_kernel_can_be_lowered_and_overwrites_the_logits():
+    logits_BTV = jax.ShapeDtypeStruct((1, 4, 50304), jnp.bfloat16)
+    targets_BT = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    kernel = partial(MODULE._fused_losses_and_gradient, vocab_size=50257)
+    traced = jax.jit(kernel).trace(logits_BTV, targets_BT)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "@__gpu$xla.gpu.triton" in text
+    assert "output_operand_alias<output_tuple_indices = [0]," in text
+
+
 @pytest.fixture
 def interpreted_kernel(monkeypatch):
     """Lets a CPU run the kernel, in blocks of which the vocabulary has two."""
