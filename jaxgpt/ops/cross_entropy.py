@@ -63,8 +63,9 @@ def _fused_losses_and_gradient(
         def read(i: Array) -> tuple[Array, Any, Array]:
             token_V = i * BLOCK + jnp.arange(BLOCK)
             block = pl.ds(i * BLOCK, BLOCK)
-            real_V = token_V < vocab_size
-            logits_V = triton.load(logits_ref.at[block], mask=real_V, other=-jnp.inf)
+            # Masked by the width, a multiple of 64, loads and stores are vectorised.
+            logits_V = triton.load(logits_ref.at[block], mask=token_V < width)
+            logits_V = jnp.where(token_V < vocab_size, logits_V, -jnp.inf)
             return token_V, block, logits_V.astype(jnp.float32)
 
         def add(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
