@@ -95,7 +95,7 @@ class QueriesKeysValues(nn.Module):
         if config.bias:
             bias = self.param("bias", nn.initializers.zeros, shape[1:])[part]
             arrays = [a + b for a, b in zip(arrays, bias.astype(dtype), strict=True)]
-        return [constrain(a, ("batch", "time", "heads", "head_dim")) for a in arrays]
+        return arrays
 
 
 class Dropout(nn.Module):

@@ -7,6 +7,7 @@ from functools import partial
 from string import ascii_lowercase
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -54,14 +55,18 @@ einsum.defvjp(_forward, _backward)
 
 def project(x_BTC: Array, kernel_CKHD: Array, platform: str) -> list[Array]:
     """Projects x to K arrays [B, T, H, D] in its dtype: queries, keys and values."""
+    K, constrain = kernel_CKHD.shape[1], nn.with_logical_constraint
     if platform in GPUS and x_BTC.shape[1] > 1:
         # Attention needs each in memory of its own: one matmul would need copies.
-        kernels = jnp.split(kernel_CKHD, kernel_CKHD.shape[1], axis=1)
         spec, out = "BTC,CHD->BTHD", (x_BTC.dtype, platform)
-        return [einsum(spec, x_BTC, kernel[:, 0], *out) for kernel in kernels]
+        kernels = jnp.split(kernel_CKHD, K, axis=1)
+        arrays = (einsum(spec, x_BTC, kernel[:, 0], *out) for kernel in kernels)
+        names = ("batch", "time", "heads", "head_dim")
+        return [constrain(array, names) for array in arrays]
     spec = "BTC,CKHD->BTKHD"
     joined_BTKHD = einsum(spec, x_BTC, kernel_CKHD, x_BTC.dtype, platform)
-    K = kernel_CKHD.shape[1]
+    qkv = ("batch", "time", "qkv", "heads", "head_dim")
+    joined_BTKHD = constrain(joined_BTKHD, qkv)
     if platform == "cpu":  # where summing the zero-padded gradients of slices is slow
         return [a[:, :, 0] for a in jnp.split(joined_BTKHD, K, axis=2)]
     return [joined_BTKHD[:, :, i] for i in range(K)]
