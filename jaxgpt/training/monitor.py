@@ -167,7 +167,7 @@ class Monitor(AbstractContextManager):
         seconds = time.monotonic() - self._started
         line = f"done in {seconds:.1f} s: val loss {val_loss:.4f} on the whole split"
         if best_step == step:
-            line += ", of the best checkpoint"
+            line += "; the last checkpoint is the best"
         elif best_step is not None:
             best = f"{exact[best_step]:.4f} at step {best_step}"
             line += f" at step {step}; the best checkpoint has {best}"
