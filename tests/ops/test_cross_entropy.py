@@ -59,7 +59,8 @@ def test_losses_and_gradients_in_chunks_are_those_of_all_logits(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("vocab_size", [8192, 8200])
-def test_the_kernel_equals_the_definition(dtype, vocab_size):
+def test_the_kernel_equals_the_definition(monkeypatch, dtype, vocab_size):
+    monkeypatch.setattr(MODULE, "BLOCK", 1024)
     rng = np.random.default_rng(1)
     padded = vocab_size + 56  # so that the last block is not full
     logits_BTV = jnp.array(8 * rng.normal(size=(1, 4, padded)) - 40, dtype)
@@ -73,7 +74,7 @@ def test_the_kernel_equals_the_definition(dtype, vocab_size):
     )
     np.testing.assert_allclose(fused[0], plain[0], rtol=1e-6)
     assert fused[1].dtype == dtype
-    rounding = 1e-6 if dtype == "float32" else 2**-8
+    rounding = 5e-6 if dtype == "float32" else 2**-8
     np.testing.assert_allclose(*(np.float32(a[1]) for a in (fused, plain)), rounding)
 
 
@@ -134,14 +135,15 @@ def test_the_kernel_runs_inside_shard_map(interpreted_kernel, check_vma):
     mesh = Mesh(np.array(jax.devices()[:2]), "rows")
     rows, whole = PartitionSpec("rows"), PartitionSpec()
 
-    def mean_loss(x_BTC, table_VC, targets_BT):
-        loss = head_loss_sum(x_BTC, table_VC, targets_BT, "cuda")
-        return jax.lax.psum(loss, "rows") / (B * T)
+    def gradient(x_BTC, table_VC, targets_BT):
+        table_VC = jax.lax.pcast(table_VC, "rows", to="varying")  # as the step does
+        return jax.grad(head_loss_sum)(x_BTC, table_VC, targets_BT, "cuda")
 
-    specs = {"in_specs": (rows, whole, rows), "out_specs": whole}
-    mapped = jax.shard_map(mean_loss, mesh=mesh, check_vma=check_vma, **specs)
+    specs = {"in_specs": (rows, whole, rows), "out_specs": rows}
+    mapped = jax.shard_map(gradient, mesh=mesh, check_vma=check_vma, **specs)
     found = jax.jit(mapped)(*WEIGHTS, TARGETS_BT)
-    np.testing.assert_allclose(found, head(*WEIGHTS, TARGETS_BT, "cpu")[1], rtol=1e-6)
+    expected = jax.grad(head_loss_sum)(*WEIGHTS, TARGETS_BT, "cpu")
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("platform", MODULE.GPUS)
