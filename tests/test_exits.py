@@ -187,11 +187,16 @@ with plain_errors():
     ("ending", "code", "told"),
     [
         ("pass", 0, ""),
-        ("sys.exit(7)", 7, ""),
-        ("sys.exit('told')", 1, "told"),
         ("signal.raise_signal(2)", 130, ""),
-        ("raise RuntimeError('told')", 1, "RuntimeError: told"),
-        ("raise KeyError('told')", 1, "KeyError: 'told'"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("sys.exit(7)", 7, ""),
+                ("sys.exit('told')", 1, "told"),
+                ("raise RuntimeError('told')", 1, "RuntimeError: told"),
+                ("raise KeyError('told')", 1, "KeyError: 'told'"),
+            )
+        ),
     ],
 )
 def test_a_compilation_in_the_background_does_not_spoil_an_exit(ending, code, told):
