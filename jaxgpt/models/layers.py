@@ -79,8 +79,8 @@ class Linear(nn.Module):
         return y
 
 
-class QueriesKeysValues(nn.Module):
-    """Linear layers to the queries, keys and values of all heads, in one kernel."""
+class QKVProjection(nn.Module):
+    """The linear layer to the queries, keys and values of all heads."""
 
     config: GPTConfig
     platform: str
@@ -91,7 +91,7 @@ class QueriesKeysValues(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
         shape = (config.n_embd, 3, config.n_head, config.head_dim)
         kernel = self.param("kernel", INIT, shape)[:, part].astype(dtype)
-        arrays = ops.project(x_BTC.astype(dtype), kernel, self.platform)
+        arrays = ops.project_qkv(x_BTC.astype(dtype), kernel, self.platform)
         if config.bias:
             bias = self.param("bias", nn.initializers.zeros, shape[1:])[part]
             arrays = [a + b for a, b in zip(arrays, bias.astype(dtype), strict=True)]
@@ -124,7 +124,7 @@ class Attention(nn.Module):
     def setup(self) -> None:
         config, linear = self.config, partial(Linear, self.config, self.platform)
         C, H, D = config.n_embd, config.n_head, config.head_dim
-        self.c_attn = QueriesKeysValues(config, self.platform)
+        self.c_attn = QKVProjection(config, self.platform)
         self.c_proj = linear("BTHD,HDC->BTC", (H, D, C), residual_init(config))
         self.attn_dropout = Dropout(config.dropout)
         self.resid_dropout = Dropout(config.dropout)
@@ -164,7 +164,7 @@ class Attention(nn.Module):
                 maps_BHTS = self.attn_dropout(maps_BHTS, None)  # a layer to diagnose
                 self.sow("intermediates", "attention", maps_BHTS)
         out_BTHD = constrain(out_BTHD, ("batch", "time", "heads", "head_dim"))
-        out_BTC = ops.apart(self.c_proj(out_BTHD), self.platform)
+        out_BTC = ops.unfused(self.c_proj(out_BTHD), self.platform)
         return self.resid_dropout(out_BTC, rows_B), cache
 
     def keys_and_values(self, memory_BSC: Array) -> list[Array]:
@@ -188,7 +188,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTC: Array, rows_B: Array | None) -> Array:
         h_BTF = constrain(self.c_fc(x_BTC), ("batch", "time", "mlp"))
         h_BTF = ops.gelu(h_BTF, self.config.gelu, self.platform)
-        return self.dropout(ops.apart(self.c_proj(h_BTF), self.platform), rows_B)
+        return self.dropout(ops.unfused(self.c_proj(h_BTF), self.platform), rows_B)
 
 
 class Block(nn.Module):

@@ -16,4 +16,4 @@ from jaxgpt.ops.cross_entropy import cross_entropy, head_loss_sum, head_losses
 from jaxgpt.ops.dropout import dropout
 from jaxgpt.ops.embedding import embed
 from jaxgpt.ops.gelu import gelu
-from jaxgpt.ops.matmul import apart, einsum, project
+from jaxgpt.ops.matmul import einsum, project_qkv, unfused

@@ -53,7 +53,7 @@ def _backward(
 einsum.defvjp(_forward, _backward)
 
 
-def project(x_BTC: Array, kernel_CKHD: Array, platform: str) -> list[Array]:
+def project_qkv(x_BTC: Array, kernel_CKHD: Array, platform: str) -> list[Array]:
     """Projects x to K arrays [B, T, H, D] in its dtype: queries, keys and values."""
     K, constrain = kernel_CKHD.shape[1], nn.with_logical_constraint
     if platform in GPUS and x_BTC.shape[1] > 1:
@@ -72,10 +72,10 @@ def project(x_BTC: Array, kernel_CKHD: Array, platform: str) -> list[Array]:
     return [joined_BTKHD[:, :, i] for i in range(K)]
 
 
-def apart(y: Array, platform: str) -> Array:
-    """Returns y, a product that will be added to the residual stream.
+def unfused(y: Array, platform: str) -> Array:
+    """Returns y, which XLA does not fuse with the addition to the residual stream.
 
-    On GPUs XLA would let cuBLAS add it to a copy of the stream. Apart from the matmul,
-    the addition fuses with the LayerNorm that follows, and needs no copy.
+    On GPUs XLA would let cuBLAS add y to a copy of the stream. After the matmul, the
+    addition fuses with the LayerNorm that follows, and needs no copy.
     """
     return jax.lax.optimization_barrier(y) if platform in GPUS else y
