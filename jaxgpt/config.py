@@ -36,7 +36,9 @@ def _is_instance(value: Any, annotation: Any) -> bool:
     if origin is types.UnionType:
         return any(_is_instance(value, choice) for choice in choices)
     if origin is tuple:
-        return isinstance(value, tuple) and all(isinstance(s, str) for s in value)
+        return isinstance(value, tuple) and all(
+            _is_instance(element, choices[0]) for element in value
+        )
     kinds = (int, float) if annotation is float else annotation
     return isinstance(value, kinds) and (annotation is bool) == isinstance(value, bool)
 
@@ -66,7 +68,9 @@ def check_seed(seed: int) -> None:
 class ModelConfig:
     """Fields of every model, named as in nanoGPT."""
 
-    shardable = False  # not a field: whether parameters can be sharded
+    # Not fields:
+    shardable = False  # whether parameters can be sharded
+    packable = False  # whether a row can hold several documents
 
     block_size: int = 64  # context length in tokens
     vocab_size: int | None = None  # vocabulary size; by default the tokenizer's
@@ -142,6 +146,7 @@ class GPTConfig(TransformerConfig):
     """The model of nanoGPT and GPT-2."""
 
     shardable = True
+    packable = True
     architecture: Literal["gpt"] = "gpt"  # kind of model
     bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
     gelu: Literal["exact", "tanh"] = "exact"  # with erf (nanoGPT) or tanh (GPT-2)
@@ -167,9 +172,17 @@ AnyModelConfig = GPTConfig | LectureConfig | BigramConfig
 class DataConfig:
     """The text, its tokenizer and the batch size."""
 
-    corpus: Literal["tinyshakespeare"] = "tinyshakespeare"  # name of a built-in corpus
-    # your own UTF-8 files, folders of .txt files, or one nanoGPT .bin directory
+    # built-in corpus: Tiny Shakespeare, or movie reviews
+    corpus: Literal["tinyshakespeare", "reviews"] = "tinyshakespeare"
+    # your own UTF-8 text, JSONL or parquet files, folders of them, or folders of token
+    # files (written by `python -m jaxgpt prepare` or by nanoGPT)
     path: tuple[str, ...] = ()
+    # share of the training rows drawn from each folder of tokens in path; by default
+    # each folder's share of the tokens
+    weights: tuple[float, ...] = ()
+    # what a row holds: block_size tokens from anywhere, or whole documents, each of
+    # which attends only to itself
+    packing: Literal["windows", "documents"] = "windows"
     # char; gpt2; bpe, trained on the corpus with --model.vocab-size tokens; or the path
     # of a tokenizer.json, or of a directory with one or with vocab.json and merges.txt
     tokenizer: str = "char"
@@ -254,6 +267,8 @@ class TrainConfig:
     # number of updates that may be skipped because their loss or gradients are not
     # finite; one more stops the run
     max_skipped_steps: int = 0
+    # where to log besides metrics.jsonl; each needs the package of that name
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     profile: int = 0  # dispatches to trace into RUN_DIR/profile, from the second on
     seed: int = 1337  # seed of initialisation, batches and dropout
     # run to start from; cli.py turns it into the folder of that run's checkpoint
