@@ -77,7 +77,7 @@ def evaluations(run_dir):
         pytest.param(CUBE, FSDP, marks=MORE),
         pytest.param(CUBE, ONE, marks=MORE),
         pytest.param(FSDP, CUBE, marks=MORE),
-        (ONE, ONE | {"fsdp": 2, "tensor": 2}),
+        pytest.param(ONE, ONE | {"fsdp": 2, "tensor": 2}, marks=MORE),
     ],
 )
 def test_a_run_resumed_on_another_mesh_has_the_losses_of_an_uninterrupted_run(

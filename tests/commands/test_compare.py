@@ -34,9 +34,8 @@ def checks(call, *arguments, status=0):
     return report["checks"]
 
 
-@pytest.mark.parametrize(
-    "config", [SMALL, pytest.param(compare.RANDOM, marks=pytest.mark.torch)]
-)
+@pytest.mark.torch
+@pytest.mark.parametrize("config", [SMALL, compare.RANDOM])
 def test_a_random_gpt2_agrees_with_pytorch_within_the_tolerances(
     call, monkeypatch, config
 ):

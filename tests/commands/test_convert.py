@@ -67,6 +67,7 @@ def test_nanogpt_import_and_export_are_inverse(call, ckpt, tmp_path):
     torch.testing.assert_close(*trees, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_an_import_without_tokenizer_needs_one_for_text_and_then_trains(
     call, ckpt, text_file, tmp_path
 ):

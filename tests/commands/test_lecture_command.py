@@ -27,6 +27,7 @@ def test_the_ladder_is_the_lectures_presets_in_order():
     assert [rung.preset for rung in (*RUNGS, SCALED)] == presets
 
 
+@pytest.mark.slow
 def test_seeds_that_train_at_once_train_as_each_alone():
     tokens = np.random.default_rng(0).integers(11, size=300).astype(np.uint16)
     corpus = Corpus(tokens[:200], tokens[200:], None)

@@ -383,6 +383,7 @@ def as_on_the_hub(tokenizer):
     }
 
 
+@pytest.mark.torch
 def test_a_model_is_fetched_once_from_the_hub_by_its_name(folder, bpe, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(as_on_the_hub(bpe)))
     (folder / "pytorch_model.bin").write_bytes(b"the same weights in another format")

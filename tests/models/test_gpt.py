@@ -150,13 +150,14 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient():
     assert remade_bytes < 0.5 * kept_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "rows"),
     [
         (2, 3, 9, 7, 11, 3),
-        pytest.param(1, 1, 1, 1, 2, 1, marks=pytest.mark.slow),
-        pytest.param(1, 1, 8, 1, 1, 1, marks=pytest.mark.slow),
-        pytest.param(1, 5, 40, 130, 11, 2, marks=pytest.mark.slow),
+        (1, 1, 1, 1, 2, 1),
+        (1, 1, 8, 1, 1, 1),
+        (1, 5, 40, 130, 11, 2),
     ],
 )
 def test_bfloat16_trains_and_generates_near_float32_in_all_shapes(

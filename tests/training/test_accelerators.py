@@ -221,6 +221,7 @@ def test_cuda_writes_the_new_state_over_the_old(cuda_program):
     assert indices == list(range(len(state_leaves())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "width"), [("cuda", 50304), ("tpu", V), ("cpu", V)]
 )
