@@ -1,20 +1,46 @@
-"""jaxgpt: the GPT of the lecture "Let's build GPT" and of nanoGPT, in JAX and Flax."""
+"""jaxgpt: the GPT of the lecture "Let's build GPT" and of nanoGPT, in JAX and Flax.
 
-from jaxgpt.config import (
-    BigramConfig,
-    Config,
-    DataConfig,
-    GPTConfig,
-    LectureConfig,
-    MeshConfig,
-    OptimizerConfig,
-    SamplingConfig,
-    TrainConfig,
-)
-from jaxgpt.generation.stream import generate
-from jaxgpt.models import GPT, Bigram
-from jaxgpt.run import Run, load_run
-from jaxgpt.start import quiet_libtpu
-from jaxgpt.text.tokenizer import BPETokenizer, CharTokenizer
+The names below are imported on first use: the processes that tokenize need no JAX.
+"""
 
-quiet_libtpu()
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxgpt.config import (
+        BigramConfig,
+        Config,
+        DataConfig,
+        GPTConfig,
+        LectureConfig,
+        MeshConfig,
+        OptimizerConfig,
+        SamplingConfig,
+        TrainConfig,
+    )
+    from jaxgpt.generation.stream import generate
+    from jaxgpt.models import GPT, Bigram
+    from jaxgpt.run import Run, load_run
+    from jaxgpt.text.tokenizer import BPETokenizer, CharTokenizer
+
+_CONFIGS = "Bigram Data GPT Lecture Mesh Optimizer Sampling Train"
+_MODULES = {
+    **dict.fromkeys(["Config", *(f"{c}Config" for c in _CONFIGS.split())], "config"),
+    "generate": "generation.stream",
+    **dict.fromkeys(["GPT", "Bigram"], "models"),
+    **dict.fromkeys(["Run", "load_run"], "run"),
+    **dict.fromkeys(["BPETokenizer", "CharTokenizer"], "text.tokenizer"),
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module("jaxgpt.start").quiet_libtpu()
+    globals()[name] = getattr(import_module(f"jaxgpt.{_MODULES[name]}"), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -13,6 +13,7 @@ from jaxgpt.commands.compare import compare
 from jaxgpt.commands.convert import export, import_
 from jaxgpt.commands.evaluate import evaluate
 from jaxgpt.commands.lecture import lecture
+from jaxgpt.commands.prepare import prepare
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "import": import_,
     "export": export,
     "compare": compare,
+    "prepare": prepare,
     "cache": cache,
 }
 

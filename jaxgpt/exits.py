@@ -11,9 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import NoReturn, TypeVar
-
-import jax
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 _HANGUP = getattr(signal, "SIGHUP", 0)  # Windows has none
@@ -32,6 +30,13 @@ _HINTS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _DISK_FULL),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NO_PERMISSION),
 }
+
+
+def distributed() -> Any:
+    """JAX if this process has joined a run of several, else None; never imports it."""
+    jax = sys.modules.get("jax")
+    joined = getattr(jax, "distributed", None)  # not yet if `import jax` is interrupted
+    return jax if joined and joined.is_initialized() else None
 
 
 class _Interrupts:
@@ -161,7 +166,8 @@ def plain_errors() -> Iterator[None]:
 
 def _exit_with_error(error: Exception) -> NoReturn:
     """Ends the script with one line for the error; a bug gets a traceback."""
-    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    jax = distributed()
+    several = jax and jax.process_count() > 1
     exhausted = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     lost = several and isinstance(error, (RuntimeError, TimeoutError))
     unexpected = isinstance(error, RuntimeError) and not (exhausted or lost)
@@ -187,6 +193,7 @@ def _exit(status: int, message: str = "") -> NoReturn:
     for text, stream in (("", sys.stdout), (message, sys.stderr)):
         with suppress(OSError):  # the disk is full, or the reader has gone
             print(text, end="", file=stream, flush=True)
-    if jax.distributed.is_initialized() and jax.process_index() == 0:
+    jax = distributed()
+    if jax and jax.process_index() == 0:
         time.sleep(2)
     os._exit(status)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import jax
+from jaxgpt.exits import distributed
 
 TMP_SUFFIX = ".tmp"  # suffix of files and folders that are being written
 
@@ -102,7 +102,8 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
 
 def is_first_process() -> bool:
     """Whether this is the one process that writes logs, metrics and the config."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
+    jax = distributed()
+    return not jax or jax.process_index() == 0
 
 
 @contextmanager

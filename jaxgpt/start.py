@@ -1,6 +1,7 @@
 """Process setup before JAX starts: XLA flags, CPU devices, caches and memory.
 
-The scripts call `start` first; `import jaxgpt` calls only `quiet_libtpu`.
+The scripts call `start` first; a name imported from `jaxgpt` calls only
+`quiet_libtpu`.
 """
 
 import ctypes
@@ -66,6 +67,7 @@ def start() -> None:
     Environment variables that are already set take precedence: JAX_NUM_CPU_DEVICES,
     XLA_FLAGS, MALLOC_ARENA_MAX, JAX_COMPILATION_CACHE_DIR.
     """
+    quiet_libtpu()
     # Orbax warns about intended use, and logs tracebacks of errors that we report in a
     # line; so does asyncio if several arrays of a checkpoint can't be read or written.
     for name in ("absl", "asyncio"):

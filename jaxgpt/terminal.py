@@ -26,7 +26,10 @@ def log_line(line: str) -> None:
 
 
 def counter(
-    label: str, total: int, show: Callable[[int], object] | None
+    label: str,
+    total: int,
+    show: Callable[[int], object] | None,
+    note: Callable[[], str] = str,
 ) -> Callable[[int], None]:
     """Makes a function that adds to how much of long work is done, and shows it.
 
@@ -35,6 +38,7 @@ def counter(
       total: how much there is to do, in any unit.
       show: called with what is done, for a terminal. Without it, a line says the share
         every half minute.
+      note: returns more to say in that line.
     """
     done, started = 0, time.monotonic()
     said = started
@@ -47,13 +51,15 @@ def counter(
         elif time.monotonic() - said > _LINE_SECONDS:
             said = time.monotonic()
             left = (said - started) * (total - done) / done
-            log_line(f"{label}: {done / total:.0%}, {left:.0f} s left")
+            log_line(f"{label}: {done / total:.0%}, {note()}{left:.0f} s left")
 
     return advance
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(
+    label: str, total: int, note: Callable[[], str] = str
+) -> Iterator[Callable[[int], None]]:
     """Shows how much of long work is done; yields a function that adds to it.
 
     On a terminal it is a bar with the time left on stderr; elsewhere, a line every half
@@ -62,6 +68,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     Args:
       label: what is being done.
       total: how much there is to do, in any unit.
+      note: returns more to say, such as "3 documents, ".
     """
     console = Console(stderr=True, highlight=False)
     with Progress(
@@ -74,5 +81,9 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
         disable=not (console.is_terminal and is_first_process()),
     ) as bar:
         task = bar.add_task(label, total=total)
-        show = None if bar.disable else lambda done: bar.update(task, completed=done)
-        yield counter(label, total, show)
+
+        def show(done: int) -> None:
+            said = f"{label}: {note()}".rstrip(" ,:")
+            bar.update(task, completed=done, description=said)
+
+        yield counter(label, total, None if bar.disable else show, note)

@@ -3,7 +3,9 @@
 import io
 import pickle
 import pickletools
+import re
 from collections.abc import Callable
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +81,8 @@ def gpt2_tokenizer(log: Callable[[str], None] = print) -> BPETokenizer:
 
 def save_nanogpt_meta(path: Path, tokenizer: CharTokenizer) -> None:
     """Writes the meta.pkl that nanoGPT's sample.py looks for in data/DATASET."""
-    itos = dict(enumerate(tokenizer.characters))
-    stoi = {character: i for i, character in itos.items()}
+    itos = dict(enumerate([*tokenizer.characters, *tokenizer.special]))
+    stoi = {token: i for i, token in itos.items()}
     meta = {"vocab_size": tokenizer.vocab_size, "itos": itos, "stoi": stoi}
     replace_file(path, lambda tmp_path: tmp_path.write_bytes(pickle.dumps(meta)))
 
@@ -111,10 +113,11 @@ def load_nanogpt_meta(path: Path) -> CharTokenizer:
     content = path.read_bytes()
     try:
         itos = _PlainUnpickler(content).load()["itos"]
-        characters = [itos[i] for i in range(len(itos))]
-        if any(len(character) != 1 for character in characters):
+        tokens = [itos[i] for i in range(len(itos))]
+        special = list(dropwhile(lambda token: len(token) == 1, tokens))
+        if not all(re.fullmatch(r"<\|.+\|>", token) for token in special):
             raise ValueError("it has a token that is not one character")
-        return CharTokenizer("".join(characters))
+        return CharTokenizer("".join(tokens[: len(tokens) - len(special)]), special)
     except Exception as error:  # unpickling a damaged file may raise anything
         raise ValueError(
             f"{path} has no character vocabulary (no code in it was run): {error}"

@@ -36,26 +36,34 @@ def codepoints(text: str) -> np.ndarray:
 class CharTokenizer:
     """One token per character; a token's id is the character's index in `characters`.
 
+    Special tokens, such as END_OF_TEXT, have the ids after the characters. In `encode`
+    they are text like any other.
+
     Source: the lecture's `stoi` and `itos`.
 
     Attributes:
       start: replaces an empty prompt: a newline, or else the first character.
-      end_of_text: None, as no character ends a document.
+      end_of_text: id of END_OF_TEXT, which separates documents; None if there is none.
     """
 
-    end_of_text = None
+    def __init__(self, characters: str, special: Sequence[str] = ()):
+        """Takes the characters and the special tokens in id order.
 
-    def __init__(self, characters: str):
-        """Takes the characters in id order; raises ValueError if one occurs twice."""
-        if not characters or len(set(characters)) != len(characters):
+        Raises ValueError if a token occurs twice.
+        """
+        self._tokens = [*characters, *special]
+        distinct = {token for token in self._tokens if isinstance(token, str) and token}
+        if not characters or len(distinct) != len(self._tokens):
             raise ValueError(
-                f"a vocabulary needs distinct characters, not {characters!r:.80}"
+                f"a vocabulary needs distinct characters, not {self._tokens!r:.80}"
             )
-        self.characters = characters
+        self.characters, self.special = characters, tuple(special)
+        self.end_of_text = None
+        if END_OF_TEXT in special:
+            self.end_of_text = self._tokens.index(END_OF_TEXT)
         self.start = "\n" if "\n" in characters else characters[0]
-        self._codepoints = codepoints(characters)
         self._ids = np.full(0x110000, -1, np.int32)  # indexed by code point
-        self._ids[self._codepoints] = np.arange(len(characters))
+        self._ids[codepoints(characters)] = np.arange(len(characters))
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -65,7 +73,7 @@ class CharTokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of distinct tokens."""
-        return len(self.characters)
+        return len(self._tokens)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, i32 [len(text)].
@@ -77,7 +85,7 @@ class CharTokenizer:
             position = int(np.argmax(ids < 0))
             raise ValueError(
                 f"character {text[position]!r} at position {position} is not in the "
-                f"vocabulary of {self.vocab_size} characters: {self.characters!r}"
+                f"vocabulary of {len(self.characters)} characters: {self.characters!r}"
             )
         return ids
 
@@ -85,10 +93,19 @@ class CharTokenizer:
         """Yields the token ids of a text given in chunks, the same as for the whole."""
         return map(self.encode, chunks)
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Like `encode`, but special tokens are tokens."""
+        longest_first = sorted(self.special, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        texts_and_tokens = re.split(f"({pattern})", text)
+        ids = [self.encode(piece) for piece in texts_and_tokens]
+        ids[1::2] = [np.array([self._tokens.index(t)]) for t in texts_and_tokens[1::2]]
+        return np.concatenate(ids).astype(np.int32)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; raises IndexError on an id outside the vocabulary."""
         array = np.array(list(ids), np.int64).astype(np.uint32)  # negative ids raise
-        return self._codepoints[array].tobytes().decode("utf-32-le", "surrogatepass")
+        return "".join(map(self._tokens.__getitem__, array.tolist()))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """UTF-8 bytes of token ids; raises IndexError like `decode`."""
@@ -96,7 +113,8 @@ class CharTokenizer:
 
     def to_json(self) -> str:
         """The tokenizer as JSON."""
-        return json.dumps({"type": "char", "characters": self.characters})
+        values = {"type": "char", "characters": self.characters}
+        return json.dumps(values | ({"special": self.special} if self.special else {}))
 
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer as JSON, which `load_tokenizer` reads."""
@@ -162,7 +180,9 @@ class BPETokenizer:
             ) from error
 
     @classmethod
-    def train(cls, chunks: Iterable[str], vocab_size: int) -> Self:
+    def train(
+        cls, chunks: Iterable[str], vocab_size: int, documents: bool = False
+    ) -> Self:
         """Learns merges from a text by repeatedly merging the most frequent pair.
 
         Words are cut after 256 bytes, so that the time is linear in the text. Shows a
@@ -171,6 +191,7 @@ class BPETokenizer:
         Args:
           chunks: the text, in order.
           vocab_size: total number of tokens: 256 bytes, the merges, then END_OF_TEXT.
+          documents: whether each chunk is a document, at whose end words end too.
 
         Raises ValueError if vocab_size is below 257, or too large for the text.
         """
@@ -180,17 +201,18 @@ class BPETokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=sys.stderr.isatty(),
         )
-        segments = (segment for batch in _segments(chunks) for segment in batch)
+        texts = ([chunk] for chunk in chunks) if documents else iter([chunks])
+        batches = (batch for text in texts for batch in segments(text))
         words = tokenizer.pre_tokenizer
         cut = pre_tokenizers.FixedLength(_LONGEST_WORD)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
-        interruptible(partial(tokenizer.train_from_iterator, segments, trainer))
+        interruptible(partial(tokenizer.train_from_iterator, batches, trainer))
         tokenizer.pre_tokenizer = words
         tokenizer.add_special_tokens([END_OF_TEXT])
         if (nearest := tokenizer.get_vocab_size()) != vocab_size:
             raise ValueError(
                 f"the text does not yield vocab_size={vocab_size} tokens; the nearest "
-                f"possible is --model.vocab-size {nearest}"
+                f"possible is {nearest}"
             )
         return cls(tokenizer)
 
@@ -218,13 +240,13 @@ class BPETokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, i32 [tokens]; unpaired surrogates become U+FFFD."""
-        return np.concatenate(list(self.encode_chunks([_without_surrogates(text)])))
+        return np.concatenate(list(self.encode_chunks([without_surrogates(text)])))
 
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
         """Yields the token ids of a text given in chunks, the same as for the whole."""
         encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
-        for segments in _segments(chunks, self._added):
-            encodings = interruptible(partial(encode, segments))
+        for batch in segments(chunks, self._added):
+            encodings = interruptible(partial(encode, batch))
             yield np.concatenate([np.array(e.ids, np.int32) for e in encodings])
 
     @cached_property
@@ -237,7 +259,7 @@ class BPETokenizer:
 
         The ids are those of a call of transformers' tokenizer.
         """
-        text = _without_surrogates(text)
+        text = without_surrogates(text)
         encode = partial(self._parser.encode_batch, [text])  # `encode` holds the GIL
         return np.array(interruptible(encode)[0].ids, np.int32)
 
@@ -273,18 +295,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
         values = json.loads(content)
         if "model" in values:
             return BPETokenizer.from_json(content)
-        return CharTokenizer(values["characters"])
+        return CharTokenizer(values["characters"], values.get("special", ()))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} is not a valid tokenizer: {error}") from error
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Like `encode`, but END_OF_TEXT and other added tokens of BPE are tokens.
+    """Like `encode`, but END_OF_TEXT and other added tokens are tokens.
 
     Source: nanoGPT sample.py.
     """
-    if isinstance(tokenizer, CharTokenizer):
-        return tokenizer.encode(text)
     return tokenizer.encode_prompt(text)
 
 
@@ -318,12 +338,12 @@ def _byte_alphabet() -> dict[str, int]:
     return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """The text with unpaired surrogates replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _segments(chunks: Iterable[str], added: Sequence[str] = ()) -> Iterator[list[str]]:
+def segments(chunks: Iterable[str], added: Sequence[str] = ()) -> Iterator[list[str]]:
     """Splits a text into segments that can be tokenized on their own; yields lists.
 
     A boundary near one of the added tokens is not used, since the token might reach
@@ -345,10 +365,10 @@ def _segments(chunks: Iterable[str], added: Sequence[str] = ()) -> Iterator[list
         return last if last + reach <= len(rest) else 0
 
     for chunk in chunks:
-        rest, start, segments = rest[start:] + chunk, 0, []
+        rest, start, batch = rest[start:] + chunk, 0, []
         while stop := end():
-            segments.append(rest[start:stop])
+            batch.append(rest[start:stop])
             start = stop
-        if segments:
-            yield segments
+        if batch:
+            yield batch
     yield [rest[start:]]

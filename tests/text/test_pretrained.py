@@ -91,7 +91,7 @@ def test_segments_in_runs_of_whitespace_do_not_change_tokens(gpt2, reference):
 
 @pytest.mark.parametrize("end", ["\r\n", "\n", "\t", " ", "。", ","])
 def test_whitespace_and_punctuation_end_a_segment(end):
-    assert sum(map(len, tokenizer._segments([f"汉字{end}" * 40_000]))) > 1
+    assert sum(map(len, tokenizer.segments([f"汉字{end}" * 40_000]))) > 1
 
 
 def test_no_token_spans_a_letter_and_punctuation():
@@ -114,7 +114,7 @@ def test_text_without_a_boundary_is_cut_in_the_same_places_whatever_the_chunks(
     monkeypatch.setattr(tokenizer, "_LONGEST_SEGMENT", 5)
     text = "aaaaaaa a<|x|>"
     for cut in range(len(text)):
-        batches = tokenizer._segments([text[:cut], text[cut:]], ["<|x|>"])
+        batches = tokenizer.segments([text[:cut], text[cut:]], ["<|x|>"])
         segments = [segment for batch in batches for segment in batch]
         assert segments == ["aaaaa", "aa", " a<|x|>"]
 

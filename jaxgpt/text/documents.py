@@ -1,0 +1,326 @@
+"""Documents in text files, JSONL and parquet, compressed or not, in blocks of 1 MB.
+
+One process reads blocks of raw bytes in order; others parse them. A text file is a
+document; so is each line of JSONL and each row of parquet that is not blank.
+"""
+
+import codecs
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from jaxgpt.text.tokenizer import without_surrogates
+
+_LINES, _ROWS, _TEXT = (".jsonl", ".ndjson"), (".parquet",), (".txt",)
+_CODECS = {".gz": "gzip", ".zst": "zstd"}
+_BLOCK = 1 << 20  # bytes of text that are read at once
+_FILES = 1000  # text files in a block, at most
+_BATCH_ROWS = 64  # of parquet, which are decoded at once
+_EXPECTED = (
+    "give files, patterns such as 'data/*.parquet', or folders with *.txt, *.jsonl, "
+    "*.ndjson or *.parquet files; all but parquet may also end in .gz or .zst"
+)
+
+
+class Source(NamedTuple):
+    """A file to read."""
+
+    name: str  # relative to the parent of the input that led to it
+    path: Path
+    size: int
+
+
+class Position(NamedTuple):
+    """Where a block begins or ends."""
+
+    file: int = 0  # index of the file
+    offset: int = 0  # in bytes without compression, or in rows of parquet
+    record: int = 0  # number of lines or rows before it
+
+
+START = Position()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the input as it was read, at most about 1 MB; a worker parses it.
+
+    Attributes:
+      start, end: its position, and that of the next block.
+      paths: the file, or several text files.
+      data: whole lines, or a value for each row; None if the files are yet to be read.
+      stored: how many bytes of the files it took, as they are stored.
+      field: name of the field with the text.
+      problem: why the rest of the file can't be read, if it can't.
+      ends: whether the files end here.
+    """
+
+    start: Position
+    end: Position
+    paths: list[Path]
+    data: bytes | list[bytes | None] | None
+    stored: int
+    field: str
+    problem: str = ""
+    ends: bool = True
+
+
+class Document(NamedTuple):
+    """A document, or why it can't be used."""
+
+    file: int  # index in the block's paths
+    where: str  # file, and line or row
+    text: str = ""
+    problem: str = ""  # its kind
+    detail: str = ""
+
+
+def find_sources(inputs: Sequence[str]) -> list[Source]:
+    """Finds the files that inputs name; see `find_files`."""
+    sources = []
+    if not inputs:
+        raise FileNotFoundError(f"there is no input; {_EXPECTED}")
+    for given in inputs:
+        path = Path(given)
+        matches = [path]
+        if not path.exists():
+            matches = [
+                Path(match) for match in sorted(glob.glob(given, recursive=True))
+            ]
+        found = [
+            (Path(match.resolve().name, file.relative_to(match)).as_posix(), file)
+            for match in matches
+            for file in _files_in(match)
+        ]
+        if not found:
+            what = "has no such files" if path.is_dir() else "does not exist"
+            raise FileNotFoundError(f"{path.absolute()} {what}; {_EXPECTED}")
+        sources += [Source(name, file, file.stat().st_size) for name, file in found]
+    return sources
+
+
+def find_files(inputs: Sequence[str]) -> list[Path]:
+    """Finds files in order: given ones, those that match patterns, those in folders.
+
+    Of a folder and its subfolders it takes text, JSONL and parquet, sorted, but nothing
+    hidden. Raises OSError if there are none, ValueError if one can't be read twice.
+    """
+    return [source.path for source in find_sources(inputs)]
+
+
+def _files_in(path: Path) -> list[Path]:
+    """The path itself, or the files of known kinds in the folder there."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is not a regular file, and documents are read more than once; "
+            "save it first, as in `command > documents.jsonl`"
+        )
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(path, onerror=fail):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        shown = (Path(folder, name) for name in names if not name.startswith("."))
+        files += [file for file in shown if _kind(file) in _LINES + _ROWS + _TEXT]
+    return sorted(files)
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says what a file holds, in lower case, without compression's."""
+    name = path.with_suffix("") if _codec(path) else path
+    return name.suffix.lower()
+
+
+def _codec(path: Path) -> str | None:
+    return _CODECS.get(path.suffix.lower())
+
+
+def is_records(path: Path) -> bool:
+    """Whether a file has many documents: JSONL, compressed or not, or parquet."""
+    return _kind(path) in _LINES + _ROWS
+
+
+def read_blocks(
+    sources: Sequence[Source], field: str, start: Position = START
+) -> Iterator[Block]:
+    """Yields blocks of the files in order, from a position at which a block began.
+
+    JSONL and parquet files end with an empty block; its `problem` says why the rest of
+    the file can't be read, if it can't.
+    """
+    files = range(start.file, len(sources))
+    for records, group in groupby(files, lambda n: is_records(sources[n].path)):
+        if not records:
+            yield from _group_texts(sources, list(group), field)
+            continue
+        for file in group:
+            first = start if file == start.file else Position(file)
+            yield from _read_records(sources[file], field, first)
+
+
+def _group_texts(
+    sources: Sequence[Source], files: Sequence[int], field: str
+) -> Iterator[Block]:
+    """Yields blocks of text files, which the workers read."""
+    while files:
+        sizes = np.cumsum([sources[n].size for n in files[:_FILES]])
+        count = 1 + int(np.searchsorted(sizes[:-1], _BLOCK))
+        paths = [sources[n].path for n in files[:count]]
+        start, end = Position(files[0]), Position(files[0] + count)
+        yield Block(start, end, paths, None, int(sizes[count - 1]), field)
+        files = files[count:]
+
+
+def _read_records(source: Source, field: str, start: Position) -> Iterator[Block]:
+    """Yields blocks of a file of lines or rows, then an empty one."""
+    position, stored, problem = start, 0, ""
+    reads = _read_rows if _kind(source.path) in _ROWS else _read_lines
+    try:
+        for data, records, read in reads(source, field, start.offset):
+            step = records if isinstance(data, list) else len(data)
+            _, offset, record = position
+            end = Position(start.file, offset + step, record + records)
+            size, paths = read - stored, [source.path]
+            yield Block(position, end, paths, data, size, field, ends=False)
+            position, stored = end, read
+    except (OSError, ValueError, NotImplementedError) as error:  # as pyarrow raises
+        problem = str(error)
+    end, size = Position(start.file + 1), source.size - stored
+    yield Block(position, end, [source.path], b"", size, field, problem)
+
+
+def _read_lines(
+    source: Source, field: str, start: int
+) -> Iterator[tuple[bytes, int, int]]:
+    """Yields whole lines, their number, and how much of the file is read."""
+    with source.path.open("rb") as stored:
+        file = _decompressed(stored, source.path)
+        if file is not stored:
+            while start and (skipped := file.read(min(_BLOCK, start))):
+                start -= len(skipped)
+        else:
+            file.seek(start)
+        rest: list[bytes] = []
+        while data := file.read(_BLOCK):
+            head, newline, tail = data.rpartition(b"\n")
+            if newline:
+                lines = b"".join([*rest, head, newline])
+                yield lines, lines.count(b"\n"), stored.tell()
+                rest = []
+            rest.append(tail)
+        if last := b"".join(rest):
+            yield last, 1, stored.tell()
+
+
+def _decompressed(stored: IO[bytes], path: Path) -> IO[bytes]:
+    """What an open file holds; the file itself if it is not compressed."""
+    if not (codec := _codec(path)):
+        return stored
+    import pyarrow  # only where it is needed: it takes 0.2 s and 40 MB
+
+    return pyarrow.CompressedInputStream(stored, codec)
+
+
+def _read_rows(
+    source: Source, field: str, start: int
+) -> Iterator[tuple[list[bytes | None], int, int]]:
+    """Yields the values of rows, their number, and how much of the file is read."""
+    from pyarrow import large_binary, parquet, types
+
+    # With a buffer size it reads pages, not a row group at once.
+    with parquet.ParquetFile(source.path, buffer_size=_BLOCK) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+        if field not in schema.names:
+            raise ValueError(f"no column {field!r}, only {', '.join(schema.names)}")
+        kind = schema.field(field).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if not re.fullmatch("(large_)?(string|binary)(_view)?", str(kind)):
+            raise ValueError(f"column {field!r} holds {kind}, not text")
+        position, size = 0, 0
+        values: list[bytes | None] = []
+        for group in range(metadata.num_row_groups):
+            rows = metadata.row_group(group).num_rows
+            if position + rows <= start:
+                position += rows
+                continue
+            for batch in file.iter_batches(_BATCH_ROWS, [group], [field]):
+                decoded = batch.column(0).cast(large_binary()).to_pylist()
+                values += decoded[max(start - position, 0) :]
+                position, size = position + len(batch), size + batch.nbytes
+                if values and size >= _BLOCK:
+                    read = source.size * position // metadata.num_rows
+                    yield values, len(values), read
+                    values, size = [], 0
+        if values:
+            yield values, len(values), source.size
+
+
+def parse(block: Block) -> Iterator[Document]:
+    """Yields the documents of a block, those that can't be used with their problem."""
+    record, (path, *_) = block.start.record, block.paths
+    if block.data is None:
+        yield from map(_read_text, range(len(block.paths)), block.paths)
+    elif isinstance(block.data, list):
+        for row, value in enumerate(block.data, record + 1):
+            yield _document(0, f"{path}, row {row}", value)
+    else:
+        bom = b"" if block.start.offset else codecs.BOM_UTF8
+        lines = block.data.removeprefix(bom).split(b"\n")
+        for number, line in enumerate(lines, record + 1):
+            if line and not line.isspace():
+                yield _parse_line(f"{path}:{number}", line, block.field)
+    if block.problem:
+        where = f"{path}, after record {record}" if record else str(path)
+        yield Document(0, where, problem="unreadable", detail=block.problem)
+
+
+def _read_text(file: int, path: Path) -> Document:
+    """Reads a text file."""
+    try:
+        with path.open("rb") as stored:
+            utf8 = _decompressed(stored, path).read()
+    except OSError as error:
+        return Document(file, str(path), problem="unreadable", detail=str(error))
+    return _document(file, str(path), utf8.removeprefix(codecs.BOM_UTF8))
+
+
+def _parse_line(where: str, line: bytes, field: str) -> Document:
+    """Parses a line of JSONL."""
+    try:
+        values = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return _document(0, where, line)
+    except (ValueError, RecursionError) as error:
+        return Document(0, where, problem="broken JSON", detail=str(error))
+    if not isinstance(values, dict) or field not in values:
+        names = ", ".join(values) if isinstance(values, dict) else "no object"
+        detail = f"there is no field {field!r}, but {names:.200}"
+        return Document(0, where, problem="no text", detail=detail)
+    return _document(0, where, values[field])
+
+
+def _document(file: int, where: str, value: Any) -> Document:
+    """Makes a document of UTF-8 text or of a string; surrogates become U+FFFD."""
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        detail = f"{error.reason} at byte {error.start}"
+        return Document(file, where, problem="not UTF-8", detail=detail)
+    if not isinstance(text, str):
+        detail = f"the field holds {json.dumps(value):.50}"
+        return Document(file, where, problem="no text", detail=detail)
+    if not text:
+        return Document(file, where, problem="empty")
+    return Document(file, where, text if text.isascii() else without_surrogates(text))

@@ -1,0 +1,620 @@
+"""Turns documents into a folder of token shards; see `jaxgpt.text.shards`.
+
+Until all is done, the files are in a folder `unfinished` within it. They only grow, and
+every few seconds `state.json` records how far all of them belong to whole blocks of the
+input; a later run truncates them to that, and goes on. The result depends neither on
+interruptions nor on the number of workers.
+"""
+
+import dataclasses
+import hashlib
+import heapq
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock, so folders are not locked
+    fcntl = None  # type: ignore[assignment]
+
+from jaxgpt.files import TMP_SUFFIX, delete, replace_file
+from jaxgpt.terminal import progress
+from jaxgpt.text import tasks
+from jaxgpt.text.documents import START, Position, Source, find_sources, read_blocks
+from jaxgpt.text.pretrained import find_tokenizer
+from jaxgpt.text.shards import ENDS_DTYPE, MANIFEST, Manifest, Shard
+from jaxgpt.text.tokenizer import (
+    END_OF_TEXT,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from jaxgpt.text.workers import ordered_map
+
+TOKENIZER, LOCK, UNFINISHED = "tokenizer.json", "lock", "unfinished"
+# In the folder of unfinished work: the sources that are read, the digests of the
+# documents that are kept, and how far all files are whole.
+_SOURCES, _DIGESTS, _STATE = "sources.jsonl", "digests", "state.json"
+_SPLITS = ("train", "val")
+_SAVE_SECONDS = 5
+_DIGEST_BYTES = 64  # of memory for a digest of 16, besides its place in the set
+_SAMPLE = 64 << 20  # bytes of text that BPE learns from, at most
+_OURS = re.compile(rf"(train|val)_\d+\.(bin|ends)|{TOKENIZER}")
+
+
+@dataclass
+class _State:
+    """How far the work is.
+
+    Attributes:
+      key: identifies the settings and the sources.
+      position: where the next block begins.
+      lengths: of the files that grow, in bytes.
+      shards: those that are closed.
+      open: the one that grows, for each split that has one.
+      stored: bytes of the sources that are read.
+      utf8_bytes, end_of_texts: size of the text, and how often it has END_OF_TEXT.
+      source: documents of the current file that are used, and that are skipped.
+      problems: count, first place and its detail, for each kind.
+      done: whether all shards are closed.
+    """
+
+    key: str
+    position: Position = START
+    lengths: dict[str, int] = field(default_factory=dict)
+    shards: list[Shard] = field(default_factory=list)
+    open: dict[str, Shard] = field(default_factory=dict)
+    stored: int = 0
+    documents: int = 0
+    duplicates: int = 0
+    utf8_bytes: int = 0
+    end_of_texts: int = 0
+    source: list[int] = field(default_factory=lambda: [0, 0])
+    problems: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+    done: bool = False
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads state.json, which is what `save` wrote."""
+        values = json.loads((folder / _STATE).read_bytes())
+        values["position"] = Position(*values["position"])
+        values["shards"] = [Shard(**shard) for shard in values["shards"]]
+        values["open"] = {split: Shard(**s) for split, s in values["open"].items()}
+        return cls(**values)
+
+    def save(self, folder: Path) -> None:
+        """Writes state.json once all that it says is on disk."""
+        for name in self.lengths:
+            _sync(folder / name)
+        text = json.dumps(dataclasses.asdict(self))
+
+        def write(path: Path) -> None:
+            path.write_text(text, "utf-8")
+            _sync(path)
+
+        replace_file(folder / _STATE, write)
+
+    def append(self, folder: Path, name: str, content: bytes) -> None:
+        """Appends to a file."""
+        with (folder / name).open("ab") as file:
+            file.write(content)
+        self.lengths[name] = self.lengths.get(name, 0) + len(content)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def prepare(
+    inputs: Sequence[str],
+    out_dir: Path,
+    *,
+    tokenizer: str,
+    vocab_size: int | None = None,
+    text_field: str = "text",
+    val_fraction: float = 0.01,
+    dedup: bool = False,
+    on_error: Literal["stop", "skip"] = "stop",
+    shard_tokens: int = 100_000_000,
+    workers: int | None = None,
+    log: Callable[[str], None],
+) -> Manifest:
+    """Tokenizes documents into a folder of shards; see `jaxgpt prepare --help`.
+
+    Goes on where an interrupted run of the same settings and sources was, and returns
+    at once if one has finished. Raises ValueError for a document that can't be used,
+    unless they are skipped, or if none is left; FileExistsError if the folder has
+    anything else.
+    """
+    settings = _settings(
+        tokenizer, vocab_size, text_field, val_fraction, dedup, shard_tokens
+    )
+    own = None
+    if tokenizer not in ("char", "bpe"):
+        own = _with_end(find_tokenizer(tokenizer, log), tokenizer)
+    sources = find_sources(inputs)
+    with _claimed(out_dir, log):
+        folder = out_dir / UNFINISHED
+        if (out_dir / MANIFEST).exists():
+            manifest = _check_finished(out_dir, settings, sources, own)
+            delete(folder)
+            log(f"{out_dir} is complete")
+            return manifest
+        state = _resume(out_dir, _key(settings, sources, own), log)
+        run = _Run(folder, settings, sources, on_error, workers or _cores(), log)
+        if not state.done:
+            if not (path := folder / TOKENIZER).exists():
+                replace_file(path, (own or _make_tokenizer(run)).save)
+            del own
+            _tokenize(run, state)
+        return _finish(run, state)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the steps of a run share."""
+
+    folder: Path
+    settings: dict[str, Any]
+    sources: list[Source]
+    on_error: Literal["stop", "skip"]
+    workers: int
+    log: Callable[[str], None]
+
+    @property
+    def val_below(self) -> int:
+        """A document is for validation if its digest's first integer is below this."""
+        return int(self.settings["val_fraction"] * 2**64)
+
+    def blocks(self, start: Position = START) -> Iterator[tasks.Block]:
+        """The blocks of the input from a position on."""
+        return read_blocks(self.sources, self.settings["text_field"], start)
+
+    def map(
+        self,
+        label: str,
+        function: Callable[[Any], Any],
+        blocks: Iterable[Any],
+        stored: int = 0,
+        note: Callable[[], str] = str,
+    ) -> Generator[tuple[tasks.Read, Any], None, None]:
+        """Yields what the workers make of blocks, in order, and shows the progress.
+
+        Raises ValueError at the first document that can't be used, unless it is to be
+        skipped.
+        """
+        total = sum(source.size for source in self.sources) - stored
+        results = ordered_map(function, blocks, self.workers)
+        with progress(label, total, note) as advance, closing(results):
+            for read, result in results:
+                if read.problems and self.on_error == "stop":
+                    raise _unusable(read.problems[0])
+                yield read, result
+                advance(read.stored)
+
+
+def _unusable(document: tasks.Document) -> ValueError:
+    detail = f" ({document.detail})" if document.detail else ""
+    return ValueError(
+        f"{document.where}: {document.problem}{detail}; mend it, or leave out all such "
+        "documents: the same command with --on-error skip goes on"
+    )
+
+
+def _settings(
+    tokenizer: str,
+    vocab_size: int | None,
+    text_field: str,
+    val_fraction: float,
+    dedup: bool,
+    shard_tokens: int,
+) -> dict[str, Any]:
+    """The settings that decide what the shards hold; raises ValueError for bad ones."""
+    if (tokenizer == "bpe") != (vocab_size is not None):
+        raise ValueError(
+            f"--vocab-size {vocab_size} with --tokenizer {tokenizer}: only bpe has a "
+            "size of your choice, as in --tokenizer bpe --vocab-size 4096"
+        )
+    if not 0 <= val_fraction < 1:
+        raise ValueError(
+            f"--val-fraction {val_fraction} must be at least 0 and below 1"
+        )
+    if not 0 < shard_tokens <= 2**31:  # ends of documents are u32
+        raise ValueError(f"--shard-tokens {shard_tokens} must be from 1 to 2^31")
+    return {
+        "tokenizer": Path(tokenizer).name,
+        "vocab_size": vocab_size,
+        "text_field": text_field,
+        "val_fraction": val_fraction,
+        "dedup": dedup,
+        "shard_tokens": shard_tokens,
+    }
+
+
+def _with_end(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    """Returns the tokenizer; raises ValueError if it has no end token."""
+    if tokenizer.end_of_text is None:
+        advice = "use one that has it"
+        if isinstance(tokenizer, CharTokenizer):
+            advice = f'add "special": ["{END_OF_TEXT}"] to a copy of its tokenizer.json'
+        raise ValueError(
+            f"--tokenizer {name} has no token {END_OF_TEXT}, which has to follow every "
+            f"document; {advice}, or use --tokenizer char, bpe or gpt2"
+        )
+    return tokenizer
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))  # those this process may use
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _claimed(out_dir: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Creates the folder if needed, and locks it against other runs of `prepare`.
+
+    Waits for the other run if there is one. Raises FileExistsError if the folder has
+    foreign files.
+    """
+    if out_dir.exists() and not out_dir.is_dir():
+        raise FileExistsError(f"--out-dir {out_dir} is a file; choose another")
+    found = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
+    if not found & {UNFINISHED, MANIFEST}:
+        foreign = {name for name in found - {LOCK} if not name.endswith(TMP_SUFFIX)}
+        if foreign:
+            raise FileExistsError(
+                f"--out-dir {out_dir} is not a prepared corpus: it has {min(foreign)}; "
+                "choose another directory"
+            )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with (out_dir / LOCK).open("w") as lock:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log(f"waiting for another process that prepares {out_dir}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+
+
+def _check_finished(
+    out_dir: Path,
+    settings: dict[str, Any],
+    sources: Sequence[Source],
+    own: Tokenizer | None,
+) -> Manifest:
+    """Returns the folder's manifest; raises FileExistsError if it is of other work."""
+    manifest = Manifest.load(out_dir)
+    made_of = [(source["name"], source["bytes"]) for source in manifest.sources]
+    digests = (source["sha256"] for source in manifest.sources)
+    differs = [key for key in settings if settings[key] != manifest.settings.get(key)]
+    if own and _tokenizer_sha256(own) != manifest.tokenizer:
+        differs.append("tokenizer")
+    if made_of != [(source.name, source.size) for source in sources] or any(
+        tasks.sha256_of(source.path) != sha256
+        for source, sha256 in zip(sources, digests, strict=True)
+    ):
+        differs.append("input files")
+    if differs:
+        names = ", ".join(name.replace("_", "-") for name in differs)
+        raise FileExistsError(
+            f"--out-dir {out_dir} holds a corpus of other settings ({names}); delete "
+            "it, or choose another directory"
+        )
+    return manifest
+
+
+def _key(
+    settings: dict[str, Any], sources: Sequence[Source], own: Tokenizer | None
+) -> str:
+    """Identifies settings and sources without reading the files."""
+    files = [
+        (str(source.path.resolve()), source.size, source.path.stat().st_mtime_ns)
+        for source in sources
+    ]
+    names = [source.name for source in sources]
+    tokenizer = own and _tokenizer_sha256(own)
+    values = json.dumps([settings, files, names, tokenizer])
+    return hashlib.sha256(values.encode()).hexdigest()
+
+
+def _resume(out_dir: Path, key: str, log: Callable[[str], None]) -> _State:
+    """Returns the state of the work in the folder, or begins it."""
+    folder = out_dir / UNFINISHED
+    try:
+        state = _State.load(folder)
+        if state.key != key:
+            log(f"settings or files have changed: {out_dir} is prepared anew")
+        elif _truncate(folder, state):
+            if state.stored:
+                log(f"going on after {state.documents:,} documents")
+            return state
+        else:
+            log(f"files in {folder} are missing or too short: it is prepared anew")
+    except FileNotFoundError:
+        pass
+    except (ValueError, TypeError, KeyError) as error:
+        log(f"{folder / _STATE} is damaged ({error}): {out_dir} is prepared anew")
+    for path in out_dir.iterdir():
+        if _OURS.fullmatch(path.name):  # moved there, but not all
+            delete(path)
+    delete(folder)
+    folder.mkdir()
+    state = _State(key)
+    state.save(folder)
+    return state
+
+
+def _truncate(folder: Path, state: _State) -> bool:
+    """Truncates the files to the state's lengths; returns whether they had them."""
+    if state.done:  # some may have been moved
+        return True
+    keep = {_STATE, TOKENIZER} | {
+        name for shard in state.shards for name in (shard.name, shard.ends_name)
+    }
+    for path in folder.iterdir():
+        if path.name not in keep | state.lengths.keys():
+            delete(path)
+    for name, length in state.lengths.items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size < length:
+            return False
+        os.truncate(path, length)
+    return all((folder / name).exists() for name in keep - {TOKENIZER})
+
+
+def _make_tokenizer(run: _Run) -> Tokenizer:
+    """Makes a tokenizer of the documents, in one pass over them."""
+    if run.settings["tokenizer"] == "char":
+        with closing(
+            run.map("finding characters", tasks.find_characters, run.blocks())
+        ) as results:
+            found = set().union(*(characters for _, characters in results))
+        if not found:
+            raise ValueError("there is no document left to make a vocabulary of")
+        return CharTokenizer("".join(sorted(found)), [END_OF_TEXT])
+    vocab_size = run.settings["vocab_size"]
+    texts = _sample(run)
+    size = sum(map(len, texts))
+    run.log(f"learning {vocab_size:,} tokens from {size / 1e6:.1f} MB of text")
+    return BPETokenizer.train(texts, vocab_size, documents=True)
+
+
+def _sample(run: _Run) -> list[str]:
+    """Returns the training documents of lowest order, up to 64 MiB of UTF-8.
+
+    The last one is cut. The sample does not depend on the order of the documents.
+    """
+    heap: list[tuple[int, bytes, bytes]] = []  # of the negative order, for the highest
+    total, below = 0, 1 << 64
+    digests: set[bytes] = set()
+    blocks = ((block, below) for block in run.blocks())  # `below` as it then is
+    function = partial(tasks.sample, val_below=run.val_below, limit=_SAMPLE)
+    with closing(run.map("sampling", function, blocks)) as results:
+        for _, samples in results:
+            for order, digest, utf8 in samples:
+                if order >= below or (run.settings["dedup"] and digest in digests):
+                    continue
+                digests.add(digest)
+                heapq.heappush(heap, (-order, digest, utf8))
+                total += len(utf8)
+                while total - len(heap[0][2]) >= _SAMPLE:
+                    total -= len(heapq.heappop(heap)[2])
+                if total >= _SAMPLE:
+                    below = -heap[0][0]
+    texts = [utf8 for _, _, utf8 in sorted(heap, reverse=True)]
+    if total > _SAMPLE:
+        texts[-1] = texts[-1][: _SAMPLE - total]
+    return [utf8.decode(errors="ignore") for utf8 in texts]
+
+
+def _tokenize(run: _Run, state: _State) -> None:
+    """Writes the shards, from where the state says."""
+    folder, settings, log = run.folder, run.settings, run.log
+    started, before = time.monotonic(), state.utf8_bytes
+    saved, seen = started, set[bytes]()
+    if settings["dedup"] and state.documents:
+        content = (folder / _DIGESTS).read_bytes()
+        seen = {content[n : n + 16] for n in range(0, len(content), 16)}
+
+    def speed() -> str:
+        return f"{(state.utf8_bytes - before) / 1e6 / (time.monotonic() - started):.1f}"
+
+    tokenize = partial(
+        tasks.tokenize,
+        tokenizer=folder.resolve() / TOKENIZER,
+        gpt2=settings["tokenizer"] == "gpt2",
+    )
+    with closing(
+        run.map(
+            "tokenizing",
+            tokenize,
+            run.blocks(state.position),
+            state.stored,
+            lambda: f"{state.documents:,} documents, {speed()} MB/s, ",
+        )
+    ) as results:
+        try:
+            for read, result in results:
+                _add(run, state, read, result, seen)
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    state.save(folder)
+                    saved = time.monotonic()
+        except ValueError:  # of a document; all before its block is kept
+            state.save(folder)
+            raise
+    for split in list(state.open):
+        _close(folder, state, split)
+    state.done = True
+    state.save(folder)
+    size = (state.utf8_bytes - before) / 1e6
+    seconds = time.monotonic() - started
+    log(f"tokenized {size:,.1f} MB of text in {seconds:.1f} s, {speed()} MB/s")
+    if settings["dedup"]:
+        size = (sys.getsizeof(seen) + len(seen) * _DIGEST_BYTES) / 1e6
+        log(f"the index of {len(seen):,} documents took {size:,.1f} MB")
+
+
+def _add(
+    run: _Run,
+    state: _State,
+    read: tasks.Read,
+    result: tasks.Tokenized,
+    seen: set[bytes],
+) -> None:
+    """Adds the documents of a block to the shards and the state."""
+    folder, digests = run.folder, result.digests
+    for document in read.problems:
+        first = (0, document.where, document.detail)
+        count, *place = state.problems.get(document.problem, first)
+        state.problems[document.problem] = (count + 1, place[0], place[1])
+    kept = np.ones(len(digests), bool)
+    if run.settings["dedup"]:
+        for n, digest in enumerate(map(bytes, digests)):
+            kept[n] = digest not in seen
+            seen.add(digest)
+        state.append(folder, _DIGESTS, digests[kept].tobytes())
+    is_val = digests[:, 0] < np.uint64(run.val_below)
+    for split, chosen in zip(_SPLITS, (kept & ~is_val, kept & is_val), strict=True):
+        ids = result.ids[np.repeat(chosen, result.lengths)]
+        _write(run, state, split, ids, result.lengths[chosen])
+    for n, (used, skipped) in enumerate(result.sources):
+        state.source = [state.source[0] + used, state.source[1] + skipped]
+        if result.sha256:
+            name, _, size = run.sources[read.end.file - len(result.sources) + n]
+            values = {"name": name, "bytes": size, "sha256": result.sha256[n]}
+            values |= dict(zip(("documents", "skipped"), state.source, strict=True))
+            state.append(folder, _SOURCES, json.dumps(values).encode() + b"\n")
+            state.source = [0, 0]
+    state.documents += int(kept.sum())
+    state.duplicates += int((~kept).sum())
+    state.utf8_bytes += result.utf8_bytes
+    state.end_of_texts += result.end_of_texts
+    state.stored += read.stored
+    state.position = read.end
+
+
+def _write(
+    run: _Run, state: _State, split: str, ids: np.ndarray, lengths: np.ndarray
+) -> None:
+    """Appends documents to the open shard of a split, and closes those that are full.
+
+    Args:
+      ids: their tokens, one document after the other.
+      lengths: number of tokens of each.
+    """
+    full = run.settings["shard_tokens"]
+    while len(lengths):
+        number = sum(shard.name.startswith(split) for shard in state.shards)
+        new = Shard(f"{split}_{number:03d}.bin", 0, 0, 0, "")
+        shard = state.open.get(split, new)
+        ends = shard.tokens + np.cumsum(lengths)
+        ends = ends[: 1 + np.searchsorted(ends[:-1], full)]
+        if ends[-1] > np.iinfo(ENDS_DTYPE).max:
+            raise ValueError(
+                f"a document has {lengths.max():,} tokens; cut it in parts"
+            )
+        count, documents = int(ends[-1]) - shard.tokens, len(ends)
+        state.append(run.folder, shard.name, ids[:count].tobytes())
+        state.append(run.folder, shard.ends_name, ends.astype(ENDS_DTYPE).tobytes())
+        state.open[split] = dataclasses.replace(
+            shard,
+            tokens=int(ends[-1]),
+            documents=shard.documents + documents,
+            largest_token=max(shard.largest_token, int(ids[:count].max())),
+        )
+        if ends[-1] >= full:
+            _close(run.folder, state, split)
+        ids, lengths = ids[count:], lengths[documents:]
+
+
+def _close(folder: Path, state: _State, split: str) -> None:
+    """Closes the open shard of a split."""
+    shard = state.open.pop(split)
+    for name in (shard.name, shard.ends_name):
+        _sync(folder / name)
+        del state.lengths[name]
+    sha256 = tasks.sha256_of(folder / shard.name)
+    state.shards.append(dataclasses.replace(shard, sha256=sha256))
+
+
+def _report(run: _Run, state: _State) -> None:
+    """Says what is left out, and what is unexpected; raises ValueError if all is."""
+    log = run.log
+    for problem, (count, where, detail) in state.problems.items():
+        detail = f" ({detail})" if detail else ""
+        log(f"skipped {count:,} documents: {problem}; the first is {where}{detail}")
+    if state.duplicates:
+        log(f"dropped {state.duplicates:,} documents that repeat an earlier one")
+    if state.end_of_texts:
+        log(
+            f"{END_OF_TEXT} is text like any other in documents (occurrences: "
+            f"{state.end_of_texts:,})"
+        )
+    tokens = dict.fromkeys(_SPLITS, 0)
+    for shard in state.shards:
+        tokens[shard.name.split("_")[0]] += shard.tokens
+    if not tokens["train"]:
+        raise ValueError(
+            f"no document is left for training, of {state.documents:,}; give more, or "
+            f"a smaller --val-fraction than {run.settings['val_fraction']}"
+        )
+    if not tokens["val"]:
+        log(
+            "no document is for validation; give more documents, or a larger "
+            f"--val-fraction than {run.settings['val_fraction']}"
+        )
+
+
+def _finish(run: _Run, state: _State) -> Manifest:
+    """Moves the files to where they belong, and writes the manifest."""
+    folder, out_dir = run.folder, run.folder.parent
+    _report(run, state)
+    shards = [
+        shard
+        for split in _SPLITS
+        for shard in state.shards
+        if shard.name.startswith(split)
+    ]
+    names = [name for shard in shards for name in (shard.name, shard.ends_name)]
+    for name in (*names, TOKENIZER):
+        if (folder / name).exists():  # else an earlier run has moved it
+            os.replace(folder / name, out_dir / name)
+    tokenizer = load_tokenizer(out_dir / TOKENIZER)
+    lines = (folder / _SOURCES).read_text("utf-8").splitlines()
+    manifest = Manifest(
+        settings=run.settings,
+        tokenizer=tasks.sha256_of(out_dir / TOKENIZER),
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=tokenizer.end_of_text or 0,
+        sources=list(map(json.loads, lines)),
+        documents=state.documents,
+        duplicates=state.duplicates,
+        shards=shards,
+    )
+    manifest.save(out_dir)
+    delete(folder)
+    for split in _SPLITS:
+        parts = manifest.split(split)
+        count = sum(shard.documents for shard in parts)
+        tokens = sum(shard.tokens for shard in parts)
+        run.log(f"{split}: {count:,} documents, {tokens:,} tokens")
+    return manifest
