@@ -109,8 +109,8 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     Raises ValueError if it is neither GPT-2's byte-level BPE nor a character tokenizer.
     """
     path = folder / "tokenizer.json"
-    if path.is_file() and (characters := _exported_characters(path)):
-        return CharTokenizer(characters)
+    if path.is_file() and (tokenizer := _exported_characters(path)):
+        return tokenizer
     return tokenizer_in(folder)
 
 
@@ -235,18 +235,22 @@ def _characters_as_words(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
     any_character = tokenizers.Regex(r"[\s\S]")
     words.pre_tokenizer = pre_tokenizers.Split(any_character, "isolated")
     words.decoder = decoders.Fuse()
+    words.add_special_tokens(list(tokenizer.special))  # with the next ids
     return words
 
 
-def _exported_characters(path: Path) -> str:
-    """The characters of an exported CharTokenizer; empty for any other file."""
+def _exported_characters(path: Path) -> CharTokenizer | None:
+    """Reads an exported CharTokenizer; None for any other file."""
     try:
         content = json.loads(path.read_bytes())
         model, split = content["model"], content["pre_tokenizer"]["type"] == "Split"
         if model["type"] != "WordLevel" or not split or content["normalizer"]:
-            return ""
+            return None
         characters = "".join(sorted(model["vocab"], key=model["vocab"].get))
-        ids = {character: i for i, character in enumerate(characters)}
-        return characters if model["vocab"] == ids else ""
+        special = {token["content"]: token["id"] for token in content["added_tokens"]}
+        ids = {token: i for i, token in enumerate([*characters, *special])}
+        if model["vocab"] | special != ids:
+            return None
+        return CharTokenizer(characters, list(special))
     except Exception:
-        return ""  # load_tokenizer reports what is wrong with it
+        return None  # load_tokenizer reports what is wrong with it

@@ -97,9 +97,10 @@ class CharTokenizer:
         """Like `encode`, but special tokens are tokens."""
         longest_first = sorted(self.special, key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
-        texts_and_tokens = re.split(f"({pattern})", text)
-        ids = [self.encode(piece) for piece in texts_and_tokens]
-        ids[1::2] = [np.array([self._tokens.index(t)]) for t in texts_and_tokens[1::2]]
+        texts, tokens = re.split(pattern, text), re.findall(pattern, text)
+        ids = [self.encode(texts[0])]
+        for token, after in zip(tokens, texts[1:], strict=True):
+            ids += [np.array([self._tokens.index(token)]), self.encode(after)]
         return np.concatenate(ids).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:

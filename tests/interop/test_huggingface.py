@@ -148,10 +148,12 @@ def test_transformers_gives_an_exported_models_logits(tmp_path, bpe, gelu, bias)
     np.testing.assert_array_equal(our_logits(again, same), ours)
 
 
-@pytest.mark.parametrize("name", ["char", "bpe", "gpt2"])
+@pytest.mark.parametrize("name", ["char", "special", "bpe", "gpt2"])
 def test_an_exported_tokenizer_encodes_and_decodes_as_ours_does(tmp_path, bpe, name):
+    characters = CharTokenizer.from_text(TEXT + "é🙂\r\n\t \u2028'").characters
     tokenizer = {
-        "char": lambda: CharTokenizer.from_text(TEXT + "é🙂\r\n\t \u2028'"),
+        "char": lambda: CharTokenizer(characters),
+        "special": lambda: CharTokenizer(characters, ["<|a|>", "<|endoftext|>"]),
         "bpe": lambda: bpe,
         "gpt2": gpt2_tokenizer,
     }[name]()
@@ -162,6 +164,9 @@ def test_an_exported_tokenizer_encodes_and_decodes_as_ours_does(tmp_path, bpe, n
         ids = theirs(text).input_ids
         assert ids == tokenizer.encode(text).tolist()
         assert theirs.decode(ids) == text
+    end = "Puck<|endoftext|>"
+    if tokenizer.end_of_text is not None:
+        assert theirs(end).input_ids == encode_prompt(tokenizer, end).tolist()
     theirs.save_pretrained(tmp_path / "saved")
     again = read_tokenizer(tmp_path / "saved")
     assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()

@@ -41,7 +41,8 @@ def test_an_unknown_character_or_id_is_an_error():
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", '{"type": "char"}', '{"type": "word"}', "null"]
-    + [json.dumps({"type": "char", "characters": c}) for c in ("", "aa", 7, None, [1])],
+    + [json.dumps({"type": "char", "characters": c}) for c in ("", "aa", 7, None, [1])]
+    + [json.dumps({"characters": "ab", "special": s}) for s in ([1], [""], ["a"], 7)],
 )
 def test_a_file_without_a_tokenizer_is_named(tmp_path, content):
     path = tmp_path / "tokenizer.json"
@@ -121,3 +122,17 @@ def test_end_of_text_is_a_token_in_prompts_only(bpe):
     assert 279 not in bpe.encode(prompt)
     chars = CharTokenizer.from_text(prompt)
     assert encode_prompt(chars, prompt).tolist() == chars.encode(prompt).tolist()
+    special = CharTokenizer("<|endoftxb >", ["<|a|>", "<|endoftext|>"])
+    inner = special.encode("to be").tolist()
+    assert special.end_of_text == 13
+    assert encode_prompt(special, prompt).tolist() == [13, *inner, 13, 13]
+    assert max(special.encode(prompt)) < 12
+
+
+def test_special_tokens_of_a_character_tokenizer_survive_saving(tmp_path):
+    special = CharTokenizer("ab", ["<|endoftext|>", "<|x|>"])
+    special.save(tmp_path / "tokenizer.json")
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    assert again.vocab_size == 4
+    assert again.decode([1, 2, 0, 3]) == "b<|endoftext|>a<|x|>"
+    assert again.to_json() == special.to_json()

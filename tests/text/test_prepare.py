@@ -1,0 +1,432 @@
+import hashlib
+import os
+import random
+import time
+from contextlib import suppress
+from errno import ENOSPC
+
+import numpy as np
+import pytest
+from conftest import contents, finish, start_script
+from hypothesis import given
+from hypothesis import strategies as st
+from test_documents import write
+
+from jaxgpt import BPETokenizer, CharTokenizer
+from jaxgpt.run import fcntl
+from jaxgpt.text import documents, prepare, tasks
+from jaxgpt.text.pretrained import gpt2_tokenizer
+from jaxgpt.text.shards import Manifest, open_shards, token_dtype
+from jaxgpt.text.tokenizer import END_OF_TEXT, load_tokenizer
+
+TEXTS = [f"tale {n}: " + "é, not 🙂. " * (n % 7) + "\n" for n in range(150)]
+
+
+def in_this_process(function, tasks, workers):
+    return (function(task) for task in tasks)
+
+
+@pytest.fixture(autouse=True)
+def small_and_fast(monkeypatch):
+    monkeypatch.setattr(prepare, "ordered_map", in_this_process)
+    monkeypatch.setattr(documents, "_BLOCK", 1000)
+    monkeypatch.setattr(prepare, "_SAVE_SECONDS", -1)  # after each block
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+def call(inputs, folder, tokenizer="char", log=lambda line: None, **options):
+    inputs = [str(path) for path in np.atleast_1d(inputs)]
+    tasks._load.cache_clear()  # which a process needs for one folder only
+    options = {"val_fraction": 0.2} | options
+    return prepare.prepare(inputs, folder, tokenizer=tokenizer, log=log, **options)
+
+
+def is_val(text):
+    first = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+    return first < 0.2 * 2**64
+
+
+def read(folder):
+    """The texts of each split, as the shards have them."""
+    manifest = Manifest.load(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    found = {}
+    for split in ("train", "val"):
+        tokens = open_shards(
+            folder, manifest.split(split), token_dtype(manifest.vocab_size)
+        )
+        texts = tokenizer.decode(tokens[:].tolist()).split(END_OF_TEXT)
+        assert texts.pop() == ""
+        assert len(tokens.document_ends(manifest.end_of_text)) == len(texts)
+        found[split] = texts
+    return found
+
+
+def bytes_of(folder):
+    """Whatever a finished folder has."""
+    found = contents(folder)
+    assert found.pop("lock") == b""
+    assert not any(name.startswith("unfinished") for name in found)
+    return found
+
+
+@pytest.fixture
+def data(tmp_path):
+    """The texts in files of several kinds, in order."""
+    (folder := tmp_path / "data").mkdir()
+    write(folder / "a.jsonl", TEXTS[:60])
+    for n, text in enumerate(TEXTS[60:80]):
+        (folder / f"b{n:02d}.txt").write_text(text)
+    write(folder / "c.jsonl.zst", TEXTS[80:120])
+    write(folder / "d.parquet", TEXTS[120:])
+    return folder
+
+
+def test_documents_go_to_the_split_of_their_hash_in_order(data, tmp_path):
+    manifest = call(data, tmp_path / "out")
+    expected = {
+        "train": [text for text in TEXTS if not is_val(text)],
+        "val": [text for text in TEXTS if is_val(text)],
+    }
+    assert read(tmp_path / "out") == expected
+    assert manifest == Manifest.load(tmp_path / "out")
+    assert manifest.documents == len(TEXTS)
+    assert [shard.documents for shard in manifest.shards] == [
+        len(texts) for texts in expected.values()
+    ]
+    sources = {source.pop("name"): source for source in manifest.sources}
+    names = ["data/a.jsonl", *(f"data/b{n:02d}.txt" for n in range(20))]
+    assert list(sources) == [*names, "data/c.jsonl.zst", "data/d.parquet"]
+    content = (data / "c.jsonl.zst").read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    counts = {"documents": 40, "skipped": 0}
+    assert sources["data/c.jsonl.zst"] == counts | {
+        "bytes": len(content),
+        "sha256": sha256,
+    }
+
+
+def test_added_files_move_no_document_to_another_split(data, tmp_path):
+    call(data, tmp_path / "before")
+    write(data / "0.jsonl", [f"new {n}" for n in range(50)])
+    call(data, tmp_path / "after")
+    before, after = read(tmp_path / "before"), read(tmp_path / "after")
+    for split in before:
+        new = [text for text in after[split] if not text.startswith("new")]
+        assert new == before[split]
+        assert len(after[split]) > len(new)
+
+
+def test_a_shard_is_closed_at_the_first_end_of_a_document_that_fills_it(data, tmp_path):
+    one = call(data, tmp_path / "one")
+    many = call(data, tmp_path / "many", shard_tokens=500)
+    assert read(tmp_path / "one") == read(tmp_path / "many")
+    for split, size in (("train", 6), ("val", 2)):
+        *full, last = many.split(split)
+        assert len(full) + 1 > size
+        names = [shard.name for shard in many.split(split)]
+        assert names == [f"{split}_{n:03d}.bin" for n in range(len(names))]
+        for shard in [*full, last]:
+            ends = np.fromfile(tmp_path / "many" / shard.ends_name, "<u4")
+            content = (tmp_path / "many" / shard.name).read_bytes()
+            assert shard.sha256 == hashlib.sha256(content).hexdigest()
+            assert len(content) == 2 * shard.tokens == 2 * ends[-1]
+            assert shard.largest_token == one.end_of_text
+            assert (ends < 500).sum() == len(ends) - (shard in full)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(data, tmp_path, monkeypatch):
+    call(data, tmp_path / "here", dedup=True)
+    monkeypatch.undo()
+    for workers in (1, 2):
+        call(data, tmp_path / str(workers), dedup=True, workers=workers)
+        assert bytes_of(tmp_path / str(workers)) == bytes_of(tmp_path / "here")
+
+
+def interrupt(patch, owner, name, after):
+    """Makes a function fail at a call, as if the disk were full; returns a count."""
+    original, calls = getattr(owner, name), []
+
+    def failing(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) > after:
+            if name == "append":
+                _, folder, file, content = arguments
+                with (folder / file).open("ab") as half:
+                    half.write(content[: len(content) // 2])
+            raise OSError(ENOSPC, "full")
+        return original(*arguments, **options)
+
+    patch.setattr(owner, name, failing)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (prepare._State, "append"),
+        (prepare._State, "save"),
+        (prepare, "_close"),
+        (os, "replace"),
+        (Manifest, "save"),
+        (prepare, "delete"),
+    ],
+)
+def test_a_full_disk_at_any_moment_changes_no_byte_of_the_result(
+    data, tmp_path, owner, name
+):
+    options = {"shard_tokens": 2000, "dedup": True, "on_error": "skip"}
+    write(data / "e.jsonl", [TEXTS[3], "", "last"])
+    call(data, tmp_path / "whole", **options)
+    moments = 0
+    while True:
+        out = tmp_path / f"{moments}"
+        with pytest.MonkeyPatch.context() as patch:
+            calls = interrupt(patch, owner, name, moments)
+            with suppress(OSError):
+                call(data, out, **options)
+        if len(calls) <= moments:
+            break
+        call(data, out, **options)
+        assert bytes_of(out) == bytes_of(tmp_path / "whole")
+        moments += 1 + moments // 5
+    assert moments
+
+
+def test_the_first_bad_document_stops_and_the_same_command_with_skip_goes_on(
+    data, tmp_path
+):
+    with (data / "a.jsonl").open("a") as file:
+        file.write('{"text": ""}\n{"text": 1}\n')
+    (data / "b03.txt").write_bytes(b"\xe9")
+    own = tmp_path / "tokenizer.json"
+    CharTokenizer("".join(sorted({*"".join(TEXTS)})), [END_OF_TEXT]).save(own)
+    call_with = partial(call, data, tokenizer=str(own))
+    out, lines = tmp_path / "out", []
+    with pytest.raises(ValueError, match=r"a\.jsonl:61: empty.*--on-error skip"):
+        call_with(out, log=lines.append)
+    assert not (out / "manifest.json").exists()
+    manifest = call_with(out, on_error="skip", log=lines.append)
+    assert any("going on" in line for line in lines)
+    told = [line for line in lines if "skipped" in line]
+    assert [line.split("data/")[1].split(" ")[0] for line in told] == [
+        *("a.jsonl:61", "a.jsonl:62", "b03.txt")
+    ]
+    assert manifest.documents == 149
+    skipped = {source["name"]: source["skipped"] for source in manifest.sources}
+    assert sum(skipped.values()) == skipped["data/a.jsonl"] + 1 == 3
+    call_with(tmp_path / "whole", on_error="skip")
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_dedup_keeps_the_first_of_equal_documents(data, tmp_path):
+    write(data / "z.jsonl", [*TEXTS[::-1], "new", "new"])
+    lines = []
+    manifest = call(data, tmp_path / "out", dedup=True, log=lines.append)
+    assert manifest.documents == 151
+    assert manifest.duplicates == 151
+    call(data, tmp_path / "again")
+    train, val = (
+        list(dict.fromkeys(texts)) for texts in read(tmp_path / "again").values()
+    )
+    assert read(tmp_path / "out") == {"train": train, "val": val}
+    assert any("index of 151 documents" in line for line in lines)
+
+
+def test_a_finished_folder_is_not_made_again_and_not_overwritten(
+    data, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    manifest = call(data, out)
+    before = bytes_of(out)
+    monkeypatch.setattr(prepare, "ordered_map", None)
+    assert call(data, out) == manifest
+    for options in ({"val_fraction": 0.3}, {"tokenizer": "gpt2"}, {"dedup": True}):
+        with pytest.raises(FileExistsError, match=next(iter(options)).split("_")[0]):
+            call(data, out, **options)
+    text = (data / "b00.txt").read_text()
+    (data / "b00.txt").write_text(text.upper())
+    with pytest.raises(FileExistsError, match="input files"):
+        call(data, out)
+    assert bytes_of(out) == before
+
+
+@pytest.mark.parametrize("change", ["settings", "sources", "shards", "state"])
+def test_work_with_other_settings_or_files_is_begun_anew(
+    data, tmp_path, monkeypatch, change
+):
+    out, lines = tmp_path / "out", []
+    with monkeypatch.context() as patch:
+        interrupt(patch, prepare.Manifest, "save", 0)
+        interrupt(patch, prepare, "_close", 1 if change != "settings" else 99)
+        with pytest.raises(OSError, match="full"):
+            call(data, out, shard_tokens=1000)
+    options = {"shard_tokens": 1000}
+    if change == "settings":
+        options = {"shard_tokens": 1001}
+    elif change == "sources":
+        (data / "b00.txt").write_text("other")
+    elif change == "shards":
+        os.truncate(out / "unfinished" / "train_000.bin", 5)
+        (out / "unfinished" / "train_001.bin").unlink()
+    else:
+        (out / "unfinished" / "state.json").write_text("{")
+    call(data, out, log=lines.append, **options)
+    assert any("anew" in line for line in lines)
+    call(data, tmp_path / "whole", **options)
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_a_folder_with_other_files_is_left_as_it_is(data, tmp_path):
+    (out := tmp_path / "out").mkdir()
+    (out / "train.bin").touch()
+    with pytest.raises(FileExistsError, match=r"out .*train\.bin"):
+        call(data, out)
+    with pytest.raises(FileExistsError, match=r"a\.jsonl"):
+        call(data, data / "a.jsonl")
+    assert list(contents(out)) == ["train.bin"]
+
+
+@pytest.mark.skipif(not fcntl, reason="Windows has no flock")
+def test_a_second_process_waits_for_the_first(data, tmp_path):
+    (out := tmp_path / "out").mkdir()
+    lock, lines = (out / "lock").open("w"), []
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def log(line):
+        if not lines:
+            lock.close()  # the first ends
+        lines.append(line)
+
+    call(data, out, log=log)
+    assert str(out) in lines[0]
+    assert (out / "manifest.json").exists()
+
+
+def test_a_character_vocabulary_has_all_characters_and_an_end_token(data, tmp_path):
+    lines = []
+    write(data / "z.jsonl", [f"a {END_OF_TEXT} and {END_OF_TEXT}"])
+    call(data, tmp_path / "out", log=lines.append)
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer.json")
+    assert tokenizer.characters == "".join(sorted({*"".join(TEXTS), *END_OF_TEXT, "d"}))
+    assert tokenizer.end_of_text == len(tokenizer.characters)
+    assert any(END_OF_TEXT in line and "2" in line for line in lines)
+
+
+def test_bpe_learns_from_a_sample_of_the_training_part_in_any_order(
+    tmp_path, monkeypatch
+):
+    words = [f"{n * 7919:x}" for n in range(60)]
+    texts = [" ".join(words[n:] + words[:n]) for n in range(60)]
+    train = [text for text in texts if not is_val(text)]
+    for limit in (1 << 20, 1000):
+        monkeypatch.setattr(prepare, "_SAMPLE", limit)
+        vocabularies = []
+        for n, order in enumerate((texts, texts[::-1], texts * 2)):
+            path = write(tmp_path / f"{limit}-{n}.jsonl", order)
+            out = tmp_path / f"out-{limit}-{n}"
+            call(path, out, "bpe", vocab_size=300, dedup=True)
+            vocabularies.append((out / "tokenizer.json").read_text())
+        assert len(set(vocabularies)) == 1
+        lowest = sorted(train, key=lambda t: hashlib.sha256(t.encode()).digest()[8:16])
+        sample, size = [], 0
+        for text in lowest:
+            sample.append(text[: max(limit - size, 0)])
+            size += len(text)
+        expected = BPETokenizer.train(filter(None, sample), 300, documents=True)
+        assert vocabularies[0] == expected.to_json()
+
+
+def test_a_tokenizer_of_the_users_own_needs_an_end_token(data, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    CharTokenizer("tale").save(path)
+    with pytest.raises(ValueError, match=rf"{path} .*special"):
+        call(data, tmp_path / "out", str(path))
+    CharTokenizer("tale", [END_OF_TEXT]).save(path)
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: unknown character"):
+        call(data, tmp_path / "out", str(path))
+    CharTokenizer("".join(sorted(set("".join(TEXTS)))), [END_OF_TEXT]).save(path)
+    call(data, tmp_path / "out", str(path))
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == path.read_bytes()
+
+
+def test_no_document_for_training_is_an_error_and_none_for_validation_is_told(
+    tmp_path,
+):
+    lines = []
+    path = write(tmp_path / "a.jsonl", ["to be"])
+    call(path, tmp_path / "out", log=lines.append, val_fraction=0)
+    assert any("--val-fraction" in line for line in lines)
+    assert read(tmp_path / "out") == {"train": ["to be"], "val": []}
+    with pytest.raises(ValueError, match="--val-fraction"):
+        call(path, tmp_path / "none", val_fraction=1 - 1e-9)
+    (tmp_path / "empty.jsonl").touch()
+    for tokenizer in ("char", "gpt2"):
+        with pytest.raises(ValueError, match="no document"):
+            call(tmp_path / "empty.jsonl", tmp_path / "empty", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return gpt2_tokenizer()
+
+
+WORDS = st.sampled_from(
+    ["'ll", " ", "\n\n ", "don't", "é", "🙂", "1234", "<|", "a" * 99]
+)
+
+
+@given(
+    text=st.text() | st.lists(WORDS, max_size=9).map("".join), size=st.integers(1, 9)
+)
+def test_the_faster_implementation_gives_gpt2s_ids(gpt2, text, size):
+    encode = _tiktoken(gpt2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxgpt.text.tokenizer._SEGMENT", size)
+        patch.setattr("jaxgpt.text.tokenizer._LONGEST_SEGMENT", 20 * size)
+        assert encode(text).tolist() == gpt2.encode(text).tolist()
+
+
+_made = []
+
+
+def _tiktoken(gpt2):
+    if not _made:
+        _made.append(tasks.tiktoken_encode(gpt2))
+    return _made[0]
+
+
+def test_the_faster_implementation_cuts_a_long_word_where_gpt2s_does(gpt2):
+    rng = random.Random(0)
+    word = "".join(rng.choices("acgt", k=(1 << 20) + 1000))
+    spaces = "a" + " " * (1 << 20) + "b"
+    for text in (word, spaces):
+        assert np.array_equal(_tiktoken(gpt2)(text), gpt2.encode(text))
+
+
+@pytest.mark.processes
+def test_killed_at_five_random_times_the_bytes_are_the_same(tmp_path):
+    rng, path = random.Random(5), tmp_path / "a.jsonl"
+    texts = [" ".join(rng.choices(TEXTS, k=40)) for _ in range(20_000)]
+    write(path, texts)
+    command = ("-m", "jaxgpt", "prepare", path, "--tokenizer", "gpt2", "--out-dir")
+    finish(start_script(*command, tmp_path / "whole"))
+    out = tmp_path / "out"
+    total = sum(map(len, contents(tmp_path / "whole").values()))
+    for share in sorted(rng.uniform(0, 0.9) for _ in range(5)):
+        process = start_script(*command, out)
+        while process.poll() is None and _size(out) < share * total:
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()  # to the end of stderr, which its workers have too
+        assert process.returncode == -9
+    finish(start_script(*command, out))
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def _size(folder):
+    sizes = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # it has been moved
+            sizes += path.stat().st_size if path.suffix in (".bin", ".ends") else 0
+    return sizes
