@@ -1,16 +1,20 @@
+import ast
 import gc
+import inspect
 import io
 import os
 import platform
 import re
 import sys
 import weakref
+from importlib import import_module
 from unittest.mock import Mock
 
 import jax
 import pytest
 from conftest import finish, start_script
 
+import jaxgpt
 from jaxgpt import start
 
 
@@ -100,18 +104,30 @@ def test_a_flag_that_xla_does_not_know_is_not_set(monkeypatch):
     assert os.environ["XLA_FLAGS"] == ""
 
 
-def test_jax_starts_silently_after_an_import_of_jaxgpt():
+def test_jax_starts_silently_after_an_import_from_jaxgpt():
     script = """
 import os
 for name in list(os.environ):  # set in this process, by the same import
     if name.startswith(("TPU_", "JAX_PLATFORMS")):
         del os.environ[name]
-import jaxgpt, jax
+import jax
+from jaxgpt import Config
 print(jax.devices(), os.environ.get("TPU_LOG_DIR"))
 """
     out, err = finish(start_script("-c", script))
     assert "disabled" in out or "Tpu" in out
     assert err == ""
+
+
+def test_the_names_that_jaxgpt_imports_on_first_use_are_those_that_mypy_sees():
+    (block,) = (
+        n for n in ast.parse(inspect.getsource(jaxgpt)).body if type(n) is ast.If
+    )
+    seen = {name.name: line.module for line in block.body for name in line.names}
+    assert seen == {n: f"jaxgpt.{module}" for n, module in jaxgpt._MODULES.items()}
+    assert set(jaxgpt.__all__) <= set(dir(jaxgpt))
+    for name, module in seen.items():
+        assert getattr(jaxgpt, name) is getattr(import_module(module), name)
 
 
 def test_release_memory_frees_reference_cycles():

@@ -47,7 +47,7 @@ TOKENIZER, LOCK, UNFINISHED = "tokenizer.json", "lock", "unfinished"
 # In the folder of unfinished work: the sources that are read, the digests of the
 # documents that are kept, and how far all files are whole.
 _SOURCES, _DIGESTS, _STATE = "sources.jsonl", "digests", "state.json"
-_SPLITS = ("train", "val")
+_NAMES, _SPLITS = ("char", "bpe", "gpt2"), ("train", "val")
 _SAVE_SECONDS = 5
 _DIGEST_BYTES = 64  # of memory for a digest of 16, besides its place in the set
 _SAMPLE = 64 << 20  # bytes of text that BPE learns from, at most
@@ -139,6 +139,8 @@ def prepare(
     unless they are skipped, or if none is left; FileExistsError if the folder has
     anything else.
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers} must be at least 1")
     settings = _settings(
         tokenizer, vocab_size, text_field, val_fraction, dedup, shard_tokens
     )
@@ -235,7 +237,7 @@ def _settings(
     if not 0 < shard_tokens <= 2**31:  # ends of documents are u32
         raise ValueError(f"--shard-tokens {shard_tokens} must be from 1 to 2^31")
     return {
-        "tokenizer": Path(tokenizer).name,
+        "tokenizer": tokenizer if tokenizer in _NAMES else TOKENIZER,
         "vocab_size": vocab_size,
         "text_field": text_field,
         "val_fraction": val_fraction,

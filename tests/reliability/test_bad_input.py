@@ -5,6 +5,7 @@ JAXGPT_WRITE_TABLE=1 pytest -n0 -m "" tests/reliability/test_bad_input.py
 """
 
 import dataclasses
+import gzip
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from jaxgpt.interop.huggingface import write_huggingface
 from jaxgpt.interop.nanogpt import write_nanogpt
 from jaxgpt.run import fcntl, load_state, save_config
 from jaxgpt.text.pretrained import save_nanogpt_meta
+from jaxgpt.text.tokenizer import END_OF_TEXT
 from jaxgpt.training.checkpoint import open_checkpoints
 
 PAGE = ROOT / "docs" / "bad-input.md"
@@ -107,6 +109,7 @@ GENERATE = "generate.py --run-dir runs/tiny"
 EVALUATE = "-m jaxgpt evaluate --run-dir runs/tiny"
 ATTENTION = "-m jaxgpt attention --run-dir runs/tiny"
 COMPARE, LECTURE = "-m jaxgpt compare", "-m jaxgpt lecture"
+PREPARE = "-m jaxgpt prepare --tokenizer char --out-dir new"
 IMPORT, EXPORT = "-m jaxgpt import", "-m jaxgpt export"
 CKPT = f"{IMPORT} nanogpt ckpt.pt runs/tiny --overwrite"
 GPT2 = f"{IMPORT} huggingface gpt2 runs/tiny --overwrite"
@@ -302,6 +305,40 @@ CASES = {
         ("a repeated seed", f"{LECTURE} --seeds 7 7", "--seeds 7,"),
         ("a file for a folder", f"{LECTURE} --out-dir text.txt", "text.txt"),
     ],
+    "prepare": [
+        ("a broken line", f"{PREPARE} a.jsonl", "a.jsonl:2 JSON --on-error",
+         {"a.jsonl": '{"text": "a"}\n{"text": "b"\n'}),
+        ("a line that is not UTF-8", f"{PREPARE} a.jsonl", "a.jsonl:1 UTF-8",
+         {"a.jsonl": b'{"text": "\xe9"}'}),
+        ("a line without the field", f"{PREPARE} a.jsonl", "a.jsonl:1 'text' body",
+         {"a.jsonl": '{"body": "a"}'}),
+        ("a field without text", f"{PREPARE} a.jsonl", "a.jsonl:1 null",
+         {"a.jsonl": '{"text": null}'}),
+        ("an empty document", f"{PREPARE} text.txt", "text.txt", {"text.txt": ""}),
+        ("a truncated .gz file", f"{PREPARE} a.jsonl.gz", "a.jsonl.gz runcated",
+         {"a.jsonl.gz": gzip.compress(b'{"text": "a"}\n')[:-4]}),
+        ("a truncated .parquet file", f"{PREPARE} a.parquet", "a.parquet",
+         {"a.parquet": b"PAR1"}),
+        ("no input", PREPARE, "input *.jsonl"),
+        ("a file that does not exist", f"{PREPARE} tex.txt", "tex.txt *.jsonl"),
+        ("a folder without documents", f"{PREPARE} gpt2", "DIR/gpt2 *.jsonl"),
+        ("no document to train on", f"{PREPARE} text.txt --val-fraction 0.999999999",
+         "--val-fraction"),
+        ("a val-fraction of 1", f"{PREPARE} text.txt --val-fraction 1", "fraction 1"),
+        ("shards of no tokens", f"{PREPARE} text.txt --shard-tokens 0", "tokens 0"),
+        ("no workers", f"{PREPARE} text.txt --workers 0", "--workers 0"),
+        ("BPE without a size", f"{PREPARE} text.txt --tokenizer bpe", "--vocab-size"),
+        ("too large a size", f"{PREPARE} text.txt --tokenizer bpe --vocab-size 5000",
+         "5000 267"),
+        ("a size for characters", f"{PREPARE} text.txt --vocab-size 65", "65 char"),
+        ("a tokenizer without an end", f"{PREPARE} text.txt --tokenizer own.json",
+         "own.json special", OWN),
+        ("an unknown character", f"{PREPARE} text.txt --tokenizer own.json",
+         "text.txt ','", {"own.json": CharTokenizer("Tobe ", [END_OF_TEXT]).to_json()}),
+        ("a directory of other files", f"{PREPARE} text.txt --out-dir tokens",
+         "tokens"),
+        ("a file for a directory", f"{PREPARE} text.txt --out-dir ckpt.pt", "ckpt.pt"),
+    ],
     "import and export": [
         ("code in ckpt.pt", CKPT, "ckpt.pt", {"ckpt.pt": torch_file(Malicious())}),
         ("an unknown format", f"{IMPORT} llama ckpt.pt runs/new", "'llama' 'nanogpt'"),
@@ -380,9 +417,10 @@ def rows():
 
 
 def files(here):
-    """All files but locks and the cache."""
+    """All files but locks, the cache, and what `prepare` can go on from."""
     found = contents(here).items()
-    return {p: b for p, b in found if not p.endswith("lock") and p[:6] != "cache/"}
+    left = re.compile(r"cache/.*|.*/unfinished/.*|.*lock")
+    return {path: content for path, content in found if not left.fullmatch(path)}
 
 
 def message_of(status, err, here):

@@ -4,6 +4,7 @@ import random
 import time
 from contextlib import suppress
 from errno import ENOSPC
+from functools import partial
 
 import numpy as np
 import pytest
@@ -345,9 +346,13 @@ def test_a_tokenizer_of_the_users_own_needs_an_end_token(data, tmp_path):
     CharTokenizer("tale", [END_OF_TEXT]).save(path)
     with pytest.raises(ValueError, match=r"a\.jsonl:1: unknown character"):
         call(data, tmp_path / "out", str(path))
+    path = tmp_path / "gpt2" / "tokenizer.json"  # a folder, not the name
+    path.parent.mkdir()
     CharTokenizer("".join(sorted(set("".join(TEXTS)))), [END_OF_TEXT]).save(path)
-    call(data, tmp_path / "out", str(path))
+    call(data, tmp_path / "out", str(path.parent))
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == path.read_bytes()
+    train, val = read(tmp_path / "out").values()
+    assert {*train, *val} == set(TEXTS)
 
 
 def test_no_document_for_training_is_an_error_and_none_for_validation_is_told(
