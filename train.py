@@ -44,6 +44,7 @@ from jaxgpt.text.batches import evaluation_source, training_source
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training import checkpoint, evaluation
 from jaxgpt.training.diagnosis import diagnose_non_finite
+from jaxgpt.training.loggers import check_installed
 from jaxgpt.training.monitor import Monitor, check_finite
 from jaxgpt.training.objectives import Batch, next_token, validation_metric
 from jaxgpt.training.profile import profiled
@@ -99,6 +100,7 @@ def main() -> None:
 
 def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> int:
     """Trains the model; returns the number of the signal that stopped it, or 0."""
+    check_installed(config.train.log_to)
     with claim_run(run_dir, resume=resume, overwrite=overwrite):
         processes.check_same_settings((config, resume, overwrite))
         resuming = resume and has_run(run_dir)  # False if killed before save_config

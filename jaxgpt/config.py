@@ -267,7 +267,8 @@ class TrainConfig:
     # number of updates that may be skipped because their loss or gradients are not
     # finite; one more stops the run
     max_skipped_steps: int = 0
-    # where to log besides metrics.jsonl; each needs the package of that name
+    # where to log besides metrics.jsonl; tensorboard needs the package tensorboardX,
+    # wandb the package wandb
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     profile: int = 0  # dispatches to trace into RUN_DIR/profile, from the second on
     seed: int = 1337  # seed of initialisation, batches and dropout

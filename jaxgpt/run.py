@@ -1,7 +1,7 @@
 """The run directory: its files, and how to load a run.
 
 config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   lock
-loss.png   attention.png   profile/
+loss.png   attention.png   profile/   tensorboard/   wandb/
 """
 
 import json
@@ -42,6 +42,7 @@ from jaxgpt.training.checkpoint import (
     find_steps,
     restore_state,
 )
+from jaxgpt.training.loggers import PACKAGES
 from jaxgpt.training.monitor import CURVE, METRICS
 from jaxgpt.training.record import check_shapes, shapes
 from jaxgpt.training.step import TrainState, abstract_state
@@ -55,6 +56,7 @@ PROFILE = "profile"
 # A run's files except lock (blowup/ is of older versions); config.json is deleted last.
 _RUN_FILES = (
     *(CHECKPOINTS, "blowup", PROFILE, TOKENIZER, METRICS, CURVE, ATTENTION),
+    *PACKAGES,
     CONFIG,
 )
 

@@ -52,6 +52,9 @@ def test_a_loaded_run_equals_the_saved_one_and_loading_changes_no_file(run_dir):
 def test_only_overwrite_replaces_a_run_and_only_its_own_files(run_dir):
     (run_dir / "notes.md").write_text("mine")
     (run_dir / "attention.png").write_bytes(b"of the old model")
+    for name in ("tensorboard", "wandb"):
+        (run_dir / name).mkdir()
+        (run_dir / name / "events").touch()
     before = contents(run_dir)
     with pytest.raises(FileExistsError, match=r"--resume.*--overwrite"), claim(run_dir):
         pass

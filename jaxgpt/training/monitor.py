@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from jaxgpt.config import Config
 from jaxgpt.files import is_first_process, replace_file
 from jaxgpt.terminal import counter, log_line, progress
+from jaxgpt.training.loggers import open_logger
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -54,6 +55,13 @@ class Monitor(AbstractContextManager):
         self._started = started - (last["elapsed_seconds"] if last else 0.0)
         self._file = self._path.open("a", encoding="utf-8")
         self._config = config.train
+        self._stack, elapsed = ExitStack(), time.monotonic() - self._started
+        self._loggers = [
+            self._stack.enter_context(open_logger(name, run_dir, config, elapsed))
+            for name in (set(config.train.log_to) if is_first_process() else ())
+        ]
+        for row in read_rows(self._path) if self._loggers else ():
+            self._log(row)
         self._pending: tuple[int, Mapping[str, jax.Array], float] | None = None
         self._last_end = 0.0
         self._said = -math.inf  # when the last line of steps was printed
@@ -78,9 +86,10 @@ class Monitor(AbstractContextManager):
         self._bar.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._bar.stop()
         self._file.close()
+        self._stack.__exit__(*exception)
 
     def show(self, status: str) -> None:
         """Shows on the bar what takes time, other than steps."""
@@ -217,6 +226,11 @@ class Monitor(AbstractContextManager):
         row |= dict.fromkeys(non_finite(values))  # null, as JSON has no inf or NaN
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        self._log(row)
+
+    def _log(self, row: dict[str, Any]) -> None:
+        for log in self._loggers:
+            log(row)
 
     def _say(self, line: str) -> None:
         if self._bar.disable:
