@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch_nanogpt
 from conftest import finish, start_script
 from jax.profiler import ProfileData
 
-from benchmarks import generate, gpu, kernels, rounds, wall_clock
+from benchmarks import compression, generate, gpu, kernels, prepare, rounds, wall_clock
 from benchmarks.rounds import compete, wanted
 from benchmarks.torch_recipe import exact_loss, make_schedule
 from benchmarks.train import judge as judge_training
@@ -19,6 +20,7 @@ from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.models import build_model
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning.flops import step_flops
+from jaxgpt.text.tokenizer import BPETokenizer
 from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
 from jaxgpt.training.optimizer import learning_rate_schedule
 
@@ -90,6 +92,13 @@ deadline = time.monotonic() + 60
 while not pathlib.Path(sys.argv[1]).exists():
     assert time.monotonic() < deadline
     time.sleep(0.01)
+"""
+
+# Its child, which ends when it does, holds 100 MiB.
+WAITS_WITH_A_CHILD = """
+import subprocess, sys
+code = "held = b'1' * (100 << 20); print('started', flush=True); input()"
+subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE).wait()
 """
 
 # A program for a GPU. As in XLA's, a fusion hides the number of the loop's iterations.
@@ -535,3 +544,145 @@ def test_kernels_are_counted_with_the_bytes_that_they_move():
     assert found == sorted(found, key=lambda group: -group.milliseconds)
     (product,) = (group for group in found if group.kind == "cuBLAS matmul")
     assert (product.shape, product.operation) == ("(f32[64])", "jit(f)/dot_general")
+
+
+DOCUMENTS = [
+    bytes(rng.choice(list(b"aabc "), rng.integers(12)).astype(np.uint8))
+    for rng in map(np.random.default_rng, range(150))
+]
+
+
+def symbols_of(documents):
+    """The documents as the trigram reads them."""
+    pieces = [[*document, compression.END] for document in documents]
+    return np.concatenate(pieces).astype(np.uint16)
+
+
+def trigrams_of(documents):
+    """Each symbol of the documents after the two before it."""
+    found = []
+    for document in documents:
+        before = ("start", "start")
+        for symbol in [*document, "end"]:
+            found.append((*before, symbol))
+            before = (before[1], symbol)
+    return found
+
+
+def slow_trigram(train, val):
+    """Weights and bits as in `trigram_bits`, by counting in lists."""
+
+    def probs(seen, trigram):
+        found = [1 / 257]
+        for length in (0, 1, 2):
+            context, whole = trigram[2 - length : 2], trigram[2 - length :]
+            times = sum(other[2 - length : 2] == context for other in seen)
+            same = sum(other[2 - length :] == whole for other in seen)
+            found.append(same / times if times else found[-1])
+        return np.array(found)
+
+    kept = trigrams_of(d for i, d in enumerate(train) if i % 10 < 9)
+    held = [probs(kept, each) for each in trigrams_of(train[9::10])]
+    weights = np.full(4, 0.25)
+    for _ in range(100):
+        shares = sum(weights * each / (weights @ each) for each in held)
+        weights = (shares + 1) / (len(held) + 4)
+    seen, of_val = trigrams_of(train), trigrams_of(val)
+    return weights, -sum(np.log2(weights @ probs(seen, each)) for each in of_val)
+
+
+def test_the_trigram_has_the_bits_of_a_slow_one(monkeypatch):
+    train, val = DOCUMENTS[:130], [*DOCUMENTS[130:], b"a\xffb"]
+    expected = slow_trigram(train, val)
+    for chunk in (1 << 22, 300):
+        monkeypatch.setattr(compression, "_CHUNK", chunk)
+        found = compression.trigram_bits(symbols_of(train), symbols_of(val))
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-9)
+        assert found[1] == pytest.approx(expected[1])
+
+
+def test_the_trigrams_probabilities_sum_to_1():
+    counts = compression.count(symbols_of(DOCUMENTS))
+    weights = compression.fit_weights(counts, counts)
+    for context in (b"aa", b"a\xff", b"\xff\xff"):  # seen, unseen, unseen in part
+        first = (context[0] * 257 + context[1]) * 257
+        probs = weights @ compression.components(counts, np.arange(first, first + 257))
+        assert probs.min() > 0
+        assert probs.sum() == pytest.approx(1)
+
+
+def test_a_text_without_ends_of_documents_has_a_held_out_tenth():
+    part = compression.held_out(np.zeros(990_000, np.uint16))
+    assert part.mean() == pytest.approx(0.1, abs=0.01)
+    assert compression.held_out(np.zeros(50, np.uint16)).sum() == 5
+
+
+def test_xz_is_primed_with_the_training_text():
+    text = np.random.default_rng(0).bytes(2000)
+    alone, primed = compression.xz_bits(b"before " + text + b" after", text)
+    assert alone > 8 * len(text)
+    assert primed < 1000
+
+
+def test_tokens_become_bytes_and_ends_of_documents():
+    tokenizer = BPETokenizer.train(["caf\u00e9 " * 9], 260)
+    documents = ["caf\u00e9", "", "\u20ac \0"]
+    end = tokenizer.end_of_text
+    ids = [np.append(tokenizer.encode(text), end) for text in documents]
+    found = compression.decode(np.concatenate(ids), tokenizer)
+    expected = symbols_of([text.encode() for text in documents])
+    np.testing.assert_array_equal(found, expected)
+    assert compression.to_bytes(found) == "".join(documents).encode()
+
+
+def test_a_runs_bits_per_byte_are_those_of_its_exact_evaluation(tiny_run, call):
+    out, _ = call("jaxgpt", "evaluate", "--run-dir", tiny_run, "--json")
+    found = compression.measure(tiny_run, "best")
+    assert found["bits_per_byte"]["model"] == json.loads(out)["bits_per_character"]
+    assert found["val_bytes"] == 84
+    assert found["bits_per_byte"].keys() == found["seconds"].keys()
+    assert found["bits_per_byte"]["trigram"] < 1  # the text repeats a sentence
+
+
+def test_documents_to_prepare_are_a_kilobyte_each(tmp_path):
+    text = "".join(map(chr, range(0x20, 0x3000)))
+    found = prepare.write_documents(tmp_path / "d.jsonl", text, 0.02)
+    lines = (tmp_path / "d.jsonl").read_text("utf-8").splitlines()
+    documents = [json.loads(line)["text"] for line in lines]
+    assert len(set(documents)) == found["documents"]
+    assert all(len(document) == 1000 and document in text for document in documents)
+    size = sum(len(document.encode()) for document in documents)
+    assert 20_000 <= size == found["text_bytes"] < 23_000
+
+
+def test_preparing_is_judged_by_the_ratio_of_median_speeds():
+    ours, theirs = rounds_of(None, 4, 2, 1), rounds_of(None, 1, 3, 1)
+    found = prepare.judge({"jaxgpt": ours, "tiktoken": theirs}, 8_000_000)
+    assert found["ratio"] == 0.5
+    assert found["contenders"]["jaxgpt"]["mb_per_second"]["median"] == 4
+    alone = prepare.judge({"jaxgpt": rounds_of(None, 2)}, 8_000_000)
+    assert alone["ratio"] is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="not Linux")
+def test_memory_is_that_of_a_process_and_its_descendants():
+    with start_script("-c", WAITS_WITH_A_CHILD) as process:
+        try:
+            assert process.stdout.readline() == "started\n"
+            found = list(prepare.pss(process.pid))
+        finally:
+            process.kill()
+    assert len(found) == 2
+    assert max(found) > 100
+    assert list(prepare.pss(process.pid)) == []
+
+
+@pytest.mark.processes
+def test_the_benchmark_of_preparing_runs_and_writes_its_report(tmp_path):
+    out = tmp_path / "prepare.json"
+    flags = ["--megabytes", 0.1, "--rounds", 2, "--out", out]
+    shown, _ = finish(start_script("-m", "benchmarks.prepare", *flags))
+    report = json.loads(out.read_text())
+    assert f"{report['ratio']:.2f}" in shown
+    assert report["contenders"]["jaxgpt"]["peak_mib"] > 10
+    assert len(report["contenders"]["tiktoken"]["rounds"]) == 2
