@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+from unittest.mock import create_autospec
 
 import jax
 import PIL.Image
@@ -25,17 +26,20 @@ from jaxgpt.models import parameter_shapes
 from jaxgpt.parallel.mesh import AXES, with_shardings
 from jaxgpt.presets import PRESETS, lecture_bigram
 from jaxgpt.start import cache_dir
+from jaxgpt.text import prepare as preparing
 from jaxgpt.text import tinyshakespeare
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.text.pretrained import save_nanogpt_meta
 
 DOCS = ROOT / "docs"
-README, PRESETS_PAGE, SCALING, PYTORCH, LECTURE = (
+README, PRESETS_PAGE, SCALING, PYTORCH, LECTURE, DATA = (
     (DOCS / name).with_suffix(".md").read_text(encoding="utf-8")
-    for name in ("../README", "presets", "scaling", "pytorch", "lecture")
+    for name in ("../README", "presets", "scaling", "pytorch", "lecture", "data")
 )
 RESULTS = json.loads((DOCS / "lecture.json").read_text(encoding="utf-8"))
-TRAIN = re.findall(r"python train\.py(?! --help)([^#`\n]*)", README + SCALING + LECTURE)
+TRAIN = re.findall(
+    r"python train\.py(?! --help)([^#`\n]*)", README + SCALING + LECTURE + DATA
+)
 
 SHORTER = {
     "train.py": "--train.max-steps 2 --train.eval-interval 1 --train.eval-iters 1 "
@@ -93,6 +97,15 @@ def test_every_command_of_the_lectures_page_works(call, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", sorted(set(TRAIN)))
 def test_every_train_command_is_valid(tiny_run, flags):
     parse_arguments(shlex.split(re.sub(r"\bDIR\b|runs/gpt2\b", str(tiny_run), flags)))
+
+
+def test_every_prepare_command_is_valid(call, monkeypatch):
+    prepare = create_autospec(preparing.prepare)
+    monkeypatch.setattr(preparing, "prepare", prepare)
+    lines = [words for words in commands(DATA, "jaxgpt") if words[1] == "prepare"]
+    for words in lines:
+        call(*words)
+    assert prepare.call_count == len(lines) > 4
 
 
 def test_the_python_example_of_the_readme_runs(smoke, capsys):
