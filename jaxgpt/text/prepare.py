@@ -443,7 +443,7 @@ def _tokenize(run: _Run, state: _State) -> None:
     tokenize = partial(
         tasks.tokenize,
         tokenizer=folder.resolve() / TOKENIZER,
-        gpt2=settings["tokenizer"] == "gpt2",
+        fast=settings["tokenizer"] in ("bpe", "gpt2"),
     )
     with closing(
         run.map(

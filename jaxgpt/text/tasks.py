@@ -100,14 +100,14 @@ def sample(
     return _read(block, documents), found
 
 
-def tokenize(block: Block, tokenizer: Path, gpt2: bool) -> tuple[Read, Tokenized]:
+def tokenize(block: Block, tokenizer: Path, fast: bool) -> tuple[Read, Tokenized]:
     """Tokenizes a block; an end token follows each document.
 
     Args:
       tokenizer: path of the tokenizer.json.
-      gpt2: whether it is GPT-2's, for which there is a faster implementation.
+      fast: whether to use `tiktoken_encode`.
     """
-    encode, end, dtype = _load(tokenizer, gpt2)
+    encode, end, dtype = _load(tokenizer, fast)
     documents, ids, lengths, digests = [], [], [], []
     sources = [[0, 0] for _ in block.paths]
     utf8_bytes = end_of_texts = 0
@@ -155,24 +155,30 @@ def _read(block: Block, documents: list[Document]) -> Read:
 
 @cache
 def _load(
-    path: Path, gpt2: bool
+    path: Path, fast: bool
 ) -> tuple[Callable[[str], np.ndarray], np.ndarray, np.dtype]:
     """Loads a tokenizer: its `encode`, its end token, and the dtype of its shards."""
     tokenizer = load_tokenizer(path)
-    encode = tiktoken_encode(tokenizer) if gpt2 else tokenizer.encode
+    encode = tiktoken_encode(tokenizer) if fast else tokenizer.encode
     end = np.array([tokenizer.end_of_text])
     return encode, end, token_dtype(tokenizer.vocab_size)
 
 
-def tiktoken_encode(gpt2: Tokenizer) -> Callable[[str], np.ndarray]:
-    """Returns a function that gives the ids of GPT-2's tokenizer twice as fast."""
+def tiktoken_encode(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
+    """Returns a faster function for a BPE tokenizer's `encode`.
+
+    The tokenizer must have been trained as BPE is, with ids in the order of the merges
+    and the end token last, as GPT-2's and those of `BPETokenizer.train` are. Then there
+    is one way only to merge two tokens to a third, so that the ids are the same though
+    tiktoken knows the tokens but not the merges.
+    """
     import tiktoken  # other tokenizers do not need it
 
-    last = gpt2.end_of_text or 0
+    last = tokenizer.vocab_size - 1
     encoding = tiktoken.Encoding(
-        "gpt2",
+        "bpe",
         pat_str=_PATTERN,
-        mergeable_ranks={gpt2.decode_bytes([id_]): id_ for id_ in range(last)},
+        mergeable_ranks={tokenizer.decode_bytes([id_]): id_ for id_ in range(last)},
         special_tokens={END_OF_TEXT: last},
     )
 

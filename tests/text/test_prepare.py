@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import contents, finish, start_script
+from conftest import ROOT, contents, finish, start_script
 from hypothesis import given
 from hypothesis import strategies as st
 from test_documents import write
@@ -371,53 +371,51 @@ def test_no_document_for_training_is_an_error_and_none_for_validation_is_told(
             call(tmp_path / "empty.jsonl", tmp_path / "empty", tokenizer)
 
 
-@pytest.fixture(scope="module")
-def gpt2():
-    return gpt2_tokenizer()
+@pytest.fixture(scope="module", params=["gpt2", "bpe"])
+def implementations(request):
+    """A tokenizer's `encode`, and the faster implementation of it."""
+    tokenizer = gpt2_tokenizer()
+    if request.param == "bpe":
+        text = (ROOT / "README.md").read_text() + "don't é🙂 aaaaaaa\n\n\n " * 20
+        tokenizer = BPETokenizer.train([text], 1000)
+    return tokenizer.encode, tasks.tiktoken_encode(tokenizer)
 
 
-WORDS = st.sampled_from(
-    ["'ll", " ", "\n\n ", "don't", "é", "🙂", "1234", "<|", "a" * 99]
-)
+WORDS = st.sampled_from(["'ll", " ", "\n\n ", "don't", "é", "🙂", "12", "<|", "a" * 99])
+TEXT = st.text() | st.lists(WORDS, max_size=9).map("".join)
 
 
-@given(
-    text=st.text() | st.lists(WORDS, max_size=9).map("".join), size=st.integers(1, 9)
-)
-def test_the_faster_implementation_gives_gpt2s_ids(gpt2, text, size):
-    encode = _tiktoken(gpt2)
+@given(text=TEXT, size=st.integers(1, 9))
+def test_the_faster_implementation_gives_the_same_ids(implementations, text, size):
+    encode, faster = implementations
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jaxgpt.text.tokenizer._SEGMENT", size)
         patch.setattr("jaxgpt.text.tokenizer._LONGEST_SEGMENT", 20 * size)
-        assert encode(text).tolist() == gpt2.encode(text).tolist()
+        assert faster(text).tolist() == encode(text).tolist()
 
 
-_made = []
-
-
-def _tiktoken(gpt2):
-    if not _made:
-        _made.append(tasks.tiktoken_encode(gpt2))
-    return _made[0]
-
-
-def test_the_faster_implementation_cuts_a_long_word_where_gpt2s_does(gpt2):
-    rng = random.Random(0)
-    word = "".join(rng.choices("acgt", k=(1 << 20) + 1000))
-    spaces = "a" + " " * (1 << 20) + "b"
-    for text in (word, spaces):
-        assert np.array_equal(_tiktoken(gpt2)(text), gpt2.encode(text))
+def test_the_faster_implementation_cuts_words_of_more_than_a_million_characters(
+    implementations,
+):
+    _, faster = implementations
+    words = "".join(random.Random(0).choices("acgt", k=1 << 20)), " " * (1 << 20)
+    for word in words:
+        parts = faster(word).tolist() + faster("gattaca").tolist()
+        assert faster(word + "gattaca").tolist() == parts
 
 
 @pytest.mark.processes
 def test_killed_at_five_random_times_the_bytes_are_the_same(tmp_path):
     rng, path = random.Random(5), tmp_path / "a.jsonl"
-    texts = [" ".join(rng.choices(TEXTS, k=40)) for _ in range(20_000)]
-    write(path, texts)
-    command = ("-m", "jaxgpt", "prepare", path, "--tokenizer", "gpt2", "--out-dir")
+    write(path, [" ".join(rng.choices(TEXTS, k=40)) for _ in range(5_000)])
+    script = (
+        "import runpy; from jaxgpt.text import prepare; prepare._SAVE_SECONDS = 0; "
+        "runpy.run_module('jaxgpt', run_name='__main__')"
+    )
+    command = ("-c", script, "prepare", path, "--tokenizer", "gpt2", "--out-dir")
     finish(start_script(*command, tmp_path / "whole"))
     out = tmp_path / "out"
-    total = sum(map(len, contents(tmp_path / "whole").values()))
+    total = _size(tmp_path / "whole")
     for share in sorted(rng.uniform(0, 0.9) for _ in range(5)):
         process = start_script(*command, out)
         while process.poll() is None and _size(out) < share * total:
@@ -425,7 +423,8 @@ def test_killed_at_five_random_times_the_bytes_are_the_same(tmp_path):
         process.kill()
         process.communicate()  # to the end of stderr, which its workers have too
         assert process.returncode == -9
-    finish(start_script(*command, out))
+    _, err = finish(start_script(*command, out))
+    assert "going on after" in err
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 
 
