@@ -31,7 +31,15 @@ except ImportError:  # Windows has no flock, so folders are not locked
 from jaxgpt.files import TMP_SUFFIX, delete, replace_file
 from jaxgpt.terminal import progress
 from jaxgpt.text import tasks
-from jaxgpt.text.documents import START, Position, Source, find_sources, read_blocks
+from jaxgpt.text.documents import (
+    START,
+    Block,
+    Document,
+    Position,
+    Source,
+    find_sources,
+    read_blocks,
+)
 from jaxgpt.text.pretrained import find_tokenizer
 from jaxgpt.text.shards import ENDS_DTYPE, MANIFEST, Manifest, Shard
 from jaxgpt.text.tokenizer import (
@@ -139,11 +147,15 @@ def prepare(
     unless they are skipped, or if none is left; FileExistsError if the folder has
     anything else.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers {workers} must be at least 1")
-    settings = _settings(
-        tokenizer, vocab_size, text_field, val_fraction, dedup, shard_tokens
-    )
+    settings = {
+        "tokenizer": tokenizer if tokenizer in _NAMES else TOKENIZER,
+        "vocab_size": vocab_size,
+        "text_field": text_field,
+        "val_fraction": val_fraction,
+        "dedup": dedup,
+        "shard_tokens": shard_tokens,
+    }
+    _check_settings(settings, workers)
     own = None
     if tokenizer not in ("char", "bpe"):
         own = _with_end(find_tokenizer(tokenizer, log), tokenizer)
@@ -181,7 +193,7 @@ class _Run:
         """A document is for validation if its digest's first integer is below this."""
         return int(self.settings["val_fraction"] * 2**64)
 
-    def blocks(self, start: Position = START) -> Iterator[tasks.Block]:
+    def blocks(self, start: Position = START) -> Iterator[Block]:
         """The blocks of the input from a position on."""
         return read_blocks(self.sources, self.settings["text_field"], start)
 
@@ -208,42 +220,28 @@ class _Run:
                 advance(read.stored)
 
 
-def _unusable(document: tasks.Document) -> ValueError:
+def _unusable(document: Document) -> ValueError:
     detail = f" ({document.detail})" if document.detail else ""
     return ValueError(
-        f"{document.where}: {document.problem}{detail}; mend it, or leave out all such "
-        "documents: the same command with --on-error skip goes on"
+        f"{document.where}: {document.problem}{detail}; fix it, or give the same "
+        "command with --on-error skip, which goes on without such documents"
     )
 
 
-def _settings(
-    tokenizer: str,
-    vocab_size: int | None,
-    text_field: str,
-    val_fraction: float,
-    dedup: bool,
-    shard_tokens: int,
-) -> dict[str, Any]:
-    """The settings that decide what the shards hold; raises ValueError for bad ones."""
+def _check_settings(settings: dict[str, Any], workers: int | None) -> None:
+    """Raises ValueError for settings that contradict each other or are out of range."""
+    tokenizer, vocab_size = settings["tokenizer"], settings["vocab_size"]
     if (tokenizer == "bpe") != (vocab_size is not None):
         raise ValueError(
-            f"--vocab-size {vocab_size} with --tokenizer {tokenizer}: only bpe has a "
-            "size of your choice, as in --tokenizer bpe --vocab-size 4096"
+            f"--vocab-size {vocab_size} with --tokenizer {tokenizer}: bpe needs a "
+            "size, as in --vocab-size 4096, and the other tokenizers have their own"
         )
-    if not 0 <= val_fraction < 1:
-        raise ValueError(
-            f"--val-fraction {val_fraction} must be at least 0 and below 1"
-        )
-    if not 0 < shard_tokens <= 2**31:  # ends of documents are u32
-        raise ValueError(f"--shard-tokens {shard_tokens} must be from 1 to 2^31")
-    return {
-        "tokenizer": tokenizer if tokenizer in _NAMES else TOKENIZER,
-        "vocab_size": vocab_size,
-        "text_field": text_field,
-        "val_fraction": val_fraction,
-        "dedup": dedup,
-        "shard_tokens": shard_tokens,
-    }
+    if not 0 <= (fraction := settings["val_fraction"]) < 1:
+        raise ValueError(f"--val-fraction {fraction} must be at least 0 and below 1")
+    if not 0 < (tokens := settings["shard_tokens"]) <= tasks.LONGEST:
+        raise ValueError(f"--shard-tokens {tokens} must be from 1 to {tasks.LONGEST}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers} must be at least 1")
 
 
 def _with_end(tokenizer: Tokenizer, name: str) -> Tokenizer:
@@ -386,10 +384,11 @@ def _truncate(folder: Path, state: _State) -> bool:
 def _make_tokenizer(run: _Run) -> Tokenizer:
     """Makes a tokenizer of the documents, in one pass over them."""
     if run.settings["tokenizer"] == "char":
-        with closing(
-            run.map("finding characters", tasks.find_characters, run.blocks())
-        ) as results:
-            found = set().union(*(characters for _, characters in results))
+        found: set[str] = set()
+        results = run.map("finding characters", tasks.find_characters, run.blocks())
+        with closing(results):
+            for _, characters in results:
+                found.update(characters)
         if not found:
             raise ValueError("there is no document left to make a vocabulary of")
         return CharTokenizer("".join(sorted(found)), [END_OF_TEXT])
@@ -413,9 +412,10 @@ def _sample(run: _Run) -> list[str]:
     with closing(run.map("sampling", function, blocks)) as results:
         for _, samples in results:
             for order, digest, utf8 in samples:
-                if order >= below or (run.settings["dedup"] and digest in digests):
+                if order >= below or digest in digests:
                     continue
-                digests.add(digest)
+                if run.settings["dedup"]:
+                    digests.add(digest)
                 heapq.heappush(heap, (-order, digest, utf8))
                 total += len(utf8)
                 while total - len(heap[0][2]) >= _SAMPLE:
@@ -445,15 +445,14 @@ def _tokenize(run: _Run, state: _State) -> None:
         tokenizer=folder.resolve() / TOKENIZER,
         fast=settings["tokenizer"] in ("bpe", "gpt2"),
     )
-    with closing(
-        run.map(
-            "tokenizing",
-            tokenize,
-            run.blocks(state.position),
-            state.stored,
-            lambda: f"{state.documents:,} documents, {speed()} MB/s, ",
-        )
-    ) as results:
+    results = run.map(
+        "tokenizing",
+        tokenize,
+        run.blocks(state.position),
+        state.stored,
+        lambda: f"{state.documents:,} documents, {speed()} MB/s, ",
+    )
+    with closing(results):
         try:
             for read, result in results:
                 _add(run, state, read, result, seen)
@@ -530,10 +529,6 @@ def _write(
         shard = state.open.get(split, new)
         ends = shard.tokens + np.cumsum(lengths)
         ends = ends[: 1 + np.searchsorted(ends[:-1], full)]
-        if ends[-1] > np.iinfo(ENDS_DTYPE).max:
-            raise ValueError(
-                f"a document has {lengths.max():,} tokens; cut it in parts"
-            )
         count, documents = int(ends[-1]) - shard.tokens, len(ends)
         state.append(run.folder, shard.name, ids[:count].tobytes())
         state.append(run.folder, shard.ends_name, ends.astype(ENDS_DTYPE).tobytes())

@@ -23,6 +23,8 @@ from jaxgpt.text.tokenizer import (
     segments,
 )
 
+# Tokens of a document, and of a shard when it is closed, so that positions are u32.
+LONGEST = 1 << 31
 # OpenAI's form of the pattern in GPT-2's encoder.py, which splits alike but faster.
 _PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
@@ -115,10 +117,11 @@ def tokenize(block: Block, tokenizer: Path, fast: bool) -> tuple[Read, Tokenized
         if not document.problem:
             try:
                 tokens = encode(document.text)
+                if len(tokens) >= LONGEST:
+                    raise ValueError(f"{len(tokens):,} tokens are too many; cut it")
             except ValueError as error:
-                document = document._replace(
-                    problem="unknown character", detail=str(error)
-                )
+                detail = str(error)
+                document = document._replace(problem="no tokens", detail=detail)
         sources[document.file][bool(document.problem)] += 1
         if document.problem:
             documents.append(document)
