@@ -40,7 +40,7 @@ from jaxgpt.run import (
     save_config,
 )
 from jaxgpt.terminal import log_line
-from jaxgpt.text.batches import evaluation_source, training_source
+from jaxgpt.text.batches import evaluation_source, mixed_source, training_source
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.training import checkpoint, evaluation
 from jaxgpt.training.diagnosis import diagnose_non_finite
@@ -111,6 +111,8 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         schedule = with_steps_per_call(config, mesh).train
         model = build_model(config.model, platform_of(mesh))
         objective, source = next_token(model), training_source(corpus.train, config)
+        if config.data.weights:
+            source = mixed_source(corpus.parts, config)
         splits = {"train": corpus.train, "val": corpus.val}
         sources = {name: evaluation_source(splits[name], config) for name in splits}
         eval_step = evaluation.make_eval_step(objective, mesh)

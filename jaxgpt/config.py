@@ -168,6 +168,12 @@ class GPTConfig(TransformerConfig):
 AnyModelConfig = GPTConfig | LectureConfig | BigramConfig
 
 
+def is_token_folder(path: str) -> bool:
+    """Whether `prepare` or nanoGPT wrote the folder at `path`."""
+    names = ("manifest.json", "train.bin", "val.bin")
+    return any(Path(path, name).exists() for name in names)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The text, its tokenizer and the batch size."""
@@ -194,11 +200,8 @@ class DataConfig:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether `path` is a single directory with train.bin or val.bin."""
-        names = ("train.bin", "val.bin")
-        return len(self.path) == 1 and any(
-            Path(self.path[0], name).exists() for name in names
-        )
+        """Whether every path is a folder of token files."""
+        return self.path != () and all(map(is_token_folder, self.path))
 
     @property
     def microbatch_size(self) -> int:
@@ -220,6 +223,15 @@ class DataConfig:
             f"batch_size={self.batch_size} is not divisible by "
             f"gradient_accumulation_steps={self.gradient_accumulation_steps}; use a "
             "divisor of batch_size",
+        )
+        _check(
+            len(self.weights) in (0, len(self.path)),
+            f"weights={self.weights} are not as many as the {len(self.path)} paths; "
+            "give each folder of --data.path a weight",
+        )
+        _check(
+            all(0 < weight < _FLOAT32_MAX for weight in self.weights),
+            f"weights={self.weights} must be above 0 and finite",
         )
 
 

@@ -6,25 +6,29 @@ A source maps (step, rows) to a batch, so a run can resume from its step alone, 
 each process reads only its own rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxgpt.config import Config
+from jaxgpt.text.shards import Tokens
 
 EVAL_SEED = 2**32  # seed of evaluation batches, above every training seed
+_MIXTURE_SEED = 2**33  # added to the seed, so that sources draw other numbers
 
-# Maps completed steps and a slice of rows to a pytree with those rows along axis 0.
-Source = Callable[[int, slice], Any]
+# Maps completed steps, and a slice or an array of rows, to a pytree with those rows
+# along axis 0.
+Source = Callable[[int, slice | np.ndarray], Any]
 
 
 def get_batch(
-    tokens: np.ndarray,
+    tokens: np.ndarray | Tokens,
     seed: int,
     step: int,
-    rows: slice = slice(None),
+    rows: slice | np.ndarray = slice(None),
     *,
     batch_size: int,
     block_size: int,
@@ -46,7 +50,38 @@ def get_batch(
     return windows[:, :-1], windows[:, 1:]
 
 
-def training_source(tokens: np.ndarray, config: Config) -> Source:
+def mixture(
+    sources: Sequence[Source], weights: Sequence[float], seed: int, batch_size: int
+) -> Source:
+    """Returns a source of which each row is the same row of one of several sources.
+
+    Args:
+      sources: all have leaves of the same shape and dtype.
+      weights: probability of each source, up to a factor.
+      seed: with the step, the only source of randomness.
+      batch_size: B.
+    """
+    shares = np.cumsum(weights)[:-1] / np.sum(weights)
+
+    def read(step: int, rows: slice | np.ndarray = slice(None)) -> Any:
+        rng = np.random.Generator(np.random.Philox(key=[_MIXTURE_SEED + seed, step]))
+        which_B = np.searchsorted(shares, rng.random(batch_size), side="right")[rows]
+        rows = np.arange(batch_size)[rows]
+        parts = [source(step, rows[which_B == i]) for i, source in enumerate(sources)]
+        place_B = np.argsort(np.argsort(which_B, kind="stable"))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[place_B], *parts)
+
+    return read
+
+
+def mixed_source(parts: Sequence[np.ndarray | Tokens], config: Config) -> Source:
+    """Returns the source of training batches that draws rows by `data.weights`."""
+    sources = [training_source(part, config) for part in parts]
+    seed, B = config.train.seed, config.data.batch_size
+    return mixture(sources, config.data.weights, seed, B)
+
+
+def training_source(tokens: np.ndarray | Tokens, config: Config) -> Source:
     """Returns the source of training batches."""
     return partial(
         get_batch,
@@ -57,7 +92,7 @@ def training_source(tokens: np.ndarray, config: Config) -> Source:
     )
 
 
-def evaluation_source(tokens: np.ndarray, config: Config) -> Source:
+def evaluation_source(tokens: np.ndarray | Tokens, config: Config) -> Source:
     """Returns a source of microbatch-sized batches, the same in every evaluation."""
     return partial(
         get_batch,

@@ -7,19 +7,26 @@ token ids, u16 or u32, an end-of-text token after each document. Beside it,
 """
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from jaxgpt.files import replace_file
+from jaxgpt.terminal import progress
+from jaxgpt.text.scans import scan_once
 
+SPLITS = ("train", "val")
 FORMAT = 1  # of manifests
 MANIFEST = "manifest.json"
 ENDS_DTYPE = np.dtype("<u4")
+_CHUNK = 1 << 22  # tokens scanned at once
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,12 @@ class Shard:
     documents: int
     largest_token: int
     sha256: str  # of the token file
+
+    def __post_init__(self) -> None:
+        numbers = self.tokens, self.documents, self.largest_token
+        are_numbers = all(isinstance(number, int) for number in numbers)
+        if not (re.fullmatch(r"(train|val)_\d+\.bin", self.name) and are_numbers):
+            raise ValueError(f"{self} is not a shard")
 
     @property
     def ends_name(self) -> str:
@@ -61,6 +74,10 @@ class Manifest:
     duplicates: int
     shards: list[Shard]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.vocab_size, int):
+            raise TypeError(f"vocab_size={self.vocab_size!r}")
+
     def save(self, folder: Path) -> None:
         """Writes manifest.json, which makes the folder a corpus; it has no dates."""
         values = {"format": FORMAT} | dataclasses.asdict(self)
@@ -76,7 +93,13 @@ class Manifest:
             if (found := values.pop("format")) == FORMAT:
                 shards = [Shard(**shard) for shard in values.pop("shards")]
                 return cls(shards=shards, **values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise ValueError(
                 f"{path} is damaged ({error}); restore it, or prepare the corpus again"
             ) from error
@@ -105,50 +128,112 @@ class Tokens:
 
     Attributes:
       dtype: that of the ids.
-      ends: positions after each document's last token, one array for each of `arrays`,
-        or None if they are not known.
+      ends: for each of `arrays`, the positions after its documents' last tokens, or
+        None if they are not known.
     """
 
     def __init__(
-        self, arrays: Sequence[np.ndarray], ends: Sequence[np.ndarray] | None = None
+        self,
+        arrays: Sequence[np.ndarray],
+        ends: Sequence[np.ndarray | None] | None = None,
     ):
-        """Takes arrays of ids [tokens], and the ends of documents in each."""
-        self.arrays, self.ends = tuple(arrays), ends
+        """Takes arrays of ids [tokens], at least one, and the ends of their documents.
+
+        Without `ends`, they are not known.
+        """
+        self.arrays, self.ends = tuple(arrays), tuple(ends or [None] * len(arrays))
         self.dtype = np.result_type(*arrays)
         self._stops = np.cumsum([len(array) for array in arrays])
+        self._starts = self._stops - [len(array) for array in arrays]
+
+    @classmethod
+    def join(cls, tokens: Sequence[Self]) -> Self:
+        """The tokens of all, one after the other, without a copy."""
+        arrays = [array for each in tokens for array in each.arrays]
+        return cls(arrays, [ends for each in tokens for ends in each.ends])
 
     def __len__(self) -> int:
         return int(self._stops[-1])
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """The ids at a slice, or at an array of positions from 0 to len - 1."""
+        """The ids at a slice, or at an array of positions from 0 to len - 1.
+
+        Consecutive positions, as in a window, are read as one piece.
+        """
+        if len(self.arrays) == 1:
+            return self.arrays[0][index]
         if isinstance(index, slice):
             index = np.arange(*index.indices(len(self)))
-        shard = np.searchsorted(self._stops, index, side="right")
-        ids = np.empty(np.shape(index), self.dtype)
-        for i in np.unique(shard):
-            start = self._stops[i] - len(self.arrays[i])
-            ids[shard == i] = self.arrays[i][index[shard == i] - start]
-        return ids
+        positions = np.ravel(index)
+        cuts = np.flatnonzero(np.diff(positions) != 1) + 1
+        begins = np.append(0, cuts)[: len(positions)]
+        if (positions[begins] < 0).any():
+            raise IndexError(f"a position is not from 0 to {len(self) - 1}")
+        ids = np.empty(len(positions), self.dtype)
+        first_arrays = np.searchsorted(self._stops, positions[begins], side="right")
+        ends = np.append(cuts, len(positions))
+        for i, begin, end in zip(first_arrays, begins, ends, strict=False):
+            while begin < end:
+                array, offset = self.arrays[i], positions[begin] - self._starts[i]
+                piece = array[offset : offset + end - begin]
+                ids[begin : begin + len(piece)] = piece
+                begin += len(piece)
+                i += 1
+        return ids.reshape(np.shape(index))
 
     def document_ends(self, end_of_text: int) -> np.ndarray:
         """Positions after each document's end-of-text token, i64 [documents].
 
-        Tokens after the last such token are a document too. Reads all tokens if the
-        ends are not known.
+        Tokens after the last such token of an array are a document too. Reads the
+        arrays whose ends are not known.
         """
-        ends = self.ends or [np.flatnonzero(a == end_of_text) + 1 for a in self.arrays]
-        starts = self._stops - [len(array) for array in self.arrays]
-        found = [e.astype(np.int64) + s for e, s in zip(ends, starts, strict=True)]
-        return np.union1d(np.concatenate(found), self._stops[self._stops > 0])
+        found = [np.empty(0, np.int64)]
+        for array, ends, start in zip(
+            self.arrays, self.ends, self._starts, strict=True
+        ):
+            if ends is None:
+                ends = np.flatnonzero(array == end_of_text) + 1
+            if len(array):
+                rest = [len(array)] if not len(ends) or ends[-1] < len(array) else []
+                found.append(np.concatenate([ends, rest]).astype(np.int64) + start)
+        return np.concatenate(found)
 
 
-def open_shards(folder: Path, shards: Sequence[Shard], dtype: np.dtype) -> Tokens:
-    """Memory-maps shards of a folder, without reading them.
+def open_folder(folder: Path, vocab_size: int) -> tuple[dict[str, Tokens], str]:
+    """Memory-maps the splits of a prepared folder, or of one of nanoGPT's.
 
-    Raises OSError if one is missing, ValueError if one has another size.
+    A prepared folder's tokens are not read; of others, one scan is kept in the cache.
+    Returns the tokens by split, and the sha256 of manifest.json or of the token files.
+    Raises OSError if a file is missing, ValueError if one has another size than the
+    manifest says, or a token outside the vocabulary.
     """
-    arrays, ends = [], []
+    path = folder / MANIFEST
+    if path.exists():
+        manifest = Manifest.load(folder)
+        dtype = token_dtype(manifest.vocab_size)
+        tokens = {s: _open_shards(folder, manifest.split(s), dtype) for s in SPLITS}
+        largest = {folder / s.name: s.largest_token for s in manifest.shards}
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    else:
+        files, dtype = [folder / f"{s}.bin" for s in SPLITS], token_dtype(vocab_size)
+        arrays = [map_file(file, dtype) for file in files]
+        scan = partial(_scan, arrays)
+        found = scan_once(files, f"tokens, {dtype}", scan)
+        tokens = {s: Tokens([a]) for s, a in zip(SPLITS, arrays, strict=True)}
+        largest = dict(zip(files, found["largest_tokens"], strict=True))
+        sha256 = found["sha256"]
+    for file, token in largest.items():
+        if token >= vocab_size:
+            raise ValueError(
+                f"{file} has token {token}, outside the vocabulary of {vocab_size}; "
+                f"use tokens of the model's tokenizer, or a vocab_size above {token}"
+            )
+    return tokens, sha256
+
+
+def _open_shards(folder: Path, shards: Sequence[Shard], dtype: np.dtype) -> Tokens:
+    """Memory-maps shards; none are like an empty one."""
+    arrays, ends = [np.empty(0, dtype)], [np.empty(0, ENDS_DTYPE)]
     for shard in shards:
         arrays.append(map_file(folder / shard.name, dtype))
         ends.append(map_file(folder / shard.ends_name, ENDS_DTYPE))
@@ -158,4 +243,20 @@ def open_shards(folder: Path, shards: Sequence[Shard], dtype: np.dtype) -> Token
                 f"{shard.documents:,} documents that {MANIFEST} says; restore it, or "
                 "prepare the corpus again"
             )
-    return Tokens(arrays or [np.empty(0, dtype)], ends or [np.empty(0, ENDS_DTYPE)])
+    first = 1 if shards else 0
+    return Tokens(arrays[first:], ends[first:])
+
+
+def _scan(arrays: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Reads arrays once: the sha256 of all their bytes, and the largest id of each."""
+    digest, largest_tokens = hashlib.sha256(), []
+    with progress("reading the tokens", sum(map(len, arrays))) as advance:
+        for array in arrays:
+            largest = 0
+            for start in range(0, len(array), _CHUNK):
+                chunk = array[start : start + _CHUNK]
+                digest.update(chunk.data)
+                largest = max(largest, int(chunk.max()))
+                advance(len(chunk))
+            largest_tokens.append(largest)
+    return {"sha256": digest.hexdigest(), "largest_tokens": largest_tokens}

@@ -20,6 +20,7 @@ from jaxgpt.parallel.defaults import evaluations_per_call
 from jaxgpt.parallel.feeding import read_batches
 from jaxgpt.parallel.mesh import activation_sharding, batch_sharding, replicated
 from jaxgpt.text.batches import Source
+from jaxgpt.text.shards import Tokens
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
 
 # Maps parameters and N batches, both sharded, to results on every process.
@@ -173,7 +174,7 @@ class Evaluation:
 def evaluate_exactly(
     eval_step: EvalStep,
     params: Any,
-    tokens: np.ndarray,
+    tokens: np.ndarray | Tokens,
     config: Config,
     mesh: Mesh,
     stride: int | None = None,
@@ -211,7 +212,7 @@ def evaluate_exactly(
     def first_counted(window: np.ndarray) -> np.ndarray:
         return np.where(window > 0, window * stride + T - stride, 0)
 
-    def read_windows(step: int, rows: slice) -> Batch:
+    def read_windows(step: int, rows: slice | np.ndarray) -> Batch:
         """Reads windows and the ranges that count, cut where a segment of T begins.
 
         Rows after the last window repeat it; their ranges are empty.

@@ -78,7 +78,7 @@ def test_a_rung_reports_exact_losses_its_curve_and_a_sample(monkeypatch, capsys)
     result = lecture.train_rung(Rung("lecture-bigram", 4.6), [7, 8], 0.002, device)
     (run,), losses = runs, result["val_losses"]
     assert jax.tree.leaves(run.params)[0].device == device
-    val = load_corpus(run.config)[0].val.astype(np.int32)
+    val = load_corpus(run.config)[0].val[:].astype(np.int32)
     table_VV = run.params["table"]["embedding"]  # of the first seed
     exact = cross_entropy(table_VV[val[:-1]], val[1:]).mean()
     assert losses[0] == pytest.approx(float(exact), abs=1e-5)

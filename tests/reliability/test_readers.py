@@ -32,6 +32,7 @@ from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.run import load_config
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.text.pretrained import load_nanogpt_meta, save_nanogpt_meta, tokenizer_in
+from jaxgpt.text.shards import open_folder
 from jaxgpt.text.tokenizer import encode_prompt, load_tokenizer
 
 OURS = (str(ROOT / "jaxgpt"), str(ROOT / "generate.py"))
@@ -418,6 +419,27 @@ def test_any_token_files_are_read_or_refused(
     corpus_of(tokens, vocab_size, tokenizer)
 
 
+SHARD = {"tokens": 4, "documents": 1, "largest_token": 10, "sha256": "0"}
+MANIFEST = {"format": 1, "settings": {}, "tokenizer": "0", "vocab_size": 11}
+MANIFEST |= {"end_of_text": 10, "sources": [], "documents": 2, "duplicates": 0}
+MANIFEST |= {"shards": [{"name": f"{s}_000.bin"} | SHARD for s in ("train", "val")]}
+
+
+@given(json_files(MANIFEST))
+@example(as_json(MANIFEST))
+def test_any_manifest_of_shards_is_read_or_refused(folder, manifest):
+    prepared = folder / "prepared"
+    prepared.mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        np.arange(7, 11, dtype="<u2").tofile(prepared / f"{split}_000.bin")
+        np.array([4], "<u4").tofile(prepared / f"{split}_000.ends")
+    put(prepared / "manifest.json", manifest)
+    found = outcome(lambda: open_folder(prepared, 11), prepared)
+    assert found or manifest != as_json(MANIFEST)
+    for tokens in found[0].values() if found else ():
+        assert tokens[:].tolist() in ([7, 8, 9, 10], [])
+
+
 def corpus_of(path, vocab_size, tokenizer):
     """Loads a corpus, whose tokens must all be in its vocabulary."""
     if tokenizer == "bpe" and vocab_size is None:
@@ -427,9 +449,10 @@ def corpus_of(path, vocab_size, tokenizer):
     if found := outcome(lambda: load_corpus(config, log=lambda line: None)):
         corpus, config = found
         for split in (corpus.train, corpus.val):
-            assert split.max() < config.model.vocab_size
+            ids = split[:]
+            assert ids.max() < config.model.vocab_size
             if corpus.tokenizer:
-                assert isinstance(corpus.tokenizer.decode(split.tolist()), str)
+                assert isinstance(corpus.tokenizer.decode(ids.tolist()), str)
 
 
 @given(damaged(TEXT.encode()) | st.binary() | ASCII, SIZES, NAMES)

@@ -2,7 +2,7 @@ from functools import partial
 
 import numpy as np
 
-from jaxgpt.text.batches import get_batch
+from jaxgpt.text.batches import get_batch, mixture
 
 TOKENS = np.arange(40, dtype=np.uint16)
 batch = partial(get_batch, TOKENS, batch_size=64, block_size=4)
@@ -27,3 +27,44 @@ def test_windows_are_drawn_uniformly_up_to_the_last_token():
     assert len(counts) == 36  # start 35 has the last token, 39, as its last target
     chi_squared = ((counts - expected) ** 2 / expected).sum()
     assert chi_squared < 66.6  # 99.9th percentile for 35 degrees of freedom
+
+
+def constant(value):
+    """A source whose rows are this value and their numbers."""
+    return lambda step, rows: {
+        "value": np.full(len(rows), value),
+        "row": np.asarray(rows),
+    }
+
+
+def test_rows_of_a_mixture_are_rows_of_its_sources_by_weight():
+    source = mixture([constant(0), constant(1), constant(2)], [6, 1, 3], 5, 64)
+    counts = np.zeros(3)
+    for step in range(400):
+        batch = source(step, slice(None))
+        assert batch["row"].tolist() == list(range(64))
+        counts += np.bincount(batch["value"], minlength=3)
+    expected = 64 * 400 * np.array([0.6, 0.1, 0.3])
+    assert ((counts - expected) ** 2 / expected).sum() < 13.8  # 99.9th percentile
+
+
+def test_rows_of_a_mixture_do_not_depend_on_the_others_that_are_read():
+    windows = [partial(get_batch, TOKENS + n * 40, 1) for n in range(2)]
+    windows = [partial(each, batch_size=64, block_size=4) for each in windows]
+    source = mixture(windows, [0.5, 0.5], 1, 64)
+    whole = source(3, slice(None))[0]
+    for rows in (slice(0, 5), slice(9, 64, 3), np.array([63, 2, 7]), slice(0, 0)):
+        np.testing.assert_array_equal(source(3, rows)[0], whole[rows])
+    assert not np.array_equal(source(4, slice(None))[0], whole)
+    for n in range(2):  # each row is that of the source alone
+        alone, chosen = windows[n](3)[0], whole[:, 0] // 40 == n
+        np.testing.assert_array_equal(whole[chosen], alone[chosen])
+
+
+def test_the_source_of_a_row_tells_nothing_of_its_window():
+    tokens = np.arange(10_000, dtype=np.int32)
+    window = partial(get_batch, tokens, 1, batch_size=10_000, block_size=1)
+    rows = mixture([constant(0), constant(1)], [1, 1], 1, 10_000)(0, slice(None))
+    starts = window(0)[0][:, 0]
+    means = [starts[rows["value"] == n].mean() for n in range(2)]
+    assert abs(means[0] - means[1]) < 4 * 10_000 / 12**0.5 * (4 / 10_000) ** 0.5
