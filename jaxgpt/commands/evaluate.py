@@ -14,8 +14,11 @@ from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import load_config, load_run, text_tokenizer
 from jaxgpt.terminal import log_line, progress
 from jaxgpt.text.corpus import load_split
+from jaxgpt.text.shards import Tokens
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
+
+_CHUNK = 1 << 22  # tokens counted at once
 
 
 def evaluate(
@@ -30,16 +33,18 @@ def evaluate(
 ) -> int:
     """Reports the exact loss on a text: each token but the first is predicted once.
 
-    Bits per character are the loss of all these tokens, divided by the characters they
-    stand for; a token that ends a document adds to the loss but is no character.
+    Bits per character and per byte of UTF-8 are the loss of all these tokens, divided
+    by the characters or bytes they stand for; a token that ends a document adds to the
+    loss but is no text.
 
     Args:
         run_dir: run directory written by train.py
         checkpoint: best (lowest val loss), latest, or a step
-        split: train (first 90%), val (last 10%), all; auto: all if data_path has text
+        split: train or val, as for training; all; auto: val, but all if data_path has
+            text or documents, so that a file is scored as a whole
         stride: slide windows by N tokens, counting the last N; no overlap by default
         batch_size: windows per batch, over all devices; does not affect the result
-        data_path: other text than the run's: files, folders, or a directory of tokens
+        data_path: other text than the run's: files, folders, or folders of tokens
         json: print one JSON object
         mesh: mesh of this machine's devices; fsdp and tensor shard the parameters
     """
@@ -48,7 +53,7 @@ def evaluate(
         config.data, batch_size=batch_size, gradient_accumulation_steps=1
     )
     if data_path:
-        data = dataclasses.replace(data, path=data_path, sha256="")
+        data = dataclasses.replace(data, path=data_path, weights=(), sha256="")
     # The mesh is for this machine's devices, not for those that trained the run.
     config = dataclasses.replace(config, data=data, mesh=mesh)
     devices = make_mesh(config, log_line)
@@ -68,11 +73,11 @@ def evaluate(
         )
     report = {"split": split, **dataclasses.asdict(result)}
     report["perplexity"] = math.exp(result.nats_per_token)
-    report["bits_per_character"] = None
-    if run.tokenizer:
-        characters = count_characters(run.tokenizer, tokens[1:])
-        bits = result.tokens * result.nats_per_token / math.log(2)
-        report["bits_per_character"] = bits / characters if characters else None
+    first = len(tokens) - result.tokens  # token that is predicted
+    bits = result.tokens * result.nats_per_token / math.log(2)
+    sizes = count_text(run.tokenizer, tokens, first) if run.tokenizer else (0, 0)
+    for unit, size in zip(("character", "byte"), sizes, strict=True):
+        report[f"bits_per_{unit}"] = bits / size if size else None
     if json:
         print(dumps(report))
         return 0
@@ -82,13 +87,23 @@ def evaluate(
     return 0
 
 
-def count_characters(tokenizer: Tokenizer, tokens: np.ndarray) -> int:
-    """Counts the characters that begin in the tokens; an end-of-text token has none."""
-    counts_V = np.bincount(tokens, minlength=tokenizer.vocab_size)
+def count_text(
+    tokenizer: Tokenizer, tokens: np.ndarray | Tokens, start: int
+) -> tuple[int, int]:
+    """Counts the characters that begin in the tokens from `start` on, and the bytes.
+
+    An end-of-text token has none.
+    """
+    counts_V = np.zeros(tokenizer.vocab_size, np.int64)
+    for position in range(start, len(tokens), _CHUNK):
+        counts_V += np.bincount(
+            tokens[position : position + _CHUNK], minlength=len(counts_V)
+        )
     if tokenizer.end_of_text is not None:
         counts_V[tokenizer.end_of_text] = 0
-    characters = 0
+    characters = size = 0
     for id_ in np.flatnonzero(counts_V).tolist():
-        utf8 = tokenizer.decode_bytes([id_])
-        characters += int(counts_V[id_]) * sum(byte & 0xC0 != 0x80 for byte in utf8)
-    return characters
+        utf8, count = tokenizer.decode_bytes([id_]), int(counts_V[id_])
+        characters += count * sum(byte & 0xC0 != 0x80 for byte in utf8)
+        size += count * len(utf8)
+    return characters, size

@@ -8,9 +8,12 @@ import pytest
 from conftest import TINY, changed, init_model, logits_of, save_params
 
 from jaxgpt import BPETokenizer, load_run
+from jaxgpt.commands import evaluate as evaluate_module
+from jaxgpt.commands.evaluate import count_text
 from jaxgpt.ops import cross_entropy
 from jaxgpt.run import TOKENIZER, save_config
 from jaxgpt.text.corpus import load_corpus
+from jaxgpt.text.shards import Tokens
 from jaxgpt.training.checkpoint import open_checkpoints
 
 
@@ -26,9 +29,19 @@ def report_of(evaluate):
     return lambda *flags: json.loads(evaluate("--json", *flags).out)
 
 
+def bigram_run(run_dir, tokenizer):
+    """Makes a run of an untrained bigram model with a tokenizer."""
+    size = tokenizer.vocab_size
+    config = changed(TINY, model={"architecture": "bigram", "vocab_size": size})
+    save_config(run_dir, config, tokenizer)
+    with open_checkpoints(run_dir / "checkpoints") as checkpoints:
+        save_params(checkpoints, 8, init_model(**vars(config.model))[1])
+    return run_dir
+
+
 def test_the_report_is_of_the_exact_loss_for_every_batch_size(report_of, tiny_run):
     run = load_run(tiny_run)
-    tokens = load_corpus(run.config)[0].train.astype(np.int32)  # of 95 windows
+    tokens = load_corpus(run.config)[0].train[:].astype(np.int32)  # of 95 windows
     losses = []
     for start in range(0, len(tokens) - 1, run.config.model.block_size):
         window_BT = tokens[None, start : start + run.config.model.block_size + 1]
@@ -45,6 +58,7 @@ def test_the_report_is_of_the_exact_loss_for_every_batch_size(report_of, tiny_ru
             "nats_per_token": nats,
             "perplexity": pytest.approx(math.exp(nats)),
             "bits_per_character": pytest.approx(nats / math.log(2)),
+            "bits_per_byte": pytest.approx(nats / math.log(2)),
         }
 
 
@@ -93,23 +107,40 @@ def test_a_text_shorter_than_a_window_is_enough(report_of, evaluate, tmp_path):
     assert "--" not in str(error.value)  # no flag that train.py alone has
 
 
-def test_ends_of_documents_are_predicted_but_are_no_characters(call, tmp_path):
-    tokenizer = BPETokenizer.train(["be"], 257)
-    config = changed(TINY, model={"architecture": "bigram", "vocab_size": 257})
-    save_config(tmp_path / "run", config, tokenizer)
-    with open_checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        save_params(checkpoints, 8, init_model(**vars(config.model))[1])
+def test_ends_of_documents_are_predicted_but_are_no_text(call, tmp_path):
+    run_dir = bigram_run(tmp_path / "run", BPETokenizer.train(["be"], 257))
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for path in paths:
         path.write_text("to bé", encoding="utf-8")  # é is two tokens
-    flags = ["evaluate", "--run-dir", tmp_path / "run", "--data-path", *paths]
+    flags = ["evaluate", "--run-dir", run_dir, "--data-path", *paths]
     report = json.loads(call("jaxgpt", *flags, "--json").out)
     assert report["tokens"] == 13
     bits = 13 * report["nats_per_token"] / math.log(2)
     assert report["bits_per_character"] == pytest.approx(bits / 9)
+    assert report["bits_per_byte"] == pytest.approx(bits / 11)  # without the first t
 
 
-def test_bits_per_character_are_unknown_without_a_tokenizer(call, tiny_run, tmp_path):
+def test_text_is_counted_in_chunks(monkeypatch):
+    tokenizer = BPETokenizer.train(["to be"], 258)
+    ids = [*tokenizer.encode("é to be"), tokenizer.end_of_text] * 9
+    tokens = Tokens([np.array(ids[:5]), np.array(ids[5:])])
+    monkeypatch.setattr(evaluate_module, "_CHUNK", 2)
+    assert count_text(tokenizer, tokens, 0) == (9 * 7, 9 * 8)
+    assert count_text(tokenizer, tokens, 2) == (9 * 7 - 1, 9 * 8 - 2)
+
+
+def test_documents_are_scored_as_a_whole_by_the_runs_tokenizer(call, tmp_path):
+    texts = [f"to be {n}" for n in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    tokenizer = BPETokenizer.train(["to be"], 258)
+    run_dir = bigram_run(tmp_path / "run", tokenizer)
+    flags = ["evaluate", "--run-dir", run_dir, "--data-path", tmp_path / "a.jsonl"]
+    report = json.loads(call("jaxgpt", *flags, "--json").out)
+    ids = [id_ for text in texts for id_ in tokenizer.encode(text)]
+    assert (report["split"], report["tokens"]) == ("all", len(ids) + 30 - 1)
+
+
+def test_bits_are_unknown_without_a_tokenizer(call, tiny_run, tmp_path):
     for split in ("train", "val"):
         (np.arange(99) % 11).astype(np.uint16).tofile(tmp_path / f"{split}.bin")
     run_dir = shutil.copytree(tiny_run, tmp_path / "run")
@@ -120,5 +151,5 @@ def test_bits_per_character_are_unknown_without_a_tokenizer(call, tiny_run, tmp_
         assert (report["bits_per_character"] is not None) == known
         assert report["tokens"] == 98
     out, _ = call("jaxgpt", *flags)
-    (line,) = (line for line in out.splitlines() if line.startswith("bits"))
-    assert line.split()[-1] == "unknown"
+    lines = [line.split()[-1] for line in out.splitlines() if line.startswith("bits")]
+    assert lines == ["unknown", "unknown"]
