@@ -125,9 +125,9 @@ def _load(
         known = tokenizer.vocab_size if tokenizer else vocab_size
         if known is None:
             raise ValueError(
-                f"the vocabulary of {folders[0]} is unknown (there is no meta.pkl); "
-                "give its tokenizer, as in --data.tokenizer gpt2, or its size, as in "
-                "--model.vocab-size 50257"
+                f"the vocabulary of {folders[0]} is unknown (there is no meta.pkl or "
+                "tokenizer.json); give its tokenizer, as in --data.tokenizer gpt2, or "
+                "its size, as in --model.vocab-size 50257"
             )
         _check_fits(tokenizer, vocab_size)
         opened = [open_folder(folder, known) for folder in folders]
@@ -179,7 +179,13 @@ def _find_files(data: DataConfig, log: Callable[[str], None]) -> list[Path]:
             f" writes, and {_name(data)} is not one"
         )
     if data.path:
-        files = find_files(data.path)
+        try:
+            files = find_files(data.path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}, or folders of tokens, with a {MANIFEST} or with train.bin "
+                "and val.bin"
+            ) from error
         if pipes := [path for path in files if not path.is_file()]:
             raise ValueError(
                 f"{pipes[0]} is not a regular file, and files are read more than once; "

@@ -122,6 +122,13 @@ GPT2_CONFIG, JSON = "gpt2/config.json", "gpt2/tokenizer.json"
 CHARACTERS = CharTokenizer("Tobe").to_json()
 OWN, OTHER_TEXT = {"own.json": CHARACTERS}, {"text.txt": "Zounds! " * 99}
 DAMAGED = {CHECKPOINTS: corrupt}
+PREPARED = f"{SMOKE} --data.path new"
+OTHER_TOKENS = {f"other/{name}": b"\0\0" * 99 for name in ("train.bin", "val.bin")}
+OTHER_TOKENS |= {"other/tokenizer.json": CHARACTERS}
+SHARD = {"name": "train_000.bin", "tokens": 2, "documents": 1, "largest_token": 1}
+MANIFEST = {"format": 1, "settings": {}, "tokenizer": "", "vocab_size": 4}
+MANIFEST |= {"end_of_text": 3, "sources": [], "documents": 1, "duplicates": 0}
+MANIFEST = json.dumps(MANIFEST | {"shards": [SHARD | {"sha256": ""}]})
 
 # By group: the mistake, the command, and what the message must name, separated by
 # spaces; then the files that differ from what the page describes. A file is given its
@@ -175,9 +182,9 @@ CASES = {
     ],
     "Text and tokens": [
         ("a file that does not exist", f"{SMOKE} --data.path tex.txt", "tex.txt"),
-        ("a folder among files", f"{TRAIN} tokens", "DIR/tokens *.txt"),
+        ("a folder of tokens among files", f"{TRAIN} tokens", "tokens --data.path"),
         ("a folder without text", f"{SMOKE} --data.path gpt2", "DIR/gpt2 train.bin"),
-        ("a pipe", TRAIN, "text.txt zcat", {"text.txt": make_pipe}),
+        ("a pipe", TRAIN, "text.txt save", {"text.txt": make_pipe}),
         ("an empty file", TRAIN, "text.txt", {"text.txt": ""}),
         ("text that is not UTF-8", TRAIN, "text.txt UTF-8", {"text.txt": b"\xe9"}),
         ("text in UTF-16", TRAIN, "text.txt UTF-16", {"text.txt": b"\xff\xfee\0"}),
@@ -187,6 +194,21 @@ CASES = {
         ("a missing val.bin", TOKENS, VAL, {VAL: remove}),
         ("a truncated token", TOKENS, "tokens/train.bin", {"tokens/train.bin": 999}),
         ("too large a token", TOKENS, f"{VAL} 11", {VAL: b"\x0b\0" * 99}),
+        ("weights of other folders", f"{TOKENS} --data.weights 1 2", "=(1.0, 2.0) 1"),
+        ("a weight of 0", f"{TOKENS} --data.weights 0", "weights=(0.0,)"),
+        ("a weight of text", f"{TRAIN} --data.weights 1", "--data.weights text.txt"),
+        ("folders of other tokenizers", f"{TOKENS} other", "DIR/other", OTHER_TOKENS),
+        ("a corpus that is not prepared to the end", PREPARED, "new jaxgpt prepare",
+         {"new/unfinished": lambda path: path.mkdir(parents=True)}),
+        ("a truncated manifest.json", PREPARED, "new/manifest.json",
+         {"new/manifest.json": "{", "new/tokenizer.json": CHARACTERS}),
+        ("a missing shard", PREPARED, "new/train_000.bin",
+         {"new/manifest.json": MANIFEST, "new/tokenizer.json": CHARACTERS}),
+        ("a truncated shard", PREPARED, "new/train_000.bin",
+         {"new/manifest.json": MANIFEST, "new/tokenizer.json": CHARACTERS,
+          "new/train_000.bin": b"\0\0", "new/train_000.ends": b"\2\0\0\0"}),
+        ("a broken line of JSON", f"{SMOKE} --data.path a.jsonl", "a.jsonl:1 JSON",
+         {"a.jsonl": '{"text"'}),
         ("no vocabulary", TOKENS, "tokens --model.vocab-size", {META: remove}),
         ("code in meta.pkl", TOKENS, META, {META: pickle.dumps({"itos": Malicious()})}),
         ("a truncated meta.pkl", TOKENS, META, {META: 50}),
@@ -282,6 +304,9 @@ CASES = {
         ("an unknown split", f"{EVALUATE} --split test", "--split 'test' 'val' 'all'"),
         ("text that does not exist", f"{EVALUATE} --data-path tex.txt", "tex.txt"),
         ("other characters", f"{EVALUATE} --data-path text.txt", "'!Zdsu'", OTHER_TEXT),
+        ("documents for a model without an end token",
+         f"{EVALUATE} --data-path a.jsonl", "a.jsonl <|endoftext|>",
+         {"a.jsonl": '{"text": "To be"}'}),
         ("a single character", f"{EVALUATE} --data-path text.txt", "1 tokens",
          {"text.txt": "T"}),
         ("text for a run without a tokenizer",
