@@ -38,7 +38,11 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens_BT, **options))
 
     def hidden(
-        self, tokens_BT: Array, deterministic: bool = True, rows_B: Array | None = None
+        self,
+        tokens_BT: Array,
+        deterministic: bool = True,
+        rows_B: Array | None = None,
+        segments_BT: Array | None = None,
     ) -> Array:
         """The input of the head, [B, T, C].
 
@@ -46,13 +50,18 @@ class GPT(nn.Module):
           tokens_BT: token ids, i32. Raises ValueError if T is above block_size.
           deterministic: False applies dropout, which needs rngs={"dropout": key}.
           rows_B: indices of the rows in the whole batch; 0 to B - 1 by default.
+          segments_BT: segment ids, i32, each of consecutive positions. Positions attend
+            only to their segment, and count from 0 in it. None for one segment.
         """
         config, axes = self.config, ("batch", "time", "embed")
         rows_B = jnp.arange(len(tokens_BT)) if rows_B is None else rows_B
         rows_B = None if deterministic else rows_B
+        mask, positions_BT = Mask(segments_BS=segments_BT), None
+        if segments_BT is not None:
+            positions_BT = layers.segment_positions(segments_BT)
 
         def body(block: nn.Module, x_BTC: Array) -> tuple[Array, None]:
-            return layers.constrain(block(x_BTC, Mask(), rows_B)[0], axes), None
+            return layers.constrain(block(x_BTC, mask, rows_B)[0], axes), None
 
         blocks = nn.scan(
             nn.remat(body, prevent_cse=False) if config.remat else body,
@@ -62,7 +71,7 @@ class GPT(nn.Module):
             # Without a loop, XLA would reuse the forward pass and so undo remat.
             unroll=1 if config.remat else config.unroll,
         )
-        x_BTC = self.drop(self._embed(tokens_BT), rows_B)
+        x_BTC = self.drop(self._embed(tokens_BT, positions_BT), rows_B)
         return self.ln_f(blocks(self.h, layers.constrain(x_BTC, axes))[0])
 
     def head(self, params: Any) -> Array:

@@ -43,6 +43,13 @@ def take(x_BT: Array, index_B: Array) -> Array:
     return jnp.take_along_axis(x_BT, index_B1, axis=1)
 
 
+def segment_positions(segments_BT: Array) -> Array:
+    """Positions that count from 0 in each segment, i32 [B, T]."""
+    index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
+    same_BT = jnp.pad(segments_BT[:, 1:] == segments_BT[:, :-1], ((0, 0), (1, 0)))
+    return index_BT - jax.lax.cummax(jnp.where(same_BT, 0, index_BT), axis=1)
+
+
 class Embed(nn.Module):
     """An embedding table with one vector per token or position."""
 

@@ -31,7 +31,8 @@ class Mask:
       causal: whether keys after the query's own position are masked.
       positions_BT: positions of the queries among the keys, i32; 0 to T - 1 if None.
       lengths_B: keys in each row before the right padding, i32; S if None.
-      segments_BS: segment ids, i32; masks keys of other segments. Requires T = S.
+      segments_BS: segment ids of the keys, i32; a query attends only to keys of the
+        segment at its own position.
     """
 
     causal: bool = flax.struct.field(pytree_node=False, default=True)
@@ -47,7 +48,8 @@ class Mask:
         if self.lengths_B is not None:
             visible_BTS &= key_S < self.lengths_B[:, None, None]
         if self.segments_BS is not None:
-            visible_BTS &= self.segments_BS[..., None] == self.segments_BS[:, None]
+            segments_BT = jnp.take_along_axis(self.segments_BS, query_BT, axis=1)
+            visible_BTS &= segments_BT[..., None] == self.segments_BS[:, None]
         return visible_BTS[:, None]
 
 
@@ -82,8 +84,10 @@ def _blocked_attention(
     starts, out = list(range(0, T, size)), []
     prefixes = (_prefixes(a, starts, platform) for a in (k_BTHD, v_BTHD))
     for start, k_BSHD, v_BSHD in zip(starts, *prefixes, strict=True):
-        positions_T = jnp.arange(start, min(start + size, T))
-        block_mask = Mask(True, positions_T[None], mask.lengths_B)
+        positions_T, segments_BS = jnp.arange(start, min(start + size, T)), None
+        if mask.segments_BS is not None:
+            segments_BS = mask.segments_BS[:, : start + size]
+        block_mask = Mask(True, positions_T[None], mask.lengths_B, segments_BS)
         block_drop = drop and partial(drop, start=(0, start, 0), shape=(H, T, T))
         block = q_BTHD[:, start : start + size], k_BSHD, v_BSHD
         out.append(plain_attention(*block, block_mask, block_drop, platform))
@@ -111,9 +115,10 @@ def attention(
     """`plain_attention`, by the fastest implementation; cuDNN only if `fused`."""
     qkv, head_dim = (q_BTHD, k_BSHD, v_BSHD), q_BTHD.shape[-1]
     fits = q_BTHD.dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
-    standard_mask = mask.positions_BT is None and mask.segments_BS is None
+    standard_mask = mask.positions_BT is None
     standard_mask &= q_BTHD.shape == k_BSHD.shape or not mask.causal
-    if platform == "cuda" and fused and fits and standard_mask and not drop:
+    fits &= standard_mask and mask.segments_BS is None
+    if platform == "cuda" and fused and fits and not drop:
         cudnn = partial(jax.nn.dot_product_attention, implementation="cudnn")
         return cudnn(*qkv, is_causal=mask.causal, key_value_seq_lengths=mask.lengths_B)
     attend = _blocked_attention if mask.causal and standard_mask else plain_attention

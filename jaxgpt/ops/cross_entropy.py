@@ -135,40 +135,55 @@ def head_losses(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def head_loss_sum(
-    x_BTC: Array, table_VC: Array, targets_BT: Array, platform: str
+    x_BTC: Array,
+    table_VC: Array,
+    targets_BT: Array,
+    platform: str,
+    weights_BT: Array | None = None,
 ) -> Array:
-    """The sum of `head_losses`, f32 scalar.
+    """The sum of `head_losses`, each times its weight if weights are given, f32 scalar.
 
     Computes each chunk's gradient with its loss; logits are not stored or recomputed.
     """
-    return head_losses(x_BTC, table_VC, targets_BT, platform).sum()
+    losses_BT = head_losses(x_BTC, table_VC, targets_BT, platform)
+    return (losses_BT if weights_BT is None else losses_BT * weights_BT).sum()
 
 
 def _loss_and_gradients(
-    x_BTC: Array, table_VC: Array, targets_BT: Array, platform: str
+    x_BTC: Array,
+    table_VC: Array,
+    targets_BT: Array,
+    platform: str,
+    weights_BT: Array | None = None,
 ) -> tuple[Array, Any]:
     dtype, V = x_BTC.dtype, len(table_VC)
     table = _prepared(table_VC, dtype, platform)
 
-    def add(total: Any, chunk: tuple[Array, Array]) -> tuple[Any, Array]:
-        x_BTC, chunk_targets_BT = chunk
+    def add(total: Any, chunk: tuple[Array, Array, Any]) -> tuple[Any, Array]:
+        x_BTC, chunk_targets_BT, chunk_weights_BT = chunk
         losses_BT, grad_BTV = losses_and_gradient(
             _logits(x_BTC, table, platform), chunk_targets_BT, V, platform
         )
         grad_BTV = grad_BTV.astype(dtype)
         grad_x_BTC = einsum("BTV,VC->BTC", grad_BTV, table, dtype, platform)
+        if chunk_weights_BT is not None:  # not of the gradient, which is V / C as large
+            losses_BT *= chunk_weights_BT
+            weights_BT1 = chunk_weights_BT[..., None].astype(dtype)
+            grad_x_BTC, x_BTC = grad_x_BTC * weights_BT1, x_BTC * weights_BT1
         grad_VC = einsum("BTV,BTC->VC", grad_BTV, x_BTC, jnp.float32, platform)
         return jax.tree.map(jnp.add, total, (losses_BT.sum(), grad_VC)), grad_x_BTC
 
     zeros = jnp.zeros_like(table_VC, shape=()), jnp.zeros_like(table, table_VC.dtype)
-    chunks = _chunks(x_BTC, V, platform), _chunks(targets_BT, V, platform)
+    chunks = jax.tree.map(
+        lambda a: _chunks(a, V, platform), (x_BTC, targets_BT, weights_BT)
+    )
     (loss, grad_VC), grad_x = jax.lax.scan(add, zeros, chunks)
     return loss, (_joined(grad_x), grad_VC[:V])
 
 
-def _scale(_: str, gradients: Any, grad: Array) -> tuple[Array, Array, None]:
+def _scale(_: str, gradients: Any, grad: Array) -> tuple[Array, Array, None, None]:
     grad_x_BTC, grad_VC = gradients
-    return grad_x_BTC * grad.astype(grad_x_BTC.dtype), grad_VC * grad, None
+    return grad_x_BTC * grad.astype(grad_x_BTC.dtype), grad_VC * grad, None, None
 
 
 head_loss_sum.defvjp(_loss_and_gradients, _scale)

@@ -58,6 +58,10 @@ MASKS = {
     "lengths": Mask(lengths_B=LENGTHS_B),
     "positions": Mask(positions_BT=np.arange(70)[None] + np.array([[0], [20]])),
     "segments": Mask(segments_BS=np.arange(2 * 70).reshape(2, 70) // 13),
+    "segments at positions": Mask(
+        positions_BT=np.arange(70)[None] + np.array([[0], [20]]),
+        segments_BS=np.arange(2 * 90).reshape(2, 90) // 13,
+    ),
     "all": Mask(causal=False),
     "all within lengths": Mask(causal=False, lengths_B=LENGTHS_B),
 }
@@ -72,7 +76,7 @@ def visible_by_hand(mask, T, S):
         visible[b, 0, t, s] = (
             (not mask.causal or s <= at)
             and (mask.lengths_B is None or s < mask.lengths_B[b])
-            and (segments_S is None or segments_S[t] == segments_S[s])
+            and (segments_S is None or segments_S[at] == segments_S[s])
         )
     return visible
 
@@ -129,6 +133,12 @@ def test_cudnn_is_given_what_the_definition_means(monkeypatch, name):
     for a, b in zip(found, expected, strict=True):
         a, b = (np.asarray(each, np.float32) for each in (a, b))
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
+
+
+def test_cudnn_is_not_given_segments(monkeypatch):
+    monkeypatch.setattr(jax.nn, "dot_product_attention", None)
+    *qkv, weights = (a.astype(jnp.bfloat16) for a in qkv_and_weights(70))
+    assert value_and_gradient(qkv, weights, MASKS["segments"], platform="cuda")
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

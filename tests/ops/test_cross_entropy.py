@@ -17,6 +17,7 @@ B, T, C, V = 2, 12, 8, 50
 RNG = np.random.default_rng(0)
 WEIGHTS = [RNG.normal(size=s).astype(np.float32) for s in [(B, T, C), (V, C)]]
 TARGETS_BT = RNG.integers(V, size=(B, T))
+PARTS_BT = np.float32(RNG.integers(3, size=(B, T)) / (B * T))  # weights of losses
 
 
 def test_cross_entropy_is_minus_the_log_of_the_softmax():
@@ -36,12 +37,13 @@ def test_losses_and_gradients_in_chunks_are_those_of_all_logits(
     def chunked(x_BTC, table_VC):
         losses_BT = head_losses(x_BTC, table_VC, TARGETS_BT, platform)
         loss = 3 * head_loss_sum(x_BTC, table_VC, TARGETS_BT, platform) / (B * T)
+        loss += head_loss_sum(x_BTC, table_VC, TARGETS_BT, platform, PARTS_BT)
         return loss, losses_BT
 
     def whole(x_BTC, table_VC):
         logits_BTV = jnp.einsum("BTC,VC->BTV", x_BTC, table_VC)
         losses_BT = cross_entropy(logits_BTV, TARGETS_BT)
-        return 3 * losses_BT.mean(), losses_BT
+        return 3 * losses_BT.mean() + (losses_BT * PARTS_BT).sum(), losses_BT
 
     found, expected = (
         jax.jit(jax.value_and_grad(losses, argnums=(0, 1), has_aux=True))(*WEIGHTS)
