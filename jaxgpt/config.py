@@ -363,6 +363,12 @@ class Config:
             f"effect with architecture={self.model.architecture}, whose parameters "
             "every device holds in full; leave them at 1",
         )
+        _check(
+            self.model.packable or self.data.packing == "windows",
+            f"packing={self.data.packing} needs a model that keeps documents apart, "
+            f"but architecture={self.model.architecture} does not; use --data.packing "
+            "windows",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a nested dict of plain values, for JSON."""

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxgpt.config import Config
+from jaxgpt.text.packing import PackedDocuments, Split, get_packed_batch
 from jaxgpt.text.shards import Tokens
 
 EVAL_SEED = 2**32  # seed of evaluation batches, above every training seed
@@ -74,30 +75,41 @@ def mixture(
     return read
 
 
-def mixed_source(parts: Sequence[np.ndarray | Tokens], config: Config) -> Source:
+def mixed_source(parts: Sequence[Split], config: Config) -> Source:
     """Returns the source of training batches that draws rows by `data.weights`."""
     sources = [training_source(part, config) for part in parts]
     seed, B = config.train.seed, config.data.batch_size
     return mixture(sources, config.data.weights, seed, B)
 
 
-def training_source(tokens: np.ndarray | Tokens, config: Config) -> Source:
-    """Returns the source of training batches."""
-    return partial(
-        get_batch,
-        tokens,
-        config.train.seed,
-        batch_size=config.data.batch_size,
-        block_size=config.model.block_size,
-    )
+def predictions(split: Split) -> int:
+    """How many tokens of a split are predicted, each once: all of packed documents."""
+    if isinstance(split, PackedDocuments):
+        return len(split.tokens)
+    return len(split) - 1
 
 
-def evaluation_source(tokens: np.ndarray | Tokens, config: Config) -> Source:
+def training_source(split: Split, config: Config) -> Source:
+    """Returns the source of training batches.
+
+    Raises ValueError if packed documents have no end.
+    """
+    if isinstance(split, PackedDocuments) and not split.has_ends:
+        raise ValueError(
+            "packing=documents needs an end-of-text token after each document, but the "
+            "train split has none; give each document as a file of its own, or "
+            "--data.packing windows"
+        )
+    return _source(split, config, config.train.seed, config.data.batch_size)
+
+
+def evaluation_source(split: Split, config: Config) -> Source:
     """Returns a source of microbatch-sized batches, the same in every evaluation."""
-    return partial(
-        get_batch,
-        tokens,
-        EVAL_SEED,
-        batch_size=config.data.microbatch_size,
-        block_size=config.model.block_size,
-    )
+    return _source(split, config, EVAL_SEED, config.data.microbatch_size)
+
+
+def _source(split: Split, config: Config, seed: int, batch_size: int) -> Source:
+    if isinstance(split, PackedDocuments):
+        return partial(get_packed_batch, split, seed, batch_size=batch_size)
+    T = config.model.block_size
+    return partial(get_batch, split, seed, batch_size=batch_size, block_size=T)
