@@ -40,8 +40,14 @@ from jaxgpt.run import (
     save_config,
 )
 from jaxgpt.terminal import log_line
-from jaxgpt.text.batches import evaluation_source, mixed_source, training_source
+from jaxgpt.text.batches import (
+    evaluation_source,
+    mixed_source,
+    predictions,
+    training_source,
+)
 from jaxgpt.text.corpus import load_corpus
+from jaxgpt.text.packing import as_rows
 from jaxgpt.training import checkpoint, evaluation
 from jaxgpt.training.diagnosis import diagnose_non_finite
 from jaxgpt.training.loggers import check_installed
@@ -110,10 +116,11 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         mesh = make_mesh(config, log_line)
         schedule = with_steps_per_call(config, mesh).train
         model = build_model(config.model, platform_of(mesh))
-        objective, source = next_token(model), training_source(corpus.train, config)
+        pack = partial(as_rows, config=config, tokenizer=corpus.tokenizer, log=log_line)
+        splits = {"train": pack(corpus.train), "val": pack(corpus.val)}
+        objective, source = next_token(model), training_source(splits["train"], config)
         if config.data.weights:
-            source = mixed_source(corpus.parts, config)
-        splits = {"train": corpus.train, "val": corpus.val}
+            source = mixed_source([*map(pack, corpus.parts)], config)
         sources = {name: evaluation_source(splits[name], config) for name in splits}
         eval_step = evaluation.make_eval_step(objective, mesh)
         estimate = partial(evaluation.estimate, eval_step)
@@ -206,9 +213,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
 
             def exact_loss(name: str, params: Any) -> float:
                 """The loss on the whole validation split."""
-                with monitor.last_evaluation(name, len(corpus.val) - 1) as advance:
+                val = splits["val"]
+                with monitor.last_evaluation(name, predictions(val)) as advance:
                     return evaluation.evaluate_exactly(
-                        losses_step, params, corpus.val, config, mesh, advance=advance
+                        losses_step, params, val, config, mesh, advance=advance
                     ).nats_per_token
 
             state = dataclasses.replace(state, opt_state=None)  # frees memory

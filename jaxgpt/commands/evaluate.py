@@ -13,7 +13,9 @@ from jaxgpt.config import MeshConfig
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import load_config, load_run, text_tokenizer
 from jaxgpt.terminal import log_line, progress
+from jaxgpt.text.batches import predictions
 from jaxgpt.text.corpus import load_split
+from jaxgpt.text.packing import as_rows
 from jaxgpt.text.shards import Tokens
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
@@ -32,6 +34,8 @@ def evaluate(
     mesh: MeshConfig = MeshConfig(),  # noqa: B008 # it is frozen
 ) -> int:
     """Reports the exact loss on a text: each token but the first is predicted once.
+
+    A run with --data.packing documents predicts every token, each document on its own.
 
     Bits per character and per byte of UTF-8 are the loss of all these tokens, divided
     by the characters or bytes they stand for; a token that ends a document adds to the
@@ -66,10 +70,11 @@ def evaluate(
     part = "all" if split == "all" else f"the {split} split"
     log_line(f"evaluating on {part} of {text}")
     tokens = load_split(config, split, log_line, run.tokenizer)
+    rows = as_rows(tokens, config, run.tokenizer, log_line)
     eval_step = make_losses_step(run.model, devices)
-    with progress("evaluating", len(tokens) - 1) as advance:
+    with progress("evaluating", predictions(rows)) as advance:
         result = evaluate_exactly(
-            eval_step, run.params, tokens, config, devices, stride, advance
+            eval_step, run.params, rows, config, devices, stride, advance
         )
     report = {"split": split, **dataclasses.asdict(result)}
     report["perplexity"] = math.exp(result.nats_per_token)

@@ -58,4 +58,5 @@ def batch_shapes(config: Config, mesh: Mesh, count: int) -> Any:
     shape = (count, config.data.batch_size, config.model.block_size)
     rows = batch_sharding(mesh, axis=1)
     tokens_NBT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    return tokens_NBT, tokens_NBT
+    leaves = 3 if config.data.packing == "documents" else 2  # inputs, targets, segments
+    return (tokens_NBT,) * leaves

@@ -132,7 +132,7 @@ def get_packed_batch(
     return read_rows(packed, row_B)
 
 
-@lru_cache(maxsize=2)  # a batch has rows of two epochs, unless the corpus is tiny
+@lru_cache(maxsize=8)  # two epochs of each part of a mixture
 def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
     """A permutation of the rows."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows)

@@ -19,8 +19,8 @@ from jaxgpt.config import Config
 from jaxgpt.parallel.defaults import evaluations_per_call
 from jaxgpt.parallel.feeding import read_batches
 from jaxgpt.parallel.mesh import activation_sharding, batch_sharding, replicated
-from jaxgpt.text.batches import Source
-from jaxgpt.text.shards import Tokens
+from jaxgpt.text.batches import Source, predictions
+from jaxgpt.text.packing import PackedDocuments, Split, read_rows
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
 
 # Maps parameters and N batches, both sharded, to results on every process.
@@ -50,15 +50,18 @@ def make_losses_step(model: nn.Module, mesh: Mesh) -> EvalStep:
 
     A batch is inputs and targets, i32 [N, B, T], and ranges, i32 [N, B, 3]: the first
     sum is of positions from ranges[..., 0] up to ranges[..., 1], the second from there
-    up to ranges[..., 2]. The result is f32 [N, B, 2]. There is no dropout.
+    up to ranges[..., 2]. The result is f32 [N, B, 2]. There is no dropout. Batches of
+    packed rows also have segments, i32 [N, B, T].
     """
 
     def sum_losses(params: Any, batches: Batch) -> jax.Array:
         return jax.lax.map(partial(sums, params), batches)
 
     def sums(params: Any, batch: Batch) -> jax.Array:
-        inputs_BT, targets_BT, ranges_B3 = batch
+        inputs_BT, targets_BT, ranges_B3, segments_BT = (*batch, None)[:4]
         apply = partial(model.apply, {"params": params})
+        if segments_BT is not None:
+            apply = partial(apply, segments_BT=segments_BT)
         if hasattr(model, "hidden"):
             x_BTC, head_VC = apply(inputs_BT, method="hidden"), model.head(params)
             loss_BT = ops.head_losses(x_BTC, head_VC, targets_BT, model.platform)
@@ -162,8 +165,9 @@ class Evaluation:
       tokens: number of predictions.
       nats_per_token: their mean loss.
       standard_error: of that mean, in nats, from the variance between segments of
-        block_size predictions, since losses within one correlate; None if there is only
-        one. A lower bound, because losses correlate a little between segments too.
+        block_size predictions or between packed rows, since losses within one
+        correlate; None if there is only one. A lower bound, because losses correlate a
+        little between segments too.
     """
 
     tokens: int
@@ -174,15 +178,16 @@ class Evaluation:
 def evaluate_exactly(
     eval_step: EvalStep,
     params: Any,
-    tokens: np.ndarray | Tokens,
+    split: Split,
     config: Config,
     mesh: Mesh,
     stride: int | None = None,
     advance: Callable[[int], object] = lambda predictions: None,
 ) -> Evaluation:
-    """The loss on `tokens`, predicting each one but the first exactly once.
+    """The loss on a split, with each of its `predictions` made exactly once.
 
-    Windows of block_size predictions start every `stride` tokens. Only the last
+    Of packed documents, every token is predicted, in the rows of an epoch. Of tokens,
+    windows of block_size predictions start every `stride` tokens. Only the last
     `stride` predictions of a window count, and all of the first window, so that each
     has more than block_size - stride tokens of context, except at the start of the
     text. The batch size does not change the result, except for rounding.
@@ -190,72 +195,113 @@ def evaluate_exactly(
     Args:
       eval_step: the result of `make_losses_step`.
       params: the model's parameters.
-      tokens: token ids of one split [tokens], at least two.
+      split: token ids [tokens], at least two, or packed documents.
       config: gives block_size and the number of rows per batch.
       mesh: the mesh of `eval_step`.
       stride: block_size by default, so that windows do not overlap.
       advance: called with the number of predictions in each dispatch, to show
         progress.
 
-    Raises ValueError if `stride` is not from 1 to block_size, and FloatingPointError if
-    the loss is not finite.
+    Raises ValueError if `stride` is not from 1 to block_size, or given for packed
+    documents, and FloatingPointError if the loss is not finite.
     """
-    T, B = config.model.block_size, config.data.microbatch_size
-    stride = T if stride is None else stride
-    if not 1 <= stride <= T:
+    T, count = config.model.block_size, predictions(split)
+    if stride is not None and not 1 <= stride <= T:
         raise ValueError(f"stride={stride} must be from 1 to block_size={T}")
-    count = len(tokens) - 1
+    sum_rows = partial(_sum_rows, eval_step, params, config, mesh, advance)
+    if isinstance(split, PackedDocuments):
+        if stride is not None:
+            raise ValueError(
+                f"stride={stride} slides windows, but the run has packing=documents, "
+                "which predicts each document on its own; omit it"
+            )
+        sizes_R = np.add.reduceat(split.lengths_P, split.offsets_R[:-1], dtype=np.int64)
+        stops_R = np.cumsum(sizes_R)
+
+        def read_packed(row_B: np.ndarray) -> Batch:
+            """Reads packed rows, and the ranges that are not padding."""
+            inputs_BT, targets_BT, segments_BT = read_rows(split, row_B)
+            ranges_B3 = sizes_R[row_B][:, None] * np.array([0, 1, 1])
+            return inputs_BT, targets_BT, ranges_B3, segments_BT
+
+        sums_R2 = sum_rows(read_packed, len(split), lambda rows: stops_R[rows - 1])
+        return _summary(sums_R2[:, 0], sizes_R)
+    stride = stride or T
     windows = 1 + -(-max(count - T, 0) // stride)
-    batches = -(-windows // B)
-    size = evaluations_per_call(config, mesh, batches)
 
     def first_counted(window: np.ndarray) -> np.ndarray:
         return np.where(window > 0, window * stride + T - stride, 0)
 
-    def read_windows(step: int, rows: slice | np.ndarray) -> Batch:
-        """Reads windows and the ranges that count, cut where a segment of T begins.
-
-        Rows after the last window repeat it; their ranges are empty.
-        """
-        window_B = np.arange(step * B, (step + 1) * B)[rows]
-        start_B = np.minimum(window_B, windows - 1) * stride
+    def read_windows(window_B: np.ndarray) -> Batch:
+        """Reads windows and the ranges that count, cut where a segment of T begins."""
+        start_B, first_B = window_B * stride, first_counted(window_B)
         end_B = np.minimum(start_B + T, count)
-        first_B = np.minimum(first_counted(window_B), end_B)
         cut_B = np.minimum((first_B // T + 1) * T, end_B)
         ranges_B3 = np.stack([first_B, cut_B, end_B], axis=1) - start_B[:, None]
         positions = np.minimum(start_B[:, None] + np.arange(T + 1), count)
-        text = tokens[positions].astype(np.int32)
-        return text[:, :-1], text[:, 1:], ranges_B3.astype(np.int32)
+        text = split[positions].astype(np.int32)
+        return text[:, :-1], text[:, 1:], ranges_B3
 
-    def dispatches() -> Iterator[tuple[int, Batch]]:
-        done = 0
-        for step in range(0, batches, size):
-            before, steps = done, range(step, step + size)
-            done = min(T + (steps.stop * B - 1) * stride, count)
-            yield done - before, read_batches(read_windows, steps, B, mesh)
+    def predicted(rows: int) -> int:
+        return min(T + (rows - 1) * stride, count)
 
-    found = np.concatenate(_results(eval_step, params, dispatches(), advance))
-    sums_W2 = found.reshape(-1, 2)[:windows]
+    sums_W2 = sum_rows(read_windows, windows, predicted)
     segment_W = first_counted(np.arange(windows)) // T
     sums = np.zeros(-(-count // T) + 1)  # of each segment, and after the last
     np.add.at(sums, segment_W, sums_W2[:, 0])
     np.add.at(sums, segment_W + 1, sums_W2[:, 1])
-    return _summary(sums[:-1], T, count)
+    return _summary(sums[:-1], np.minimum(T, count - T * np.arange(len(sums) - 1)))
 
 
-def _summary(sums: np.ndarray, size: int, count: int) -> Evaluation:
-    """Mean and standard error of `count` losses, given the sum of each `size` of them.
+def _sum_rows(
+    eval_step: EvalStep,
+    params: Any,
+    config: Config,
+    mesh: Mesh,
+    advance: Callable[[int], object],
+    read: Callable[[np.ndarray], Batch],
+    rows: int,
+    predicted: Callable[[int], int],
+) -> np.ndarray:
+    """The sums of losses of each row, f32 [rows, 2]; see `make_losses_step`.
 
-    The last segment may be smaller, so the variance is that of a ratio estimator.
+    `read` maps indices of rows to inputs, targets, ranges and, if packed, segments.
+    `predicted` is the number of predictions in the first so many rows.
+    """
+    B = config.data.microbatch_size
+    size = B * evaluations_per_call(config, mesh, -(-rows // B))
+
+    def source(step: int, part: slice) -> Batch:
+        """Rows after the last repeat it; their ranges are empty."""
+        row_B = np.arange(step * B, (step + 1) * B)[part]
+        inputs_BT, targets_BT, ranges_B3, *rest = read(np.minimum(row_B, rows - 1))
+        ranges_B3 = np.where(row_B[:, None] < rows, ranges_B3, 0).astype(np.int32)
+        return inputs_BT, targets_BT, ranges_B3, *rest
+
+    def dispatches() -> Iterator[tuple[int, Batch]]:
+        done = 0
+        for start in range(0, rows, size):
+            before, done = done, int(predicted(min(start + size, rows)))
+            steps = range(start // B, (start + size) // B)
+            yield done - before, read_batches(source, steps, B, mesh)
+
+    found = np.concatenate(_results(eval_step, params, dispatches(), advance))
+    return found.reshape(-1, 2)[:rows]
+
+
+def _summary(sums: np.ndarray, sizes: np.ndarray) -> Evaluation:
+    """Mean and standard error of losses, given sums of them and how many are in each.
+
+    The sizes differ, so the variance is that of a ratio estimator.
     Source: Cochran, "Sampling Techniques" (1977), chapter 6.
     """
-    mean, error, n = sums.sum() / count, None, len(sums)
+    count, n = int(sizes.sum()), len(sums)
+    mean, error = sums.sum(dtype=np.float64) / count, None
     if not np.isfinite(mean):
         raise FloatingPointError(
             f"the loss is {mean}: the parameters are invalid; use an earlier checkpoint"
         )
     if n > 1:
-        sizes = np.minimum(size, count - size * np.arange(n))
         variance = np.sum((sums - mean * sizes) ** 2) * n / (n - 1)
         error = float(np.sqrt(variance) / count)
     return Evaluation(count, float(mean), error)

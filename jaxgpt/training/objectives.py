@@ -62,13 +62,14 @@ def validation_metric(objective: Objective) -> str:
 def next_token(model: nn.Module) -> Objective:
     """Makes the objective of next-token prediction: cross-entropy in nats.
 
-    A batch is inputs and targets, i32 [B, T] each; the weight is the number of targets.
+    A batch is inputs and targets, i32 [B, T] each, and of packed rows also segments;
+    those of padding are 0. The weight is the number of targets without padding.
     """
 
     def objective(
         params: Any, batch: Batch, context: Context
     ) -> tuple[LossSum, dict[str, LossSum]]:
-        inputs_BT, targets_BT = batch
+        inputs_BT, targets_BT, segments_BT = (*batch, None)[:3]
         apply = partial(
             model.apply,
             {"params": params},
@@ -77,11 +78,16 @@ def next_token(model: nn.Module) -> Objective:
             rows_B=context.rows_B,
             rngs=None if context.key is None else {"dropout": context.key},
         )
+        weight, weights_BT = jnp.float32(targets_BT.size), None
+        if segments_BT is not None:
+            apply = partial(apply, segments_BT=segments_BT)
+            weights_BT = (segments_BT > 0).astype(jnp.float32)
+            weight = weights_BT.sum()
         if hasattr(model, "hidden"):
-            x_BTC, head_VC = apply(method="hidden"), model.head(params)
-            total = ops.head_loss_sum(x_BTC, head_VC, targets_BT, model.platform)
+            head = model.head(params), targets_BT, model.platform, weights_BT
+            total = ops.head_loss_sum(apply(method="hidden"), *head)
         else:
             total = ops.cross_entropy(apply(), targets_BT).sum()
-        return LossSum(total, jnp.float32(targets_BT.size)), {}
+        return LossSum(total, weight), {}
 
     return objective
