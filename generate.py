@@ -16,9 +16,8 @@ from jaxgpt.config import MeshConfig, SamplingConfig, sampling_contradictions
 from jaxgpt.files import not_utf8
 from jaxgpt.generation.stream import stream_text
 from jaxgpt.parallel.mesh import model_mesh
-from jaxgpt.run import Run, load_config, load_run, text_tokenizer
+from jaxgpt.run import Run, load_config, load_run, prompt_tokens
 from jaxgpt.terminal import log_line
-from jaxgpt.text.tokenizer import encode_prompt
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,9 @@ def read_prompt(prompt: str, run: Run) -> str:
             raise not_utf8(path, error) from error
         except ValueError as error:  # a path with a null byte
             raise ValueError(f"{path} can't be read: {error}") from error
-    tokenizer = text_tokenizer(run)
-    prompt = prompt or tokenizer.start
-    count, window = len(encode_prompt(tokenizer, prompt)), run.config.model.block_size
-    if count > window:
-        log_line(f"the prompt has {count} tokens; the model sees the last {window}")
+    (prompt, ids), window = prompt_tokens(run, prompt), run.config.model.block_size
+    if len(ids) > window:
+        log_line(f"the prompt has {len(ids)} tokens; the model sees the last {window}")
     return prompt
 
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 try:
@@ -35,7 +36,7 @@ from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.mesh import host_mesh, single_device_mesh, with_shardings
 from jaxgpt.parallel.processes import any_failed, max_over_processes, wait_for_all
-from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
+from jaxgpt.text.tokenizer import Tokenizer, encode_prompt, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
     best_metric,
@@ -171,6 +172,22 @@ def text_tokenizer(run: Run) -> Tokenizer:
             "`python train.py --out-dir DIR --resume --data.tokenizer NAME`"
         )
     return run.tokenizer
+
+
+def prompt_tokens(run: Run, prompt: str) -> tuple[str, np.ndarray]:
+    """The prompt that the text continues, and its token ids, i32, at least one.
+
+    An empty prompt becomes the tokenizer's `start`. If the run has packing=documents,
+    it stays empty: the end-of-text token comes before every prompt, as in training.
+
+    Raises ValueError if a character is unknown, or if the run has no tokenizer.
+    """
+    tokenizer = text_tokenizer(run)
+    if run.config.data.packing == "windows":
+        prompt = prompt or tokenizer.start
+        return prompt, encode_prompt(tokenizer, prompt)
+    ids, end = encode_prompt(tokenizer, prompt), tokenizer.end_of_text
+    return prompt, ids if end in ids[:1] else np.array([end, *ids], np.int32)
 
 
 def load_state(

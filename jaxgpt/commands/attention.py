@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxgpt.run import ATTENTION, load_run, text_tokenizer
+from jaxgpt.run import ATTENTION, load_run, prompt_tokens, text_tokenizer
 from jaxgpt.terminal import log_line
-from jaxgpt.text.tokenizer import encode_prompt
 
 _FONTS = ("DejaVu Sans Mono", "DejaVu Sans")  # matplotlib includes both
 _LABEL = 16  # characters in a label, at most; an ellipsis ends a longer one
@@ -35,9 +34,9 @@ def attention(
     """
     run = load_run(run_dir, checkpoint)
     tokenizer = text_tokenizer(run)
-    ids, window = encode_prompt(tokenizer, prompt), run.config.model.block_size
-    if not len(ids):
+    if not prompt:
         raise ValueError("--prompt is empty; give the text to show")
+    ids, window = prompt_tokens(run, prompt)[1], run.config.model.block_size
     if len(ids) > window:
         log_line(f"the prompt has {len(ids)} tokens; the model sees the last {window}")
         ids = ids[-window:]

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from jaxgpt.config import SamplingConfig
 from jaxgpt.generation.decode import generate_tokens
-from jaxgpt.run import Run, text_tokenizer
-from jaxgpt.text.tokenizer import encode_prompt
+from jaxgpt.run import Run, prompt_tokens, text_tokenizer
 
 
 def generate(
@@ -62,8 +61,8 @@ def stream_text(
     """Continues `prompt`; yields the new text of each sample a few tokens at a time.
 
     Args:
-      prompt: empty for the tokenizer's `start`; the model sees the last block_size
-        tokens. <|endoftext|> is read as the end-of-text token, if any, as in nanoGPT,
+      prompt: as in `prompt_tokens`; the model sees the last block_size tokens.
+        <|endoftext|> is read as the end-of-text token, if any, as in nanoGPT,
         and so are other tokens that were added to an imported tokenizer.
       stop: a sample ends before the first occurrence of this text; empty disables it.
         A sample also ends before the tokenizer's end-of-text token.
@@ -84,14 +83,13 @@ def stream_text(
             raise TypeError(f"{name}={number!r} must be int")
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1")
-    tokenizer = text_tokenizer(run)
-    ids = encode_prompt(tokenizer, prompt or tokenizer.start).tolist()
+    tokenizer, (_, ids) = text_tokenizer(run), prompt_tokens(run, prompt)
     tokenizer.encode(stop)  # raises if a character is unknown: it could never match
     end = tokenizer.end_of_text
     drawn_tokens = generate_tokens(
         run.model,
         run.params,
-        [ids] * num_samples,
+        [ids.tolist()] * num_samples,
         max_new_tokens,
         sampling,
         seed,
