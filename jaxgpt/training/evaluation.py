@@ -271,7 +271,7 @@ def _sum_rows(
     B = config.data.microbatch_size
     size = B * evaluations_per_call(config, mesh, -(-rows // B))
 
-    def source(step: int, part: slice) -> Batch:
+    def source(step: int, part: slice | np.ndarray) -> Batch:
         """Rows after the last repeat it; their ranges are empty."""
         row_B = np.arange(step * B, (step + 1) * B)[part]
         inputs_BT, targets_BT, ranges_B3, *rest = read(np.minimum(row_B, rows - 1))
