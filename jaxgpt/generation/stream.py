@@ -62,8 +62,8 @@ def stream_text(
 
     Args:
       prompt: as in `prompt_tokens`; the model sees the last block_size tokens.
-        <|endoftext|> is read as the end-of-text token, if any, as in nanoGPT,
-        and so are other tokens that were added to an imported tokenizer.
+        <|endoftext|> is read as the end-of-text token, if any, as in nanoGPT, and so
+        are other tokens that were added to an imported tokenizer.
       stop: a sample ends before the first occurrence of this text; empty disables it.
         A sample also ends before the tokenizer's end-of-text token.
 

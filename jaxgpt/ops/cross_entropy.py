@@ -166,7 +166,7 @@ def _loss_and_gradients(
         )
         grad_BTV = grad_BTV.astype(dtype)
         grad_x_BTC = einsum("BTV,VC->BTC", grad_BTV, table, dtype, platform)
-        if chunk_weights_BT is not None:  # not of the gradient, which is V / C as large
+        if chunk_weights_BT is not None:  # scales arrays smaller than grad_BTV
             losses_BT *= chunk_weights_BT
             weights_BT1 = chunk_weights_BT[..., None].astype(dtype)
             grad_x_BTC, x_BTC = grad_x_BTC * weights_BT1, x_BTC * weights_BT1
