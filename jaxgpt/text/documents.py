@@ -239,8 +239,9 @@ def _read_rows(
     """Yields the values of rows, their number, and how much of the file is read."""
     from pyarrow import large_binary, parquet, types
 
-    # With a buffer size it reads pages, not a row group at once.
-    with parquet.ParquetFile(source.path, buffer_size=_BLOCK) as file:
+    # So it reads page by page, not a column of a whole row group at once.
+    options = {"buffer_size": _BLOCK, "pre_buffer": False}
+    with parquet.ParquetFile(source.path, **options) as file:
         schema, metadata = file.schema_arrow, file.metadata
         if field not in schema.names:
             raise ValueError(f"no column {field!r}, only {', '.join(schema.names)}")
@@ -255,7 +256,10 @@ def _read_rows(
             if position + rows <= start:
                 position += rows
                 continue
-            for batch in file.iter_batches(_BATCH_ROWS, [group], [field]):
+            batches = file.iter_batches(
+                _BATCH_ROWS, [group], [field], use_threads=False
+            )
+            for batch in batches:
                 decoded = batch.column(0).cast(large_binary()).to_pylist()
                 values += decoded[max(start - position, 0) :]
                 position, size = position + len(batch), size + batch.nbytes
