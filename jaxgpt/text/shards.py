@@ -116,7 +116,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
-    """Memory-maps a raw array; raises ValueError if it ends within an element."""
+    """Memory-maps a raw array.
+
+    Raises FileNotFoundError if it is missing, ValueError if it ends within an element.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; restore it, or make it again")
     count, rest = divmod(path.stat().st_size, dtype.itemsize)
     if rest:
         raise ValueError(f"{path} is truncated within a {dtype}; restore the file")
@@ -187,15 +192,15 @@ class Tokens:
         Tokens after the last such token of an array are a document too. Reads the
         arrays whose ends are not known.
         """
-        found = [np.empty(0, np.int64)]
+        found = []
         for array, ends, start in zip(
             self.arrays, self.ends, self._starts, strict=True
         ):
             if ends is None:
                 ends = np.flatnonzero(array == end_of_text) + 1
-            if len(array):
-                rest = [len(array)] if not len(ends) or ends[-1] < len(array) else []
-                found.append(np.concatenate([ends, rest]).astype(np.int64) + start)
+            if len(array) > max(ends[-1:], default=0):
+                ends = np.append(ends, len(array))
+            found.append(ends.astype(np.int64) + start)
         return np.concatenate(found)
 
 
