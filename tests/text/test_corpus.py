@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from jaxgpt import BPETokenizer, CharTokenizer
 from jaxgpt.text import corpus, pretrained, textfiles
 from jaxgpt.text import tokenizer as tokenizer_module
 from jaxgpt.text.corpus import known_vocab_size, load_corpus, load_split
-from jaxgpt.text.tokenizer import END_OF_TEXT, encode_prompt
+from jaxgpt.text.tokenizer import END_OF_TEXT, encode_prompt, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 UNKNOWN = changed(TINY, model={"vocab_size": None})
@@ -391,14 +392,26 @@ class TestRecords:
         with pytest.raises(TypeError, match="NoneType"):  # calls `prepare`
             load_corpus(config, lines.append)
 
-    def test_a_run_that_was_not_trained_on_them_keeps_its_tokenizer(self, records):
+    def test_a_run_that_was_not_trained_on_them_keeps_its_tokenizer(
+        self, records, monkeypatch
+    ):
+        def prepare(inputs, folder, *, log, tokenizer):
+            raise LookupError(
+                Path(tokenizer).name, load_tokenizer(Path(tokenizer)).to_json()
+            )
+
+        monkeypatch.setattr(corpus, "prepare", prepare)
         own = CharTokenizer("".join(sorted(set(records.read_text()))), [END_OF_TEXT])
-        found, config = load(records, resumed_tokenizer=own)
-        assert found.tokenizer.to_json() == own.to_json()
-        again, same = load_corpus(config, lambda line: None, own)  # a resumed run
-        assert same == config
-        assert again.train[:].tolist() == found.train[:].tolist()
-        with pytest.raises(ValueError, match="end"):
+        for flags in ({}, {"tokenizer": "bpe", "vocab_size": own.vocab_size}):
+            with pytest.raises(LookupError) as imported:
+                load(records, resumed_tokenizer=own, **flags)
+            name, content = imported.value.args
+            assert content == own.to_json()
+        moved = str(records.parent / "old" / "cache" / name)  # as the config then says
+        with pytest.raises(LookupError) as resumed:
+            load(records, resumed_tokenizer=own, tokenizer=moved)
+        assert resumed.value.args == imported.value.args
+        with pytest.raises(ValueError, match=r"tales\.jsonl: .*endoftext"):
             load(records, resumed_tokenizer=CharTokenizer(own.characters))
 
 
