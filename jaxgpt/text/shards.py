@@ -21,6 +21,7 @@ import numpy as np
 from jaxgpt.files import replace_file
 from jaxgpt.terminal import progress
 from jaxgpt.text.scans import scan_once
+from jaxgpt.text.tokenizer import token_dtype
 
 SPLITS = ("train", "val")
 FORMAT = 1  # of manifests
@@ -108,11 +109,6 @@ class Manifest:
     def split(self, split: str) -> list[Shard]:
         """The shards of "train" or "val"."""
         return [shard for shard in self.shards if shard.name.startswith(split)]
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Dtype of the token files: u16 as in nanoGPT, u32 for larger vocabularies."""
-    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
 def map_file(path: Path, dtype: np.dtype) -> np.ndarray:

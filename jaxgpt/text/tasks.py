@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxgpt.text.documents import Block, Document, Position, parse
-from jaxgpt.text.shards import token_dtype
 from jaxgpt.text.tokenizer import (
     END_OF_TEXT,
     Tokenizer,
     load_tokenizer,
     segments,
+    token_dtype,
 )
 
 # Tokens of a document, and of a shard when it is closed, so that positions are u32.

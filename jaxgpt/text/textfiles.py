@@ -23,7 +23,7 @@ from jaxgpt.start import cache_dir
 from jaxgpt.terminal import progress
 from jaxgpt.text import pretrained
 from jaxgpt.text.scans import scan_once
-from jaxgpt.text.shards import SPLITS, Tokens, map_file, token_dtype
+from jaxgpt.text.shards import SPLITS, Tokens, map_file
 from jaxgpt.text.tokenizer import (
     END_OF_TEXT,
     BPETokenizer,
@@ -31,6 +31,7 @@ from jaxgpt.text.tokenizer import (
     Tokenizer,
     codepoints,
     load_tokenizer,
+    token_dtype,
 )
 
 TRAIN_FRACTION = 0.9

@@ -289,6 +289,11 @@ class BPETokenizer:
 Tokenizer = CharTokenizer | BPETokenizer
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Dtype of the token files: u16 as in nanoGPT, u32 for larger vocabularies."""
+    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Loads a tokenizer.json; raises ValueError that names a file it can't use."""
     content = path.read_bytes()

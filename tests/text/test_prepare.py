@@ -17,7 +17,7 @@ from jaxgpt import BPETokenizer, CharTokenizer
 from jaxgpt.run import fcntl
 from jaxgpt.text import documents, prepare, tasks
 from jaxgpt.text.pretrained import gpt2_tokenizer
-from jaxgpt.text.shards import Manifest, open_shards, token_dtype
+from jaxgpt.text.shards import Manifest, open_folder
 from jaxgpt.text.tokenizer import END_OF_TEXT, load_tokenizer
 
 TEXTS = [f"tale {n}: " + "é, not 🙂. " * (n % 7) + "\n" for n in range(150)]
@@ -52,10 +52,7 @@ def read(folder):
     manifest = Manifest.load(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     found = {}
-    for split in ("train", "val"):
-        tokens = open_shards(
-            folder, manifest.split(split), token_dtype(manifest.vocab_size)
-        )
+    for split, tokens in open_folder(folder, manifest.vocab_size)[0].items():
         texts = tokenizer.decode(tokens[:].tolist()).split(END_OF_TEXT)
         assert texts.pop() == ""
         assert len(tokens.document_ends(manifest.end_of_text)) == len(texts)
