@@ -41,18 +41,22 @@ def prepare(
         workers: processes that tokenize; as many as there are cores by default
         shard_tokens: tokens after which a new shard begins, at the end of a document
     """
-    preparing.prepare(
-        inputs,
-        out_dir,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        text_field=text_field,
-        val_fraction=val_fraction,
-        dedup=dedup,
-        on_error=on_error,
-        workers=workers,
-        shard_tokens=shard_tokens,
-        log=log_line,
-    )
+    try:
+        preparing.prepare(
+            inputs,
+            out_dir,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            text_field=text_field,
+            val_fraction=val_fraction,
+            dedup=dedup,
+            on_error=on_error,
+            workers=workers,
+            shard_tokens=shard_tokens,
+            log=log_line,
+        )
+    except KeyboardInterrupt:
+        log_line("the same command goes on where this one has stopped")
+        raise
     log_line(f"train on it: python train.py --data.path {shlex.quote(str(out_dir))}")
     return 0

@@ -180,18 +180,12 @@ def _find_files(data: DataConfig, log: Callable[[str], None]) -> list[Path]:
         )
     if data.path:
         try:
-            files = find_files(data.path)
+            return find_files(data.path)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error}, or folders of tokens, with a {MANIFEST} or with train.bin "
                 "and val.bin"
             ) from error
-        if pipes := [path for path in files if not path.is_file()]:
-            raise ValueError(
-                f"{pipes[0]} is not a regular file, and files are read more than once; "
-                "save it first, as in `zcat text.gz > text.txt`"
-            )
-        return files
     if data.corpus == "reviews":
         return [reviews.find_reviews(log)]
     return [tinyshakespeare.find_text(log)]

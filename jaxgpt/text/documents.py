@@ -100,6 +100,13 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
             for match in matches
             for file in _files_in(match)
         ]
+        for _, file in [*found, ("", path)]:
+            pipe = file.exists() and not (file.is_file() or file.is_dir())
+            if pipe or given == "-":
+                raise ValueError(
+                    f"{file} is not a regular file, and files are read more than once; "
+                    "save it first, as in `zcat text.gz > text.txt`"
+                )
         if not found:
             what = "has no such files" if path.is_dir() else "does not exist"
             raise FileNotFoundError(f"{path.absolute()} {what}; {_EXPECTED}")
@@ -118,13 +125,8 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
 
 def _files_in(path: Path) -> list[Path]:
     """The path itself, or the files of known kinds in the folder there."""
-    if path.is_file():
-        return [path]
     if not path.is_dir():
-        raise ValueError(
-            f"{path} is not a regular file, and documents are read more than once; "
-            "save it first, as in `command > documents.jsonl`"
-        )
+        return [path]
 
     def fail(error: OSError) -> None:
         raise error

@@ -223,8 +223,8 @@ class _Run:
 def _unusable(document: Document) -> ValueError:
     detail = f" ({document.detail})" if document.detail else ""
     return ValueError(
-        f"{document.where}: {document.problem}{detail}; fix it, or give the same "
-        "command with --on-error skip, which goes on without such documents"
+        f"{document.where}: {document.problem}{detail}; fix it, or leave out all such "
+        "documents with `python -m jaxgpt prepare` and --on-error skip"
     )
 
 
