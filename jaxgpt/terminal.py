@@ -48,7 +48,7 @@ def counter(
         done += amount
         if show:
             show(done)
-        elif time.monotonic() - said > _LINE_SECONDS:
+        elif done and time.monotonic() - said > _LINE_SECONDS:
             said = time.monotonic()
             left = (said - started) * (total - done) / done
             log_line(f"{label}: {done / total:.0%}, {note()}{left:.0f} s left")
