@@ -104,7 +104,7 @@ def test_a_run_on_a_mesh_starts_from_the_weights_of_another(cube, tmp_path):
 @pytest.mark.parametrize(
     ("mesh", "tokens"),
     [
-        ({"tensor": 2}, 4),
+        pytest.param({"tensor": 2}, 4, marks=MORE),
         pytest.param({"tensor": 2}, 20, marks=MORE),  # beyond the window
         pytest.param({"fsdp": -1}, 20, marks=MORE),
     ],

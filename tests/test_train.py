@@ -138,10 +138,8 @@ def test_a_run_stopped_before_its_first_checkpoint_resumes_at_step_0(
     assert_same_run(run_dir, trained)
 
 
-@pytest.mark.parametrize(
-    ("checkpoint_interval", "step"),
-    [pytest.param(100, 10, marks=pytest.mark.slow), (1, 9)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpoint_interval", "step"), [(100, 10), (1, 9)])
 def test_non_finite_parameters_stop_a_run_name_a_layer_and_are_never_saved(
     run_dir, checkpoint_interval, step
 ):
@@ -261,6 +259,7 @@ def fine_tuning(run_dir, tmp_path):
     return changed(load_config(run_dir), data=data, train=start)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_a_runs_parameters_cropped_to_the_block_size(
     run_dir, fine_tuning, tmp_path
 ):

@@ -139,6 +139,7 @@ def test_a_difference_is_found_and_named(
         assert re.search(r"no\. \d+, .* \d", failed[0]["name"])
 
 
+@pytest.mark.torch
 def test_a_difference_in_one_weight_is_found(call, gpt2, monkeypatch):
     monkeypatch.setattr(huggingface, "read_huggingface", scaled_bias(1 + 1e-4))
     flags = ("--hf", gpt2, "--steps", 0, "--greedy-tokens", 0)

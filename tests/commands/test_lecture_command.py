@@ -171,6 +171,7 @@ def test_the_plot_shows_each_rungs_mean_range_and_figure(monkeypatch, tmp_path):
     assert corners == {(5, 2.444), (5, 2.544), (9, 2.0), (9, 2.1)}
 
 
+@pytest.mark.slow
 def test_a_trial_does_not_replace_the_real_ladder(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lecture, "RUNGS", RUNGS[:1])

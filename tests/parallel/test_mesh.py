@@ -105,6 +105,7 @@ def bytes_per_device(state):
     )
 
 
+@pytest.mark.devices
 def test_fsdp_over_8_devices_stores_an_eighth_of_any_preset_on_each():
     data = {"batch_size": 8, "gradient_accumulation_steps": 1}
     for name, make in PRESETS.items():
