@@ -10,11 +10,13 @@ from unittest.mock import create_autospec
 
 import jax
 import PIL.Image
+import pyarrow as pa
 import pytest
 import torch_gpt2
 import torch_nanogpt
 from conftest import ROOT
 from jax.sharding import AbstractMesh
+from pyarrow import parquet
 from rich.console import Console
 from torch_nanogpt import CHARACTERS
 
@@ -82,6 +84,9 @@ def test_every_command_of_the_lectures_page_works(call, tmp_path, monkeypatch):
     torch_nanogpt.make(tmp_path / "ckpt.pt")
     save_nanogpt_meta(tmp_path / "meta.pkl", CharTokenizer(CHARACTERS))
     torch_gpt2.make(tmp_path / "gpt2")  # stands for the hub's
+    (tmp_path / "data").mkdir()
+    documents = pa.table({"text": ["To be, or not to be", "that is the question"]})
+    parquet.write_table(documents, tmp_path / "data" / "a.parquet")
     commands_here = commands(LECTURE, "train.py", "generate.py", "jaxgpt")
     assert len(commands_here) > 10
     commands_there = dict.fromkeys(map(tuple, commands(README + PYTORCH, "jaxgpt")))
@@ -89,8 +94,7 @@ def test_every_command_of_the_lectures_page_works(call, tmp_path, monkeypatch):
         name = " ".join(words[: 1 + (words[0] == "jaxgpt")])
         shorter = SHORTER.get(name, "").split()
         status = int(name == "jaxgpt lecture")  # after so few steps no rung agrees
-        out, _ = call(*words, *shorter, status=status)
-        assert out
+        assert any(call(*words, *shorter, status=status))
     assert (tmp_path / "runs/shakespeare-char-cpu/attention.png").exists()
 
 
