@@ -100,7 +100,7 @@ def pack_documents(
     rows_P = best_fit_decreasing(lengths_P, block_size)
     order = np.argsort(rows_P, kind="stable")
     offsets_R = np.append(0, np.cumsum(np.bincount(rows_P)))
-    has_ends = len(ends) > 1 or tokens[-1:].tolist() == [end_of_text]
+    has_ends = any(tokens[end - 1] == end_of_text for end in ends)  # the first will do
     pieces = starts_P[order], lengths_P[order], cut_P[order] == 0
     return PackedDocuments(
         tokens, end_of_text, block_size, has_ends, *pieces, offsets_R

@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
 
 _RACY_NS = 2 * 10**9  # no file system has a coarser clock
 
 
-def scan_once(paths: Sequence[Path], name: str, scan: Callable[[], Any]) -> Any:
-    """Returns `scan()`, values for JSON, or what it found in the same files before.
+def scan_once(
+    paths: Sequence[Path], name: str, scan: Callable[[], Any], *, is_array: bool = False
+) -> Any:
+    """Returns `scan()`, or what it found in the same files before.
 
     Files are the same if their paths, sizes and modification times are. A file that
     changed in the last 2 s could change again at the same time, so nothing is kept.
@@ -23,16 +27,28 @@ def scan_once(paths: Sequence[Path], name: str, scan: Callable[[], Any]) -> Any:
 
     Args:
       name: of the scan.
+      scan: returns values for JSON or, if `is_array`, an array without objects.
+      is_array: whether to keep a NumPy file, which is memory-mapped.
     """
     now, before = time.time_ns(), file_states(paths)
     key = hashlib.sha256(json.dumps([name, before]).encode()).hexdigest()
-    path = cache_dir() / "scans" / f"{key}.json"
+    path = cache_dir() / "scans" / f"{key}.{'npy' if is_array else 'json'}"
+    if path.is_file() and is_array:
+        return np.load(path, mmap_mode="r")
     if path.is_file():
         return json.loads(path.read_bytes())
     found = scan()
+
+    def save(tmp_path: Path) -> None:
+        with tmp_path.open("wb") as file:
+            if is_array:
+                np.save(file, found)
+            else:
+                file.write(json.dumps(found).encode())
+
     newest = max(changed for _, _, changed in before)
     if newest < now - _RACY_NS and file_states(paths) == before:
-        replace_file(path, lambda tmp_path: tmp_path.write_text(json.dumps(found)))
+        replace_file(path, save)
     return found
 
 

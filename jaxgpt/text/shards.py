@@ -129,14 +129,14 @@ class Tokens:
 
     Attributes:
       dtype: that of the ids.
-      ends: for each of `arrays`, the positions after its documents' last tokens, or
-        None if they are not known.
+      ends: for each of `arrays`, the positions after its documents' last tokens. If
+        they are not known, the path of its file, or None if it has none.
     """
 
     def __init__(
         self,
         arrays: Sequence[np.ndarray],
-        ends: Sequence[np.ndarray | None] | None = None,
+        ends: Sequence[np.ndarray | Path | None] | None = None,
     ):
         """Takes arrays of ids [tokens], at least one, and the ends of their documents.
 
@@ -186,14 +186,16 @@ class Tokens:
         """Positions after each document's end-of-text token, i64 [documents].
 
         Tokens after the last such token of an array are a document too. Reads the
-        arrays whose ends are not known.
+        arrays whose ends are not known; those of files are kept in the cache.
         """
         found = []
         for array, ends, start in zip(
             self.arrays, self.ends, self._starts, strict=True
         ):
-            if ends is None:
-                ends = np.flatnonzero(array == end_of_text) + 1
+            if not isinstance(ends, np.ndarray):
+                scan = partial(_scan_ends, array, end_of_text)
+                name = f"ends {end_of_text}, {array.dtype}"
+                ends = scan_once([ends], name, scan, is_array=True) if ends else scan()
             if len(array) > max(ends[-1:], default=0):
                 ends = np.append(ends, len(array))
             found.append(ends.astype(np.int64) + start)
@@ -220,7 +222,10 @@ def open_folder(folder: Path, vocab_size: int) -> tuple[dict[str, Tokens], str]:
         arrays = [map_file(file, dtype) for file in files]
         scan = partial(_scan, arrays)
         found = scan_once(files, f"tokens, {dtype}", scan)
-        tokens = {s: Tokens([a]) for s, a in zip(SPLITS, arrays, strict=True)}
+        tokens = {
+            split: Tokens([array], [file])
+            for split, array, file in zip(SPLITS, arrays, files, strict=True)
+        }
         largest = dict(zip(files, found["largest_tokens"], strict=True))
         sha256 = found["sha256"]
     for file, token in largest.items():
@@ -261,3 +266,14 @@ def _scan(arrays: Sequence[np.ndarray]) -> dict[str, Any]:
                 advance(len(chunk))
             largest_tokens.append(largest)
     return {"sha256": digest.hexdigest(), "largest_tokens": largest_tokens}
+
+
+def _scan_ends(array: np.ndarray, end_of_text: int) -> np.ndarray:
+    """Reads an array once: the position after each end-of-text token, i64."""
+    found = [np.empty(0, np.int64)]
+    with progress("looking for the ends of documents", len(array)) as advance:
+        for start in range(0, len(array), _CHUNK):
+            chunk = array[start : start + _CHUNK]
+            found.append(np.flatnonzero(chunk == end_of_text) + start + 1)
+            advance(len(chunk))
+    return np.concatenate(found)

@@ -174,9 +174,8 @@ def tokenize(
     if not _is_whole(folder):
         _write_tokens(text, tokenizer, splits, folder, log)
     dtype = token_dtype(tokenizer.vocab_size)
-    return {
-        split: Tokens([map_file(folder / f"{split}.bin", dtype)]) for split in splits
-    }
+    files = {split: folder / f"{split}.bin" for split in splits}
+    return {split: Tokens([map_file(f, dtype)], [f]) for split, f in files.items()}
 
 
 def _write_tokens(

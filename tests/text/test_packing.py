@@ -99,6 +99,13 @@ def test_each_epoch_has_all_rows_in_another_order():
     assert len(set(map(str, epochs))) == 10
 
 
+def test_folders_joined_have_no_ends_because_there_are_several():
+    arrays = [np.arange(8, 12), np.arange(12, 20)]
+    assert not pack_documents(Tokens(arrays), END, 4).has_ends
+    arrays[1][3] = END
+    assert pack_documents(Tokens(arrays), END, 4).has_ends
+
+
 def test_documents_need_ends():
     config = changed(TINY, data={"packing": "documents"})
     tokens = np.arange(99)

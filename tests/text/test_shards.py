@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxgpt import CharTokenizer
 from jaxgpt.text import shards
 from jaxgpt.text.shards import Manifest, Shard, Tokens, open_folder
+from jaxgpt.text.textfiles import read_texts, tokenize
+from jaxgpt.text.tokenizer import END_OF_TEXT
 
 SETTINGS = {"vocab_size": 50_257, "end_of_text": 50_256, "sources": []}
 SETTINGS |= {"settings": {}, "tokenizer": "", "documents": 1, "duplicates": 0}
@@ -130,3 +133,31 @@ def test_nanogpts_files_are_scanned_again_only_if_one_changes(
     for _ in range(2):  # it could change again at the same time
         open_folder(tmp_path, 40)
     assert len(scans) == 4
+
+
+@pytest.mark.parametrize("kind", ["nanogpt", "text"])
+def test_ends_of_documents_are_looked_for_once(
+    kind, tmp_path, fresh_cache, monkeypatch
+):
+    def find():
+        if kind == "text":
+            text = read_texts("texts", sorted(tmp_path.glob("*.txt")))
+            tokenizer = CharTokenizer("ab", [END_OF_TEXT])
+            tokens = tokenize(text, tokenizer, ["all"], lambda line: None)["all"]
+        else:
+            tokens = open_folder(tmp_path, 3)[0]["train"]
+        for path in [*tmp_path.iterdir(), *fresh_cache.glob("tokens/*/*")]:
+            os.utime(path, (1, 1))  # what is new could change at the same time
+        return tokens.document_ends(2)
+
+    monkeypatch.setattr(shards, "_CHUNK", 3)
+    for name, ids in {"train": [0, 2, 1, 0, 0, 2, 2, 1], "val": [2]}.items():
+        np.array(ids, np.uint16).tofile(tmp_path / f"{name}.bin")
+    for n, content in enumerate(["a", "baa", "b"]):
+        (tmp_path / f"{n}.txt").write_text(content)
+    expected = {"nanogpt": [2, 6, 7, 8], "text": [2, 6, 8]}[kind]
+    scans, scan = [], shards._scan_ends
+    monkeypatch.setattr(shards, "_scan_ends", lambda *a: scans.append(1) or scan(*a))
+    for _ in range(2):
+        assert find().tolist() == expected
+    assert len(scans) == 1
