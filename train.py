@@ -40,12 +40,7 @@ from jaxgpt.run import (
     save_config,
 )
 from jaxgpt.terminal import log_line
-from jaxgpt.text.batches import (
-    evaluation_source,
-    mixed_source,
-    predictions,
-    training_source,
-)
+from jaxgpt.text.batches import evaluation_source, predictions, training_source
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.text.packing import as_rows
 from jaxgpt.training import checkpoint, evaluation
@@ -117,11 +112,11 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         schedule = with_steps_per_call(config, mesh).train
         model = build_model(config.model, platform_of(mesh))
         pack = partial(as_rows, config=config, tokenizer=corpus.tokenizer, log=log_line)
-        splits = {"train": pack(corpus.train), "val": pack(corpus.val)}
-        objective, source = next_token(model), training_source(splits["train"], config)
-        if config.data.weights:
-            source = mixed_source([*map(pack, corpus.parts)], config)
-        sources = {name: evaluation_source(splits[name], config) for name in splits}
+        train_rows = [*map(pack, corpus.parts)] or pack(corpus.train)
+        val = pack(corpus.val)
+        objective, source = next_token(model), training_source(train_rows, config)
+        sources = {"train": evaluation_source(train_rows, config)}
+        sources["val"] = evaluation_source(val, config)
         eval_step = evaluation.make_eval_step(objective, mesh)
         estimate = partial(evaluation.estimate, eval_step)
 
@@ -213,7 +208,6 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
 
             def exact_loss(name: str, params: Any) -> float:
                 """The loss on the whole validation split."""
-                val = splits["val"]
                 with monitor.last_evaluation(name, predictions(val)) as advance:
                     return evaluation.evaluate_exactly(
                         losses_step, params, val, config, mesh, advance=advance

@@ -7,10 +7,12 @@ import pytest
 from conftest import TINY, changed, logits_of
 
 import train
-from jaxgpt import generate, load_run
+from jaxgpt import CharTokenizer, generate, load_run
 from jaxgpt.ops import cross_entropy
 from jaxgpt.run import prompt_tokens
+from jaxgpt.text import packing
 from jaxgpt.text.corpus import load_corpus
+from jaxgpt.text.tokenizer import END_OF_TEXT
 from jaxgpt.training.monitor import read_rows
 
 
@@ -64,6 +66,38 @@ def test_training_and_evaluation_report_the_loss_of_the_documents_alone(
     expected = loss_alone(run, run.tokenizer.encode("to be or not"), end)
     assert report["tokens"] == 12
     assert report["nats_per_token"] == pytest.approx(expected, abs=2e-5)
+
+
+def test_with_weights_each_part_is_packed_once_to_train_on_and_to_estimate(
+    tmp_path, monkeypatch
+):
+    paths, packed = [], []
+    for name, size in (("a", 20), ("b", 30)):
+        paths.append(str(tmp_path / name))
+        (tmp_path / name).mkdir()
+        CharTokenizer("abcd", [END_OF_TEXT]).save(tmp_path / name / "tokenizer.json")
+        for split in ("train", "val"):
+            ids = np.arange(size if split == "train" else 10, dtype=np.uint16) % 5
+            ids.tofile(tmp_path / name / f"{split}.bin")
+    data = {"path": tuple(paths), "weights": (1.0, 3.0), "packing": "documents"}
+    config = changed(TINY, model={"vocab_size": 5}, data=data)
+    calls = {"training_source": [], "evaluation_source": []}
+    for name, splits in calls.items():
+        monkeypatch.setattr(train, name, lambda split, _, s=splits: s.append(split))
+    real_pack = packing.pack_documents
+
+    def pack(tokens, *args):
+        packed.append(len(tokens))
+        return real_pack(tokens, *args)
+
+    monkeypatch.setattr(packing, "pack_documents", pack)
+    monkeypatch.delattr(train.evaluation, "make_eval_step")  # so nothing is compiled
+    with pytest.raises(AttributeError, match="make_eval_step"):
+        train.train(config, tmp_path / "run", resume=False, overwrite=False)
+    assert sorted(packed) == [20, 20, 30]  # one of 20 is val, of both
+    (trained,), (estimated, _) = calls.values()
+    assert trained is estimated
+    assert [len(part.tokens) for part in trained] == [20, 30]
 
 
 def test_prompts_begin_a_document_as_in_training(packed_run, call):

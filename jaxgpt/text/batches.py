@@ -56,6 +56,9 @@ def mixture(
 ) -> Source:
     """Returns a source of which each row is the same row of one of several sources.
 
+    The others skip that row, so an epoch of packed documents has only a source's share
+    of its rows.
+
     Args:
       sources: all have leaves of the same shape and dtype.
       weights: probability of each source, up to a factor.
@@ -75,13 +78,6 @@ def mixture(
     return read
 
 
-def mixed_source(parts: Sequence[Split], config: Config) -> Source:
-    """Returns the source of training batches that draws rows by `data.weights`."""
-    sources = [training_source(part, config) for part in parts]
-    seed, B = config.train.seed, config.data.batch_size
-    return mixture(sources, config.data.weights, seed, B)
-
-
 def predictions(split: Split) -> int:
     """How many tokens of a split are predicted, each once: all of packed documents."""
     if isinstance(split, PackedDocuments):
@@ -89,12 +85,14 @@ def predictions(split: Split) -> int:
     return len(split) - 1
 
 
-def training_source(split: Split, config: Config) -> Source:
+def training_source(split: Split | list[Split], config: Config) -> Source:
     """Returns the source of training batches.
 
-    Raises ValueError if packed documents have no end.
+    Rows of a split in parts are drawn from them by `data.weights`. Raises ValueError if
+    packed documents have no end.
     """
-    if isinstance(split, PackedDocuments) and not split.has_ends:
+    parts = split if isinstance(split, list) else [split]
+    if any(isinstance(part, PackedDocuments) and not part.has_ends for part in parts):
         raise ValueError(
             "packing=documents needs an end-of-text token after each document, but the "
             "train split has none; give each document as a file of its own, or "
@@ -103,12 +101,20 @@ def training_source(split: Split, config: Config) -> Source:
     return _source(split, config, config.train.seed, config.data.batch_size)
 
 
-def evaluation_source(split: Split, config: Config) -> Source:
-    """Returns a source of microbatch-sized batches, the same in every evaluation."""
+def evaluation_source(split: Split | list[Split], config: Config) -> Source:
+    """Returns a source of microbatch-sized batches, the same in every evaluation.
+
+    Rows of a split in parts are drawn as in training.
+    """
     return _source(split, config, EVAL_SEED, config.data.microbatch_size)
 
 
-def _source(split: Split, config: Config, seed: int, batch_size: int) -> Source:
+def _source(
+    split: Split | list[Split], config: Config, seed: int, batch_size: int
+) -> Source:
+    if isinstance(split, list):
+        sources = [_source(part, config, seed, batch_size) for part in split]
+        return mixture(sources, config.data.weights, seed, batch_size)
     if isinstance(split, PackedDocuments):
         return partial(get_packed_batch, split, seed, batch_size=batch_size)
     T = config.model.block_size

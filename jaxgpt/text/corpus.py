@@ -34,7 +34,7 @@ class Corpus:
     Attributes:
       train, val: the splits; those of several folders follow each other.
       tokenizer: None if token files came without a vocabulary.
-      parts: the train split of each folder of tokens, which `data.weights` weighs.
+      parts: the train split of each folder, if `data.weights` are given.
     """
 
     train: Tokens
@@ -69,14 +69,14 @@ def load_corpus(
     """
     folders, tokenizer, config = _load(config, SPLITS, log, tokenizer)
     train, val = (Tokens.join([each[split] for each in folders]) for split in SPLITS)
-    parts = [each["train"] for each in folders]
-    weighed = parts if config.data.weights else []
-    T, names = config.model.block_size, ["train", "val", *config.data.path]
-    for name, tokens in zip(names, [train, val, *weighed], strict=False):
-        if len(tokens) < T + 1:
+    parts = [each["train"] for each in folders] if config.data.weights else []
+    packing, names = config.data.packing, ["train", "val", *config.data.path]
+    least = config.model.block_size + 1 if packing == "windows" else 1
+    for name, tokens in zip(names, [train, val, *parts], strict=False):
+        if len(tokens) < least:
             raise ValueError(
-                f"the {name} split has {len(tokens)} tokens, but a window needs "
-                f"block_size + 1 = {T + 1}; use a longer text, a smaller "
+                f"the {name} split has {len(tokens)} tokens, but packing={packing} "
+                f"needs at least {least}; use a longer text, for windows a smaller "
                 "--model.block-size or, for documents, `python -m jaxgpt prepare` with "
                 "another --val-fraction"
             )

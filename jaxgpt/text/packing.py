@@ -117,6 +117,8 @@ def get_packed_batch(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reads some rows of a batch. An epoch has all rows, in an order of its own.
 
+    In a mixture, a part skips the rows of its epoch that are drawn from other parts.
+
     Args:
       seed, step: the only source of randomness.
       rows: which of the B rows to read; all by default.

@@ -1,8 +1,16 @@
 from functools import partial
 
 import numpy as np
+import pytest
+from conftest import TINY, changed
 
-from jaxgpt.text.batches import get_batch, mixture
+from jaxgpt.text.batches import (
+    evaluation_source,
+    get_batch,
+    mixture,
+    training_source,
+)
+from jaxgpt.text.packing import pack_documents
 
 TOKENS = np.arange(40, dtype=np.uint16)
 batch = partial(get_batch, TOKENS, batch_size=64, block_size=4)
@@ -59,6 +67,31 @@ def test_rows_of_a_mixture_do_not_depend_on_the_others_that_are_read():
     for n in range(2):  # each row is that of the source alone
         alone, chosen = windows[n](3)[0], whole[:, 0] // 40 == n
         np.testing.assert_array_equal(whole[chosen], alone[chosen])
+
+
+@pytest.mark.parametrize("make_source", [training_source, evaluation_source])
+def test_rows_of_packed_parts_are_drawn_by_weight(make_source):
+    parts = [packed_documents(first) for first in (100, 500)]
+    data = {"path": ("a", "b"), "weights": (3.0, 1.0), "batch_size": 64}
+    config = changed(TINY, data=data | {"gradient_accumulation_steps": 1})
+    source, alone = make_source(parts, config), [make_source(p, config) for p in parts]
+    shares = []
+    for step in range(50):
+        whole, some = source(step, slice(None)), source(step, np.array([63, 2, 7]))
+        is_last_B = whole[1][:, 0] >= 500
+        shares.append(is_last_B.mean())
+        for n, own_B in enumerate([~is_last_B, is_last_B]):
+            for i, leaf in enumerate(alone[n](step, own_B.nonzero()[0])):
+                np.testing.assert_array_equal(whole[i][own_B], leaf)
+        for i in range(3):
+            np.testing.assert_array_equal(some[i], whole[i][[63, 2, 7]])
+    assert abs(np.mean(shares) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 64 / 50)
+
+
+def packed_documents(first):
+    """Packed documents of 1 to 12 tokens from `first` on, and the end, 99."""
+    texts = [[first + n] * n + [99] for n in range(1, 13)]
+    return pack_documents(np.concatenate(texts), 99, TINY.model.block_size)
 
 
 class Positions:

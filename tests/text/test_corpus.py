@@ -338,7 +338,6 @@ class TestTokenFiles:
         corpus, config = load(folder, other, vocab_size=100)
         assert corpus.train[:].tolist() == [*range(100), *range(60)]
         assert corpus.val[:].tolist() == [*range(50)] * 2
-        assert [len(part) for part in corpus.parts] == [100, 60]
         alone = [load(path, vocab_size=100)[1].data.sha256 for path in (folder, other)]
         assert len({*alone, config.data.sha256}) == 3
         whole = split_of("all", folder, other, vocab_size=100)
@@ -353,9 +352,20 @@ class TestTokenFiles:
         np.arange(9, dtype=np.uint16).tofile(other / "train.bin")
         data = {"path": (str(folder), str(other)), "weights": (1.0, 3.0)}
         config = changed(UNKNOWN, data=data, model={"vocab_size": 100})
-        load_corpus(config, lambda line: None)
+        parts = load_corpus(config, lambda line: None)[0].parts
+        assert [len(part) for part in parts] == [100, 9]
         config = changed(config, model={"block_size": 9})
         with pytest.raises(ValueError, match=f"{other} .* 9 tokens"):
+            load_corpus(config, lambda line: None)
+
+    def test_packing_needs_a_token_and_no_window(self, folder):
+        data = {"path": (str(folder),), "packing": "documents"}
+        sizes = {"vocab_size": 100, "block_size": 99}
+        config = changed(UNKNOWN, data=data, model=sizes)
+        np.array([7], np.uint16).tofile(folder / "val.bin")
+        assert load_corpus(config, lambda line: None)[0].val[:].tolist() == [7]
+        (folder / "val.bin").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"val split has 0 tokens"):
             load_corpus(config, lambda line: None)
 
 
