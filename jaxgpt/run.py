@@ -36,7 +36,7 @@ from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.mesh import host_mesh, single_device_mesh, with_shardings
 from jaxgpt.parallel.processes import any_failed, max_over_processes, wait_for_all
-from jaxgpt.text.tokenizer import Tokenizer, encode_prompt, fits, load_tokenizer
+from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
     best_metric,
@@ -185,8 +185,8 @@ def prompt_tokens(run: Run, prompt: str) -> tuple[str, np.ndarray]:
     tokenizer = text_tokenizer(run)
     if run.config.data.packing == "windows":
         prompt = prompt or tokenizer.start
-        return prompt, encode_prompt(tokenizer, prompt)
-    ids, end = encode_prompt(tokenizer, prompt), tokenizer.end_of_text
+        return prompt, tokenizer.encode_prompt(prompt)
+    ids, end = tokenizer.encode_prompt(prompt), tokenizer.end_of_text
     return prompt, ids if end in ids[:1] else np.array([end, *ids], np.int32)
 
 

@@ -61,6 +61,7 @@ class Manifest:
       tokenizer: sha256 of tokenizer.json.
       vocab_size, end_of_text: the tokenizer's.
       sources: name, bytes, sha256, documents and skipped documents of each input file.
+        Dropped duplicates count too: the sum is `documents` + `duplicates`.
       documents: number of documents in the shards.
       duplicates: number of repeated documents that were dropped.
       shards: those of each split in order.
@@ -117,7 +118,10 @@ def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
     Raises FileNotFoundError if it is missing, ValueError if it ends within an element.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; restore it, or make it again")
+        raise FileNotFoundError(
+            f"{path} is missing; restore it, or prepare the corpus again (a folder "
+            f"without a {MANIFEST} needs train.bin and val.bin)"
+        )
     count, rest = divmod(path.stat().st_size, dtype.itemsize)
     if rest:
         raise ValueError(f"{path} is truncated within a {dtype}; restore the file")

@@ -306,14 +306,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise ValueError(f"{path} is not a valid tokenizer: {error}") from error
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Like `encode`, but END_OF_TEXT and other added tokens are tokens.
-
-    Source: nanoGPT sample.py.
-    """
-    return tokenizer.encode_prompt(text)
-
-
 def fits(tokenizer: Tokenizer, vocab_size: int | None) -> bool:
     """Whether a model of `vocab_size` tokens can use the tokenizer.
 

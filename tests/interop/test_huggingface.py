@@ -29,7 +29,6 @@ from jaxgpt.interop.huggingface import (
 from jaxgpt.models import build_model
 from jaxgpt.text import fetch, tokenizer
 from jaxgpt.text.pretrained import gpt2_tokenizer
-from jaxgpt.text.tokenizer import encode_prompt
 
 TOKENS = np.random.default_rng(0).integers(300, size=(2, 16))
 SMALL = GPTConfig(block_size=16, vocab_size=300, n_layer=2, n_head=2, n_embd=16)
@@ -166,7 +165,7 @@ def test_an_exported_tokenizer_encodes_and_decodes_as_ours_does(tmp_path, bpe, n
         assert theirs.decode(ids) == text
     end = "Puck<|endoftext|>"
     if tokenizer.end_of_text is not None:
-        assert theirs(end).input_ids == encode_prompt(tokenizer, end).tolist()
+        assert theirs(end).input_ids == tokenizer.encode_prompt(end).tolist()
     theirs.save_pretrained(tmp_path / "saved")
     again = read_tokenizer(tmp_path / "saved")
     assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
@@ -216,7 +215,7 @@ def test_added_tokens_have_transformers_ids(with_and_without_export, text, size)
         prompt, document = (
             their(text, split_special_tokens=split).input_ids for split in (False, True)
         )
-        assert encode_prompt(our, text).tolist() == prompt
+        assert our.encode_prompt(text).tolist() == prompt
         assert our.encode(text).tolist() == document
         assert our.decode(prompt) == their.decode(prompt)
         with pytest.MonkeyPatch.context() as patch:
@@ -233,7 +232,7 @@ def test_a_model_with_added_tokens_is_imported_and_generates(
     out, _ = call("generate.py", "--run-dir", tmp_path / "run", *prompt)
     assert out.startswith("<|user|>hi<|bot|>")
     run = load_run(tmp_path / "run")
-    assert encode_prompt(run.tokenizer, prompt[1])[[0, -1]].tolist() == [300, 301]
+    assert run.tokenizer.encode_prompt(prompt[1])[[0, -1]].tolist() == [300, 301]
 
 
 def test_transformers_generates_our_greedy_text(tmp_path):

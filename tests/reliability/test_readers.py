@@ -33,7 +33,7 @@ from jaxgpt.run import load_config
 from jaxgpt.text.corpus import load_corpus
 from jaxgpt.text.pretrained import load_nanogpt_meta, save_nanogpt_meta, tokenizer_in
 from jaxgpt.text.shards import open_folder
-from jaxgpt.text.tokenizer import encode_prompt, load_tokenizer
+from jaxgpt.text.tokenizer import load_tokenizer
 
 OURS = (str(ROOT / "jaxgpt"), str(ROOT / "generate.py"))
 CHARACTERS = CharTokenizer("\nabcdefghij")
@@ -174,7 +174,7 @@ def use(tokenizer, text):
     """Encodes and decodes with a tokenizer, if it could be read."""
     if tokenizer is None:
         return
-    for encode in (tokenizer.encode, partial(encode_prompt, tokenizer)):
+    for encode in (tokenizer.encode, tokenizer.encode_prompt):
         ids = outcome(lambda encode=encode: encode(text))
         if ids is not None:
             assert ids.dtype == np.int32

@@ -13,7 +13,7 @@ from jaxgpt import BPETokenizer, CharTokenizer
 from jaxgpt.text import corpus, pretrained, textfiles
 from jaxgpt.text import tokenizer as tokenizer_module
 from jaxgpt.text.corpus import known_vocab_size, load_corpus, load_split
-from jaxgpt.text.tokenizer import END_OF_TEXT, encode_prompt, load_tokenizer
+from jaxgpt.text.tokenizer import END_OF_TEXT, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 UNKNOWN = changed(TINY, model={"vocab_size": None})
@@ -227,7 +227,7 @@ class TestDocuments:
     def test_a_prompt_with_the_token_between_them_is_the_same_ids(self, files, bpe):
         paths = files[1:] + files[2:]  # the others spell the token
         text = files[2].read_text()
-        ids = encode_prompt(bpe, f"{text}{END_OF_TEXT}{text}{END_OF_TEXT}")
+        ids = bpe.encode_prompt(f"{text}{END_OF_TEXT}{text}{END_OF_TEXT}")
         assert split_of("all", *paths, tokenizer=bpe).tolist() == ids.tolist()
 
     def test_one_file_alone_has_no_end_and_characters_have_none(self, files, bpe):

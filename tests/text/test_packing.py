@@ -14,6 +14,7 @@ from jaxgpt.text.packing import (
     best_fit_decreasing,
     get_packed_batch,
     pack_documents,
+    read_rows,
 )
 from jaxgpt.text.shards import Tokens
 
@@ -97,6 +98,20 @@ def test_each_epoch_has_all_rows_in_another_order():
     epochs = [rows[start : start + R] for start in range(0, 10 * R, R)]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert len(set(map(str, epochs))) == 10
+
+
+def test_rows_are_read_a_piece_at_a_time_with_their_padding():
+    class Spy(Tokens):
+        def __getitem__(self, positions):
+            jumps.append(np.count_nonzero(np.diff(np.ravel(positions)) != 1))
+            return super().__getitem__(positions)
+
+    jumps = []
+    arrays = [np.concatenate(documents([9] * 20))] * 2
+    packed = pack_documents(Spy(arrays), END, 16)  # each row has 6 tokens of padding
+    jumps.clear()
+    read_rows(packed, np.arange(len(packed)))
+    assert max(jumps) < len(packed) + 16  # in the last row, the last token is repeated
 
 
 def test_folders_joined_have_no_ends_because_there_are_several():

@@ -98,6 +98,12 @@ def test_its_sha256_is_that_of_the_manifest_which_has_no_dates(folder):
     assert open_folder(folder, 50_257)[1] == before
 
 
+def test_the_error_of_a_folder_without_its_validation_says_what_it_needs(tmp_path):
+    (tmp_path / "train.bin").write_bytes(bytes(8))
+    with pytest.raises(FileNotFoundError, match=r"val\.bin is .* train\.bin and val"):
+        open_folder(tmp_path, 9)
+
+
 def test_a_manifest_of_a_newer_version_or_a_damaged_one_is_refused(folder):
     path = folder / "manifest.json"
     text = path.read_text()

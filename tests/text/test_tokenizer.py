@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxgpt import BPETokenizer, CharTokenizer
 from jaxgpt.text import tokenizer
-from jaxgpt.text.tokenizer import encode_prompt, fits, load_tokenizer
+from jaxgpt.text.tokenizer import fits, load_tokenizer
 
 TEXT = "To be, or not to be: that is the question 🙂.\n" * 20
 
@@ -117,15 +117,15 @@ def test_only_bpe_may_leave_spare_rows_in_the_embedding(bpe):
 def test_end_of_text_is_a_token_in_prompts_only(bpe):
     prompt = "<|endoftext|>to be<|endoftext|><|endoftext|>"
     inner = bpe.encode("to be").tolist()
-    assert encode_prompt(bpe, prompt).tolist() == [279, *inner, 279, 279]
-    assert encode_prompt(bpe, "to be").tolist() == inner
+    assert bpe.encode_prompt(prompt).tolist() == [279, *inner, 279, 279]
+    assert bpe.encode_prompt("to be").tolist() == inner
     assert 279 not in bpe.encode(prompt)
     chars = CharTokenizer.from_text(prompt)
-    assert encode_prompt(chars, prompt).tolist() == chars.encode(prompt).tolist()
+    assert chars.encode_prompt(prompt).tolist() == chars.encode(prompt).tolist()
     special = CharTokenizer("<|endoftxb >", ["<|a|>", "<|endoftext|>"])
     inner = special.encode("to be").tolist()
     assert special.end_of_text == 13
-    assert encode_prompt(special, prompt).tolist() == [13, *inner, 13, 13]
+    assert special.encode_prompt(prompt).tolist() == [13, *inner, 13, 13]
     assert max(special.encode(prompt)) < 12
 
 
