@@ -24,10 +24,12 @@ def prepare(
 ) -> int:
     """Turns documents into token shards, which `train.py --data.path DIR` reads.
 
-    A text file is a document, and so is each line of JSONL (*.jsonl, *.ndjson) and each
-    row of parquet; text and JSONL may end in .gz or .zst. A hash of its text decides
-    whether a document is for training or for validation. An interrupted run goes on
-    when the same command is given again.
+    A text file is a document, and so is each line of JSONL (*.jsonl, *.ndjson, *.json)
+    and each row of parquet; text and JSONL may end in .gz or .zst. In a folder, *.json
+    is left out. A file is read once, even if several inputs name it. A hash of its text
+    decides whether a document is for training or for validation. An interrupted run
+    goes on when the same command is given again, but begins to learn the vocabulary of
+    char or bpe again.
 
     Args:
         inputs: files, folders, or patterns in quotes, as in 'data/*.parquet'

@@ -24,8 +24,6 @@ from jaxgpt.text.shards import MANIFEST, SPLITS, Tokens, open_folder
 from jaxgpt.text.textfiles import make_tokenizer, read_texts, tokenize
 from jaxgpt.text.tokenizer import END_OF_TEXT, Tokenizer, fits
 
-_NAMES = ("char", "bpe", "gpt2")  # of tokenizers; others are paths
-
 
 @dataclass(frozen=True)
 class Corpus:
@@ -151,7 +149,7 @@ def _load(
 
 def _with_absolute_paths(data: DataConfig) -> DataConfig:
     name = data.tokenizer
-    if name not in _NAMES:
+    if name not in pretrained.NAMES:
         name = str(Path(name).resolve())
     paths = tuple(str(Path(path).resolve()) for path in data.path)
     return dataclasses.replace(data, path=paths, tokenizer=name)
@@ -276,7 +274,7 @@ def _prepare(
             f"{_name(data)}: documents end with {END_OF_TEXT}, which the model's "
             "tokenizer does not have; give the text as text files"
         )
-    if name not in _NAMES or (own and not data.sha256):
+    if name not in pretrained.NAMES or (own and not data.sha256):
         tokenizer = own or pretrained.find_tokenizer(name, log)
         digest = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
         path = cache_dir() / "tokenizers" / f"{digest}.json"

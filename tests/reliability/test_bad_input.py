@@ -350,6 +350,7 @@ CASES = {
          {"a.jsonl.gz": gzip.compress(b'{"text": "a"}\n')[:-4]}),
         ("a truncated .parquet file", f"{PREPARE} a.parquet", "a.parquet",
          {"a.parquet": b"PAR1"}),
+        ("a table as text", f"{PREPARE} a.csv", "a.csv JSONL", {"a.csv": "text\na\n"}),
         ("no input", PREPARE, "input *.jsonl"),
         ("a file that does not exist", f"{PREPARE} tex.txt", "tex.txt *.jsonl"),
         ("a folder without documents", f"{PREPARE} gpt2", "DIR/gpt2 *.jsonl"),

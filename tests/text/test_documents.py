@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from jaxgpt.text import documents
-from jaxgpt.text.documents import find_files, find_sources, is_records, parse
+from jaxgpt.text.documents import find_files, find_inputs, is_records, parse
 
 TEXTS = [f"tale {n}\nwith é 🙂 and " + "words " * n for n in range(40)]
 
@@ -36,7 +36,7 @@ def write(path, texts=TEXTS):
 def read(*inputs, start=documents.START, field="text"):
     """The documents of the inputs, and the positions of their blocks' ends."""
     found, ends = [], []
-    for block in documents.read_blocks(find_sources(inputs), field, start):
+    for block in documents.read_blocks(find_inputs(inputs), field, start):
         found += parse(block)
         ends.append((block.end, len(found)))
     return found, ends
@@ -54,7 +54,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(documents, "_BATCH_ROWS", 2)
 
 
-FORMATS = ["a.jsonl", "a.NDJSON", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]
+FORMATS = ["a.jsonl", "a.NDJSON", "a.json.gz", "a.jsonl.zst", "a.parquet"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -157,6 +157,28 @@ def test_a_truncated_file_gives_what_can_be_read_and_a_problem(tmp_path, name, c
         assert read(str(path), str(tmp_path / "b.jsonl"), start=end)[0] == found[count:]
 
 
+@pytest.mark.parametrize("name", FORMATS[2:])
+def test_a_damaged_file_gives_the_same_documents_from_any_block_on(tmp_path, name):
+    texts = [random.Random(n).randbytes(9).hex() for n in range(20_000)]
+    path = tmp_path / name
+    write(path, texts)
+    middle = path.stat().st_size // 2
+    if name == "a.parquet":  # of many pages; its index, at the end, stays whole
+        options = {"data_page_size": 1000, "write_batch_size": 10}
+        table = pyarrow.table({"text": texts})
+        parquet.write_table(table, path, use_dictionary=False, **options)
+        with path.open("r+b") as file:
+            file.seek(middle := path.stat().st_size // 2)
+            file.write(b"\xff" * 2000)
+    else:
+        os.truncate(path, middle)
+    found, ends = read(str(path))
+    assert found[-1].problem == "unreadable"
+    assert 3_000 < len(found) < 12_000
+    for end, count in ends[:: len(ends) // 20]:
+        assert read(str(path), start=end)[0] == found[count:]
+
+
 def test_a_column_without_text_makes_a_file_unreadable(tmp_path):
     table = pyarrow.table({"text": [1], "texts": [["a"]]})
     parquet.write_table(table, tmp_path / "a.parquet")
@@ -171,21 +193,23 @@ def test_files_come_from_folders_patterns_and_names_in_order(tmp_path, monkeypat
     for name in ("b.txt", "a.jsonl", "c/d.PARQUET", "c/e.txt.gz", "c/f.jsonl.zst"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
-    for name in ("c/.hidden.txt", "c/notes.md", ".git/g.txt", "c/x.gz"):
+    for name in ("c/.hidden.txt", "c/notes.md", ".git/g.txt", "c/x.gz", "c/x.json"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     inside = ["c/d.PARQUET", "c/e.txt.gz", "c/f.jsonl.zst"]
     names = [str(path) for path in find_files(["b.txt", "."])]
     assert names == ["b.txt", "a.jsonl", "b.txt", *inside]
+    assert [str(path) for path in find_files(["c/*.json"])] == ["c/x.json"]
     assert [str(path) for path in find_files(["c/*.md", "?.*"])] == [
         *("c/notes.md", "a.jsonl", "b.txt")
     ]
     here = tmp_path.name
-    assert [source.name for source in find_sources([".", "c", "c/x.gz"])] == [
+    assert [file.name for file in find_inputs([".", "c/x.gz"])] == [
         *(f"{here}/{name}" for name in ["a.jsonl", "b.txt", *inside]),
-        *inside,
         "x.gz",
     ]
+    left_out = find_inputs(["*.jsonl", "**/*.txt*"], without=[tmp_path / "c"])
+    assert [file.name for file in left_out] == ["a.jsonl", "b.txt"]
 
 
 def test_an_input_without_files_is_named(tmp_path):

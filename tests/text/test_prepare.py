@@ -1,25 +1,31 @@
 import hashlib
+import json
 import os
 import random
+import shutil
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from errno import ENOSPC
 from functools import partial
 
 import numpy as np
 import pytest
+import tokenizers
 from conftest import ROOT, contents, finish, start_script
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_documents import write
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from jaxgpt import BPETokenizer, CharTokenizer
 from jaxgpt.run import fcntl
-from jaxgpt.text import documents, prepare, tasks
+from jaxgpt.text import documents, passes, prepare
 from jaxgpt.text.pretrained import gpt2_tokenizer
 from jaxgpt.text.shards import Manifest, open_folder
 from jaxgpt.text.tokenizer import END_OF_TEXT, load_tokenizer
 
+FULL = OSError(ENOSPC, "full")
 TEXTS = [f"tale {n}: " + "é, not 🙂. " * (n % 7) + "\n" for n in range(150)]
 
 
@@ -37,7 +43,7 @@ def small_and_fast(monkeypatch):
 
 def call(inputs, folder, tokenizer="char", log=lambda line: None, **options):
     inputs = [str(path) for path in np.atleast_1d(inputs)]
-    tasks._load.cache_clear()  # which a process needs for one folder only
+    passes._load.cache_clear()  # which a process needs for one folder only
     options = {"val_fraction": 0.2} | options
     return prepare.prepare(inputs, folder, tokenizer=tokenizer, log=log, **options)
 
@@ -141,8 +147,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(data, tmp_path, monkey
         assert bytes_of(tmp_path / str(workers)) == bytes_of(tmp_path / "here")
 
 
-def interrupt(patch, owner, name, after):
-    """Makes a function fail at a call, as if the disk were full; returns a count."""
+def interrupt(patch, owner, name, after, error=FULL):
+    """Makes a function fail at a call, as if the disk were full; returns its calls."""
     original, calls = getattr(owner, name), []
 
     def failing(*arguments, **options):
@@ -152,7 +158,7 @@ def interrupt(patch, owner, name, after):
                 _, folder, file, content = arguments
                 with (folder / file).open("ab") as half:
                     half.write(content[: len(content) // 2])
-            raise OSError(ENOSPC, "full")
+            raise error
         return original(*arguments, **options)
 
     patch.setattr(owner, name, failing)
@@ -189,6 +195,95 @@ def test_a_full_disk_at_any_moment_changes_no_byte_of_the_result(
         assert bytes_of(out) == bytes_of(tmp_path / "whole")
         moments += 1 + moments // 5
     assert moments
+
+
+def test_another_error_than_a_documents_changes_no_byte_of_the_result(data, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, prepare, "_write", 7, ValueError("not of a document"))
+        patch.setattr(prepare, "_SAVE_SECONDS", 99)
+        with pytest.raises(ValueError, match="not of a document"):
+            call(data, tmp_path / "out")
+    call(data, tmp_path / "out")
+    call(data, tmp_path / "whole")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_a_run_of_other_settings_that_is_killed_leaves_no_mixture(data, tmp_path):
+    out, calls = tmp_path / "out", []
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, Manifest, "save", 0)
+        with pytest.raises(OSError, match="full"):
+            call(data, out, shard_tokens=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = interrupt(patch, prepare, "delete", 1)
+        with pytest.raises(OSError, match="full"):
+            call(data, out, shard_tokens=1001)
+    assert calls[0][0].parent == out  # a file that the first had moved
+    call(data, out, shard_tokens=1000)
+    call(data, tmp_path / "whole", shard_tokens=1000)
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_the_folder_may_be_within_the_input(data, tmp_path, monkeypatch):
+    for inputs in (data, data / "**" / "*.*"):
+        out = data / f"out{len(str(inputs))}"
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, Manifest, "save", 0)
+            with pytest.raises(OSError, match="full"):
+                call(inputs, out)
+        lines = []
+        manifest = call(inputs, out, log=lines.append)
+        assert any("going on" in line for line in lines)
+        assert call(inputs, out) == manifest
+        assert manifest.documents == len(TEXTS)
+        shutil.rmtree(out)
+
+
+def test_a_file_that_several_inputs_name_is_read_once_at_its_first_place(
+    data, tmp_path
+):
+    (tmp_path / "link.jsonl").symlink_to(data / "a.jsonl")
+    inputs = [tmp_path / "link.jsonl", data / "*.zst", data, data / ".." / "data"]
+    manifest = call(inputs, tmp_path / "out")
+    names = [source["name"] for source in manifest.sources]
+    assert names[:4] == ["a.jsonl", "c.jsonl.zst", "data/b00.txt", "data/b01.txt"]
+    assert manifest.documents == len(TEXTS)
+
+
+def test_the_progress_ends_at_its_total_from_any_block_on(data, tmp_path, monkeypatch):
+    shown = []
+
+    @contextmanager
+    def progress(label, total, note=str):
+        amounts = []
+        shown.append((total, amounts))
+        yield amounts.append
+
+    monkeypatch.setattr(prepare, "progress", progress)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, prepare, "_add", 4)
+        with pytest.raises(OSError, match="full"):
+            call(data, tmp_path / "out")
+    call(data, tmp_path / "out")
+    size = sum(path.stat().st_size for path in data.iterdir())
+    (finding, amounts), (tokenizing, before), (going_on, after) = shown
+    assert finding == tokenizing == sum(amounts) == size
+    assert going_on == sum(after) == size - sum(before)
+    assert min(amounts) >= 0
+    assert min(before) > 0
+
+
+def test_a_file_that_vanishes_is_skipped(data, tmp_path, monkeypatch):
+    def read_blocks(*arguments):
+        for name in ("a.jsonl", "b03.txt"):
+            (data / name).unlink(missing_ok=True)
+        return documents.read_blocks(*arguments)
+
+    monkeypatch.setattr(prepare, "read_blocks", read_blocks)
+    manifest = call(data, tmp_path / "out", on_error="skip")
+    assert manifest.documents == len(TEXTS) - 61
+    unread = [each["name"] for each in manifest.sources if not each["sha256"]]
+    assert unread == ["data/a.jsonl", "data/b03.txt"]
 
 
 def test_the_first_bad_document_stops_and_the_same_command_with_skip_goes_on(
@@ -249,7 +344,7 @@ def test_a_finished_folder_is_not_made_again_and_not_overwritten(
     assert bytes_of(out) == before
 
 
-@pytest.mark.parametrize("change", ["settings", "sources", "shards", "state"])
+@pytest.mark.parametrize("change", ["settings", "sources", "short", "gone", "state"])
 def test_work_with_other_settings_or_files_is_begun_anew(
     data, tmp_path, monkeypatch, change
 ):
@@ -264,9 +359,10 @@ def test_work_with_other_settings_or_files_is_begun_anew(
         options = {"shard_tokens": 1001}
     elif change == "sources":
         (data / "b00.txt").write_text("other")
-    elif change == "shards":
+    elif change == "short":
         os.truncate(out / "unfinished" / "train_000.bin", 5)
-        (out / "unfinished" / "train_001.bin").unlink()
+    elif change == "gone":
+        (out / "unfinished" / "train_000.ends").unlink()
     else:
         (out / "unfinished" / "state.json").write_text("{")
     call(data, out, log=lines.append, **options)
@@ -375,7 +471,8 @@ def implementations(request):
     if request.param == "bpe":
         text = (ROOT / "README.md").read_text() + "don't é🙂 aaaaaaa\n\n\n " * 20
         tokenizer = BPETokenizer.train([text], 1000)
-    return tokenizer.encode, tasks.tiktoken_encode(tokenizer)
+    assert passes.suits_tiktoken(tokenizer)
+    return tokenizer.encode, passes.tiktoken_encode(tokenizer)
 
 
 WORDS = st.sampled_from(["'ll", " ", "\n\n ", "don't", "é", "🙂", "12", "<|", "a" * 99])
@@ -399,6 +496,46 @@ def test_the_faster_implementation_cuts_words_of_more_than_a_million_characters(
     for word in words:
         parts = faster(word).tolist() + faster("gattaca").tolist()
         assert faster(word + "gattaca").tolist() == parts
+
+
+def bpe(*merges):
+    """A tokenizer of bytes, merges such as "a b" in order, and an end token."""
+    tokens = [*sorted(ByteLevel.alphabet())]
+    tokens += dict.fromkeys(merge.replace(" ", "") for merge in merges)
+    vocab = {token: id_ for id_, token in enumerate([*tokens, END_OF_TEXT])}
+    model = BPE(vocab, [tuple(merge.split(" ")) for merge in merges])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    return BPETokenizer(tokenizer)
+
+
+@given(data=st.data())
+def test_a_tokenizer_that_suits_tiktoken_has_the_same_ids_there(data):
+    tokens, merges = ["a", "b"], []
+    for _ in range(data.draw(st.integers(1, 6))):
+        pair = [data.draw(st.sampled_from(tokens)) for _ in "12"]
+        tokens.append("".join(pair))
+        merges.append(" ".join(pair))
+    tokenizer = bpe(*merges)
+    assume(passes.suits_tiktoken(tokenizer))
+    faster = passes.tiktoken_encode(tokenizer)
+    for _ in range(9):
+        text = data.draw(st.text("ab"))
+        assert faster(text).tolist() == tokenizer.encode(text).tolist()
+
+
+def test_only_a_tokenizer_of_proper_merges_in_the_order_of_ids_suits_tiktoken():
+    assert passes.suits_tiktoken(bpe("a b", "ab c"))
+    assert not passes.suits_tiktoken(bpe("a b", "b c", "a bc"))  # "abc" is ab, c
+    values = json.loads(bpe("a b", "c d").to_json())
+    values["model"]["merges"].reverse()
+    assert not passes.suits_tiktoken(
+        BPETokenizer.from_json(json.dumps(values).encode())
+    )
+    more = tokenizers.Tokenizer.from_str(bpe("a b").to_json())
+    more.add_tokens(["more"])
+    assert not passes.suits_tiktoken(BPETokenizer(more))
+    assert not passes.suits_tiktoken(CharTokenizer("ab", [END_OF_TEXT]))
 
 
 @pytest.mark.processes

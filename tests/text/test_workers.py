@@ -19,7 +19,7 @@ def test_results_come_in_order_and_few_tasks_are_ahead():
 
 
 def test_workers_import_no_jax_and_end_when_the_results_are_closed():
-    module = "__import__('jaxgpt.text.tasks') and __import__('sys').modules"
+    module = "__import__('jaxgpt.text.passes') and __import__('sys').modules"
     tasks = [f"{{'jax', 'flax', 'rich', 'pyarrow'}} & ({module}).keys()"]
     with closing(
         ordered_map(eval, [*tasks, "__import__('os').getpid()"], 1)

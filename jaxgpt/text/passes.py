@@ -1,10 +1,11 @@
-"""What the workers of `prepare` do with a block of documents.
+"""The passes of `prepare` over documents: what a worker makes of a block.
 
 A document's identity is the first 16 bytes of the sha256 of its UTF-8 text, as two
 big-endian integers: the first decides its split, the second whether BPE learns from it.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tokenizers import models
 
 from jaxgpt.text.documents import Block, Document, Position, parse
 from jaxgpt.text.tokenizer import (
     END_OF_TEXT,
+    CharTokenizer,
     Tokenizer,
     load_tokenizer,
     segments,
@@ -33,10 +36,9 @@ _PATTERN = (
 
 
 class Read(NamedTuple):
-    """What every task returns of a block, besides its results."""
+    """What every pass returns of a block, besides its results."""
 
     end: Position
-    stored: int  # bytes
     problems: list[Document]
 
 
@@ -57,7 +59,7 @@ class Tokenized:
       lengths: their number for each document, with the end token, i64 [documents].
       digests: 16 bytes for each document, big-endian u64 [documents, 2].
       sources: (documents, skipped) of each of the block's files.
-      sha256: of each file that ends with the block.
+      sha256: of each file that ends with the block; see `input_sha256`.
       utf8_bytes, end_of_texts: size of the text, and how often it has END_OF_TEXT.
     """
 
@@ -102,14 +104,9 @@ def sample(
     return _read(block, documents), found
 
 
-def tokenize(block: Block, tokenizer: Path, fast: bool) -> tuple[Read, Tokenized]:
-    """Tokenizes a block; an end token follows each document.
-
-    Args:
-      tokenizer: path of the tokenizer.json.
-      fast: whether to use `tiktoken_encode`.
-    """
-    encode, end, dtype = _load(tokenizer, fast)
+def tokenize(block: Block, tokenizer: Path) -> tuple[Read, Tokenized]:
+    """Tokenizes a block with a tokenizer.json; an end token follows each document."""
+    encode, end, dtype = _load(tokenizer)
     documents, ids, lengths, digests = [], [], [], []
     sources = [[0, 0] for _ in block.paths]
     utf8_bytes = end_of_texts = 0
@@ -138,7 +135,7 @@ def tokenize(block: Block, tokenizer: Path, fast: bool) -> tuple[Read, Tokenized
         np.array(lengths, np.int64),
         np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2),
         [(used, skipped) for used, skipped in sources],
-        [sha256_of(path) for path in block.paths] if block.ends else [],
+        [input_sha256(path) for path in block.paths] if block.ends else [],
         utf8_bytes,
         end_of_texts,
     )
@@ -151,30 +148,56 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def input_sha256(path: Path) -> str:
+    """Like `sha256_of`, but "" if the file can't be read, as one that is skipped."""
+    try:
+        return sha256_of(path)
+    except OSError:
+        return ""
+
+
 def _read(block: Block, documents: list[Document]) -> Read:
     problems = [document for document in documents if document.problem]
-    return Read(block.end, block.stored, problems)
+    return Read(block.end, problems)
 
 
 @cache
-def _load(
-    path: Path, fast: bool
-) -> tuple[Callable[[str], np.ndarray], np.ndarray, np.dtype]:
+def _load(path: Path) -> tuple[Callable[[str], np.ndarray], np.ndarray, np.dtype]:
     """Loads a tokenizer: its `encode`, its end token, and the dtype of its shards."""
     tokenizer = load_tokenizer(path)
+    fast = suits_tiktoken(tokenizer)
     encode = tiktoken_encode(tokenizer) if fast else tokenizer.encode
     end = np.array([tokenizer.end_of_text])
     return encode, end, token_dtype(tokenizer.vocab_size)
 
 
-def tiktoken_encode(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
-    """Returns a faster function for a BPE tokenizer's `encode`.
+def suits_tiktoken(tokenizer: Tokenizer) -> bool:
+    """Whether `tiktoken_encode` gives the tokenizer's ids, as for GPT-2's.
 
-    The tokenizer must have been trained as BPE is, with ids in the order of the merges
-    and the end token last, as GPT-2's and those of `BPETokenizer.train` are. Then there
-    is one way only to merge two tokens to a third, so that the ids are the same though
-    tiktoken knows the tokens but not the merges.
+    tiktoken knows the tokens but not the merges: of neighbours that make up a token, it
+    merges those of the lowest id. So the ids must be in the order of the merges, after
+    the bytes and before the end token, and the merges must make each token of its own
+    text. Then two neighbours that make up a token, when no lower merge is left, are
+    those of its merge, since no merge has reached over their ends.
     """
+    if isinstance(tokenizer, CharTokenizer):
+        return False
+    values = json.loads(tokenizer.to_json())
+    vocab, merges = values["model"]["vocab"], values["model"]["merges"]
+    last = tokenizer.vocab_size - 1
+    added = [(token["content"], token["id"]) for token in values["added_tokens"]]
+    made = ["".join(pair) for pair in merges]
+    if added != [(END_OF_TEXT, last)] or [*map(vocab.get, made)] != [*range(256, last)]:
+        return False
+    merge = models.BPE(vocab, [tuple(pair) for pair in merges]).tokenize
+    return all(
+        max(vocab[left], vocab[right]) < vocab[token] == merge(token)[0].id
+        for (left, right), token in zip(merges, made, strict=True)
+    )
+
+
+def tiktoken_encode(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
+    """Returns a faster function for a tokenizer's `encode`, if `suits_tiktoken`."""
     import tiktoken  # other tokenizers do not need it
 
     last = tokenizer.vocab_size - 1
