@@ -102,15 +102,18 @@ def _work() -> None:
     while True:
         try:
             task = pickle.load(tasks)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # the parent process has ended
             break
         try:
             answer = pickle.dumps((function(task), None))
         except Exception as error:
             error.add_note(traceback.format_exc())
             answer = pickle.dumps((None, error))
-        results.write(answer)
-        results.flush()
+        try:
+            results.write(answer)
+            results.flush()
+        except BrokenPipeError:
+            os._exit(1)  # nor is the rest written, which would fail with a traceback
 
 
 if __name__ == "__main__":

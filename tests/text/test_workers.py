@@ -1,10 +1,12 @@
 import os
+import pickle
 from contextlib import closing
 from functools import partial
 from itertools import count, islice
 
 import pytest
 
+from jaxgpt.text import workers
 from jaxgpt.text.workers import ordered_map
 
 
@@ -30,6 +32,17 @@ def test_workers_import_no_jax_and_end_when_the_results_are_closed():
         os.kill(process, 0)
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+@pytest.mark.parametrize("sent", ["a task", "half a task"])
+def test_a_worker_whose_parent_is_killed_ends_without_a_word(capfd, sent):
+    worker = workers._start()
+    worker.stdout.close()
+    worker.stdin.write(pickle.dumps(abs))
+    worker.stdin.write(pickle.dumps(10**99)[: None if sent == "a task" else -9])
+    worker.stdin.close()
+    worker.wait()
+    assert capfd.readouterr().err == ""
 
 
 def test_what_a_worker_prints_is_no_result(capfd):
