@@ -37,6 +37,7 @@ class InputFile(NamedTuple):
     name: str  # relative to the parent of the input that led to it
     path: Path
     size: int
+    mtime_ns: int  # when it was last changed
 
 
 class Position(NamedTuple):
@@ -117,7 +118,9 @@ def find_inputs(inputs: Sequence[str], without: Sequence[Path] = ()) -> list[Inp
         if not found:
             what = "has no such files" if path.is_dir() else "does not exist"
             raise FileNotFoundError(f"{path.absolute()} {what}; {_EXPECTED}")
-        files += [InputFile(name, file, file.stat().st_size) for name, file in found]
+        for name, file in found:
+            stat = file.stat()
+            files.append(InputFile(name, file, stat.st_size, stat.st_mtime_ns))
     return files
 
 

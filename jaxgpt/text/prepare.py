@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -59,6 +59,7 @@ _SOURCES, _DIGESTS, _STATE = "sources", "digests", "state.json"
 _SAVE_SECONDS = 5
 _DIGEST_BYTES = 64  # of memory for a digest of 16, besides its place in the set
 _SAMPLE = 64 << 20  # bytes of text that BPE learns from, at most
+_LARGEST_VOCABULARY = 1 << 24
 _OURS = re.compile(rf"(train|val)_\d+\.(bin|ends)|{TOKENIZER}")
 
 
@@ -168,15 +169,19 @@ def prepare(
     own = None
     if tokenizer not in ("char", "bpe"):
         own = _with_end(find_tokenizer(tokenizer, log), tokenizer)
+    sha256 = hashlib.sha256(own.to_json().encode()).hexdigest() if own else None
     folder = out_dir / UNFINISHED
     files = _find_once(inputs, [out_dir, folder])
     with _claimed(out_dir, log):
         if (out_dir / MANIFEST).exists():
-            manifest = _check_finished(out_dir, settings, files, own)
-            delete(folder)
-            log(f"{out_dir} is complete")
-            return manifest
-        state = _resume(out_dir, _key(settings, files, own), log)
+            manifest = _check_finished(out_dir, settings, files, sha256)
+            if not (damaged := _damaged(out_dir, manifest)):
+                delete(folder)
+                log(f"{out_dir} is complete")
+                return manifest
+            log(f"{damaged} is missing or damaged: {out_dir} is prepared anew")
+            delete(out_dir / MANIFEST)
+        state = _resume(out_dir, _key(settings, files, sha256), log)
         run = _Run(folder, settings, files, on_error, workers or _cores(), log)
         if not state.done:
             if TOKENIZER not in state.lengths:
@@ -185,6 +190,7 @@ def prepare(
                 state.save(folder)
             del own
             _tokenize(run, state)
+            _check_unchanged(files)
         return _finish(run, state)
 
 
@@ -272,6 +278,11 @@ def _check_settings(settings: dict[str, Any], workers: int | None) -> None:
             f"--vocab-size {vocab_size} with --tokenizer {tokenizer}: bpe needs a "
             "size, as in --vocab-size 4096, and the other tokenizers have their own"
         )
+    if vocab_size is not None and not 257 <= vocab_size <= _LARGEST_VOCABULARY:
+        raise ValueError(
+            f"--vocab-size {vocab_size} must be from 257, for all bytes and the end "
+            f"token, to {_LARGEST_VOCABULARY}"
+        )
     if not 0 <= (fraction := settings["val_fraction"]) < 1:
         raise ValueError(f"--val-fraction {fraction} must be at least 0 and below 1")
     if not 0 < (tokens := settings["shard_tokens"]) <= passes.LONGEST:
@@ -309,13 +320,15 @@ def _claimed(out_dir: Path, log: Callable[[str], None]) -> Iterator[None]:
     if out_dir.exists() and not out_dir.is_dir():
         raise FileExistsError(f"--out-dir {out_dir} is a file; choose another")
     found = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
-    if not found & {UNFINISHED, MANIFEST}:
-        foreign = {name for name in found - {LOCK} if not name.endswith(TMP_SUFFIX)}
-        if foreign:
-            raise FileExistsError(
-                f"--out-dir {out_dir} is not a prepared corpus: it has {min(foreign)}; "
-                "choose another directory"
-            )
+    ours = {LOCK}
+    if {LOCK, UNFINISHED} <= found:
+        ours |= {UNFINISHED, *filter(_OURS.fullmatch, found)}
+    foreign = {name for name in found - ours if not name.endswith(TMP_SUFFIX)}
+    if foreign and MANIFEST not in found:
+        raise FileExistsError(
+            f"--out-dir {out_dir} is not a prepared corpus: it has {min(foreign)}; "
+            "choose another directory"
+        )
     out_dir.mkdir(parents=True, exist_ok=True)
     with (out_dir / LOCK).open("w") as lock:
         if fcntl:
@@ -327,21 +340,21 @@ def _claimed(out_dir: Path, log: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _tokenizer_sha256(tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
-
-
 def _check_finished(
     out_dir: Path,
     settings: dict[str, Any],
     files: Sequence[InputFile],
-    own: Tokenizer | None,
+    tokenizer: str | None,
 ) -> Manifest:
-    """Returns the folder's manifest; raises FileExistsError if it is of other work."""
+    """Returns the folder's manifest; raises FileExistsError if it is of other work.
+
+    Args:
+      tokenizer: sha256 of the given tokenizer, if one is given.
+    """
     manifest = Manifest.load(out_dir)
     made_of = [(source["name"], source["bytes"]) for source in manifest.sources]
     differs = [key for key in settings if settings[key] != manifest.settings.get(key)]
-    if own and _tokenizer_sha256(own) != manifest.tokenizer:
+    if tokenizer not in (None, manifest.tokenizer):
         differs.append("tokenizer")
     if made_of != [(file.name, file.size) for file in files]:
         differs.append("input files")
@@ -361,15 +374,40 @@ def _check_finished(
     return manifest
 
 
+def _damaged(out_dir: Path, manifest: Manifest) -> Path | None:
+    """The first file of a finished folder that is not as the manifest says."""
+    digests = {shard.name: shard.sha256 for shard in manifest.shards}
+    for name, sha256 in (digests | {TOKENIZER: manifest.tokenizer}).items():
+        path = out_dir / name
+        if not path.is_file() or passes.sha256_of(path) != sha256:
+            return path
+    for shard in manifest.shards:
+        path, size = out_dir / shard.ends_name, shard.documents * ENDS_DTYPE.itemsize
+        if not path.is_file() or path.stat().st_size != size:
+            return path
+    return None
+
+
+def _check_unchanged(files: Sequence[InputFile]) -> None:
+    """Raises ValueError if a file has changed; one that is gone was skipped."""
+    for file in files:
+        with suppress(FileNotFoundError):
+            stat = file.path.stat()
+            if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+                raise ValueError(
+                    f"{file.path} has changed while it was read; run the same command "
+                    "again, which prepares all files anew"
+                )
+
+
 def _key(
-    settings: dict[str, Any], files: Sequence[InputFile], own: Tokenizer | None
+    settings: dict[str, Any], files: Sequence[InputFile], tokenizer: str | None
 ) -> str:
-    """Identifies settings and input files without reading them."""
+    """Identifies settings, tokenizer and input files without reading them."""
     states = [
-        (file.name, str(file.path.resolve()), file.size, file.path.stat().st_mtime_ns)
+        (file.name, str(file.path.resolve()), file.size, file.mtime_ns)
         for file in files
     ]
-    tokenizer = own and _tokenizer_sha256(own)
     values = json.dumps([settings, states, tokenizer])
     return hashlib.sha256(values.encode()).hexdigest()
 
@@ -532,8 +570,9 @@ def _add(
         used, skipped = state.file_counts[0] + used, state.file_counts[1] + skipped
         state.file_counts = [used, skipped]
         if result.sha256:
-            name, _, size = run.files[read.end.file - len(result.sources) + n]
-            values = {"name": name, "bytes": size, "sha256": result.sha256[n]}
+            file = run.files[read.end.file - len(result.sources) + n]
+            values: dict[str, Any] = {"name": file.name, "bytes": file.size}
+            values |= {"sha256": result.sha256[n]}
             values |= {"documents": used, "skipped": skipped}
             state.append(folder, _SOURCES, json.dumps(values).encode() + b"\n")
             state.file_counts = [0, 0]
@@ -599,16 +638,15 @@ def _report(run: _Run, state: _State) -> None:
     tokens = dict.fromkeys(SPLITS, 0)
     for shard in state.shards:
         tokens[shard.name.split("_")[0]] += shard.tokens
-    if not tokens["train"]:
-        raise ValueError(
-            f"no document is left for training, of {state.documents:,}; give more, or "
-            f"a smaller --val-fraction than {run.settings['val_fraction']}"
-        )
-    if not tokens["val"]:
-        log(
-            "no document is for validation; give more documents, or a larger "
-            f"--val-fraction than {run.settings['val_fraction']}"
-        )
+    if not state.documents:
+        raise ValueError("no document is left; give files with documents")
+    fraction = run.settings["val_fraction"]
+    for split, other in zip(SPLITS, ("a smaller", "a larger"), strict=True):
+        if not tokens[split]:
+            log(
+                f"no document is in the {split} split; give more documents, or {other} "
+                f"--val-fraction than {fraction}"
+            )
 
 
 def _finish(run: _Run, state: _State) -> Manifest:

@@ -371,14 +371,52 @@ def test_work_with_other_settings_or_files_is_begun_anew(
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 
 
-def test_a_folder_with_other_files_is_left_as_it_is(data, tmp_path):
-    (out := tmp_path / "out").mkdir()
-    (out / "train.bin").touch()
-    with pytest.raises(FileExistsError, match=r"out .*train\.bin"):
-        call(data, out)
+@pytest.mark.parametrize(
+    "names", ["train.bin", "tokenizer.json unfinished/a.txt", "config.json lock"]
+)
+def test_a_folder_with_other_files_is_left_as_it_is(data, tmp_path, names):
+    for name in names.split():
+        (path := tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    before = contents(tmp_path / "out")
+    with pytest.raises(FileExistsError, match=f"out .*{names.split()[0]}"):
+        call(data, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_file_in_place_of_the_folder_is_named(data):
     with pytest.raises(FileExistsError, match=r"a\.jsonl"):
         call(data, data / "a.jsonl")
-    assert list(contents(out)) == ["train.bin"]
+
+
+@pytest.mark.parametrize("name", ["val_000.bin", "train_000.ends", "tokenizer.json"])
+def test_a_finished_folder_with_a_damaged_file_is_prepared_anew(data, tmp_path, name):
+    call(data, out := tmp_path / "out")
+    before, lines = bytes_of(out), []
+    for damage in ((out / name).unlink, lambda: os.truncate(out / name, 8)):
+        damage()
+        call(data, out, log=lines.append)
+        assert name in lines[0]
+        assert bytes_of(out) == before
+        lines.clear()
+
+
+def test_a_file_that_changes_while_it_is_read_makes_no_corpus(
+    data, tmp_path, monkeypatch
+):
+    tokenize = prepare._tokenize
+
+    def append_then_tokenize(*arguments):
+        with (data / "a.jsonl").open("a") as file:
+            file.write('{"text": "tale 1"}\n')
+        tokenize(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_tokenize", append_then_tokenize)
+        with pytest.raises(ValueError, match="changed"):
+            call(data, tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert call(data, tmp_path / "out").documents == len(TEXTS) + 1
 
 
 @pytest.mark.skipif(not fcntl, reason="Windows has no flock")
@@ -448,7 +486,7 @@ def test_a_tokenizer_of_the_users_own_needs_an_end_token(data, tmp_path):
     assert {*train, *val} == set(TEXTS)
 
 
-def test_no_document_for_training_is_an_error_and_none_for_validation_is_told(
+def test_an_empty_split_is_told_and_no_document_at_all_is_an_error(
     tmp_path,
 ):
     lines = []
@@ -456,8 +494,9 @@ def test_no_document_for_training_is_an_error_and_none_for_validation_is_told(
     call(path, tmp_path / "out", log=lines.append, val_fraction=0)
     assert any("--val-fraction" in line for line in lines)
     assert read(tmp_path / "out") == {"train": ["to be"], "val": []}
-    with pytest.raises(ValueError, match="--val-fraction"):
-        call(path, tmp_path / "none", val_fraction=1 - 1e-9)
+    call(path, tmp_path / "none", log=lines.append, val_fraction=1 - 1e-9)
+    assert "train" in lines[-2]
+    assert read(tmp_path / "none") == {"train": [], "val": ["to be"]}
     (tmp_path / "empty.jsonl").touch()
     for tokenizer in ("char", "gpt2"):
         with pytest.raises(ValueError, match="no document"):
