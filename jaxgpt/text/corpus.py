@@ -8,6 +8,7 @@ document.
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,8 @@ def _with_absolute_paths(data: DataConfig) -> DataConfig:
     name = data.tokenizer
     if name not in pretrained.NAMES:
         name = str(Path(name).resolve())
-    paths = tuple(str(Path(path).resolve()) for path in data.path)
+    # A link keeps its name, whose suffix says what the file holds.
+    paths = tuple(os.path.abspath(path) for path in data.path)
     return dataclasses.replace(data, path=paths, tokenizer=name)
 
 

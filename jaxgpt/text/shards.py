@@ -200,7 +200,13 @@ class Tokens:
                 scan = partial(_scan_ends, array, end_of_text)
                 name = f"ends {end_of_text}, {array.dtype}"
                 ends = scan_once([ends], name, scan, is_array=True) if ends else scan()
-            if len(array) > max(ends[-1:], default=0):
+            last = int(max(ends[-1:], default=0))
+            if last > len(array) or (ends[1:] <= ends[:-1]).any():
+                raise ValueError(
+                    f"{getattr(ends, 'filename', 'a file of ends')} is damaged; "
+                    "prepare the corpus again"
+                )
+            if len(array) > last:
                 ends = np.append(ends, len(array))
             found.append(ends.astype(np.int64) + start)
         return np.concatenate(found)
@@ -220,7 +226,13 @@ def open_folder(folder: Path, vocab_size: int) -> tuple[dict[str, Tokens], str]:
         dtype = token_dtype(manifest.vocab_size)
         tokens = {s: _open_shards(folder, manifest.split(s), dtype) for s in SPLITS}
         largest = {folder / s.name: s.largest_token for s in manifest.shards}
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        sha256 = _sha256(path)
+        own = folder / "tokenizer.json"
+        if own.exists() and _sha256(own) != manifest.tokenizer:
+            raise ValueError(
+                f"{own} is not the tokenizer of these shards; restore it, or prepare "
+                "the corpus again"
+            )
     else:
         files, dtype = [folder / f"{s}.bin" for s in SPLITS], token_dtype(vocab_size)
         arrays = [map_file(file, dtype) for file in files]
@@ -239,6 +251,10 @@ def open_folder(folder: Path, vocab_size: int) -> tuple[dict[str, Tokens], str]:
                 f"use tokens of the model's tokenizer, or a vocab_size above {token}"
             )
     return tokens, sha256
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _open_shards(folder: Path, shards: Sequence[Shard], dtype: np.dtype) -> Tokens:

@@ -402,6 +402,13 @@ class TestRecords:
         with pytest.raises(TypeError, match="NoneType"):  # calls `prepare`
             load_corpus(config, lines.append)
 
+    def test_the_name_of_a_link_says_what_the_file_holds(self, records, tmp_path):
+        records.rename(blob := tmp_path / "0123abcd")  # as in Hugging Face's cache
+        records.symlink_to(blob)
+        linked, config = load(records, tokenizer="bpe", vocab_size=270)
+        assert config.data.path == (str(records),)
+        assert linked.tokenizer.decode(linked.train[:9]).startswith("0 winters")
+
     def test_a_run_that_was_not_trained_on_them_keeps_its_tokenizer(
         self, records, monkeypatch
     ):

@@ -82,6 +82,13 @@ def test_a_prepared_folder_is_opened_without_reading_its_tokens(folder):
 def test_what_the_manifest_says_of_the_shards_is_checked(folder):
     with pytest.raises(ValueError, match=r"train_000\.bin has token 41\b"):
         open_folder(folder, 41)
+    (folder / "tokenizer.json").touch()  # of another vocabulary
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        open_folder(folder, 50_257)
+    (folder / "tokenizer.json").unlink()
+    splits, _ = open_folder(folder, 50_257)
+    with pytest.raises(ValueError, match=r"train_001\.ends"):  # which are all 0
+        splits["train"].document_ends(50_256)
     os.truncate(folder / "val_000.ends", 0)
     with pytest.raises(ValueError, match=r"val_000\.bin"):
         open_folder(folder, 50_257)
