@@ -69,15 +69,16 @@ def load_corpus(
     folders, tokenizer, config = _load(config, SPLITS, log, tokenizer)
     train, val = (Tokens.join([each[split] for each in folders]) for split in SPLITS)
     parts = [each["train"] for each in folders] if config.data.weights else []
-    packing, names = config.data.packing, ["train", "val", *config.data.path]
-    least = config.model.block_size + 1 if packing == "windows" else 1
+    least, needs = 1, "packing needs"
+    if config.data.packing == "windows":
+        least, needs = config.model.block_size + 1, "a window needs block_size + 1 ="
+    names = ["train", "val", *config.data.path]
     for name, tokens in zip(names, [train, val, *parts], strict=False):
         if len(tokens) < least:
             raise ValueError(
-                f"the {name} split has {len(tokens)} tokens, but packing={packing} "
-                f"needs at least {least}; use a longer text, for windows a smaller "
-                "--model.block-size or, for documents, `python -m jaxgpt prepare` with "
-                "another --val-fraction"
+                f"the {name} split has {len(tokens)} tokens, but {needs} {least}; use "
+                "a longer text, a smaller --model.block-size or, for documents, "
+                "`python -m jaxgpt prepare` with another --val-fraction"
             )
     return Corpus(train, val, tokenizer, parts), config
 
