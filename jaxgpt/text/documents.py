@@ -26,8 +26,8 @@ _FILES = 1000  # text files in a block, at most
 _BATCH_ROWS = 64  # of parquet, which are decoded at once
 _EXPECTED = (
     "give files, patterns such as 'data/*.parquet', or folders with *.txt, *.jsonl, "
-    "*.ndjson or *.parquet files; all but parquet may also end in .gz or .zst; JSONL "
-    "may be named *.json.gz, or *.json if it is not in a folder that is given"
+    "*.ndjson or *.parquet files; all but parquet may also end in .gz or .zst, and "
+    "*.json, which is left out of folders, is read as JSONL"
 )
 
 
@@ -89,7 +89,7 @@ def find_inputs(inputs: Sequence[str], without: Sequence[Path] = ()) -> list[Inp
 
     Args:
       inputs: files, folders or patterns.
-      without: folders whose own files are left out.
+      without: folders whose own files are left out, unless they are given by name.
     """
     files = []
     if not inputs:
@@ -106,7 +106,7 @@ def find_inputs(inputs: Sequence[str], without: Sequence[Path] = ()) -> list[Inp
             (Path(match.resolve().name, file.relative_to(match)).as_posix(), file)
             for match in matches
             for file in _files_in(match)
-            if file.resolve().parent not in left_out
+            if file == path or file.resolve().parent not in left_out
         ]
         for _, file in [*found, ("", path)]:
             pipe = file.exists() and not (file.is_file() or file.is_dir())

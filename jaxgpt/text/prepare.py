@@ -70,7 +70,7 @@ class _State:
     Attributes:
       key: identifies the settings and the input files.
       position: where the next block begins.
-      lengths: of all files that belong to the result or go on growing, in bytes.
+      lengths: of all files but state.json, in bytes.
       shards: those that are closed.
       open: the one that grows, for each split that has one.
       utf8_bytes, end_of_texts: size of the text, and how often it has END_OF_TEXT.
@@ -450,8 +450,7 @@ def _truncate(folder: Path, state: _State) -> bool:
             path = folder.parent / name
         if not path.exists() or path.stat().st_size < length:
             return False
-        if path.stat().st_size > length:
-            os.truncate(path, length)
+        os.truncate(path, length)
     return True
 
 

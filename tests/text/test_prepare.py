@@ -566,6 +566,7 @@ def test_a_tokenizer_that_suits_tiktoken_has_the_same_ids_there(data):
 def test_only_a_tokenizer_of_proper_merges_in_the_order_of_ids_suits_tiktoken():
     assert passes.suits_tiktoken(bpe("a b", "ab c"))
     assert not passes.suits_tiktoken(bpe("a b", "b c", "a bc"))  # "abc" is ab, c
+    assert not passes.suits_tiktoken(bpe("a bc", "b c"))  # of a later token
     values = json.loads(bpe("a b", "c d").to_json())
     values["model"]["merges"].reverse()
     assert not passes.suits_tiktoken(
