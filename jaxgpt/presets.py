@@ -146,17 +146,17 @@ def shakespeare_char() -> Config:
 
 
 def reviews_bpe() -> Config:
-    """A GPT with its own BPE on movie reviews: 10 min on 2 CPU cores, val 4.50.
+    """A GPT with its own BPE on movie reviews: 10 min on 2 fast CPU cores, val 4.73.
 
-    One epoch of 8.3M tokens. Each review is a document, and attends only to itself.
+    That is 1.88 bits per byte. Each review is a document, and attends only to itself.
     """
     return Config(
         model=GPTConfig(block_size=256, vocab_size=4096, n_layer=4, n_embd=192),
         data=DataConfig(
-            corpus="reviews", tokenizer="bpe", packing="documents", batch_size=16
+            corpus="reviews", tokenizer="bpe", packing="documents", batch_size=8
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, min_lr=3e-5),
-        train=_train(every=500, max_steps=2000),
+        train=_train(every=600, max_steps=2400),
     )
 
 

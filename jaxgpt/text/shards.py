@@ -60,8 +60,9 @@ class Manifest:
       settings: the settings of `prepare` that decide what the shards hold.
       tokenizer: sha256 of tokenizer.json.
       vocab_size, end_of_text: the tokenizer's.
-      sources: name, bytes, sha256, documents and skipped documents of each input file.
-        Dropped duplicates count too: the sum is `documents` + `duplicates`.
+      sources: name, bytes, sha256 (empty if it can't be read), documents and skipped
+        documents of each input file. Dropped duplicates count too: the sum of documents
+        is `documents` + `duplicates`.
       documents: number of documents in the shards.
       duplicates: number of repeated documents that were dropped.
       shards: those of each split in order.
