@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,10 @@ def scan_once(
     """
     now, before = time.time_ns(), file_states(paths)
     key = hashlib.sha256(json.dumps([name, before]).encode()).hexdigest()
-    path = cache_dir() / "scans" / f"{key}.{'npy' if is_array else 'json'}"
-    if path.is_file() and is_array:
-        return np.load(path, mmap_mode="r")
-    if path.is_file():
-        return json.loads(path.read_bytes())
+    file_name = f"{key}.{'npy' if is_array else 'json'}"
+    with suppress(OSError, ValueError, EOFError):  # missing or damaged
+        path = cache_dir() / "scans" / file_name
+        return np.load(path, "r") if is_array else json.loads(path.read_bytes())
     found = scan()
 
     def save(tmp_path: Path) -> None:
@@ -48,7 +48,8 @@ def scan_once(
 
     newest = max(changed for _, _, changed in before)
     if newest < now - _RACY_NS and file_states(paths) == before:
-        replace_file(path, save)
+        with suppress(OSError):  # no cache is needed
+            replace_file(cache_dir() / "scans" / file_name, save)
     return found
 
 
