@@ -227,6 +227,7 @@ with plain_errors():
     assert ("Traceback" in err) == ("Error" in told)
 
 
+@pytest.mark.processes
 def test_interrupted_generation_exits_with_the_signals_number(smoke):
     many = ("--max-new-tokens", 10**6)
     script = start_script("generate.py", "--run-dir", smoke[0], *many)

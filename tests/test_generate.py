@@ -67,6 +67,7 @@ def test_every_checkpoint_can_be_sampled(sample, tiny_run):
     assert sample("--checkpoint", step).out == sample("--checkpoint", "latest").out
 
 
+@pytest.mark.processes
 def test_a_reader_that_goes_away_ends_the_command_without_a_message(tiny_run):
     process = start_script("generate.py", "--run-dir", tiny_run)
     process.stdout.close()

@@ -119,6 +119,7 @@ def test_devices_that_share_a_model_generate_the_same_text_as_one(
     assert call("generate.py", *options, *samples, *flags(mesh)).out == alone
 
 
+@pytest.mark.devices
 def test_devices_that_share_a_model_load_only_their_part(cube, call, monkeypatch):
     held = []
 

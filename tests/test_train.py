@@ -175,6 +175,7 @@ def test_overwriting_starts_anew_but_only_if_the_corpus_can_be_trained_on(
     assert load_run(run_dir, "latest").step == 4
 
 
+@pytest.mark.slow
 def test_a_loss_of_0_is_logged_and_ranks_as_the_best(bigram_tales, tmp_path):
     (tmp_path / "a.txt").write_text("a" * 200)
     data = {"path": (str(tmp_path / "a.txt"),), "sha256": ""}
@@ -236,6 +237,7 @@ def test_the_end_has_the_exact_losses_of_the_last_step_and_of_the_best_checkpoin
     assert done() == (pytest.approx(last, abs=1e-6), None)
 
 
+@pytest.mark.slow
 def test_a_bpe_run_resumes_with_its_own_tokenizer(bigram_tales, fresh_cache, tmp_path):
     sections = {"model": {"vocab_size": 280}, "data": {"tokenizer": "bpe"}}
     run(changed(bigram_tales, train={"max_steps": 1}, **sections), tmp_path / "run")

@@ -40,6 +40,7 @@ def gpt2(tmp_path):
     return tmp_path / "gpt2"
 
 
+@pytest.mark.torch
 def test_an_imported_nanogpt_checkpoint_can_be_sampled_and_evaluated(
     call, ckpt, text_file, tmp_path
 ):

@@ -159,7 +159,7 @@ def test_generation_stops_when_every_row_has_ended(tiny_model):
     ("rows", "length", "devices"),
     [
         (20, 2, {2}),
-        (15, 2, {1, 5}),
+        pytest.param(15, 2, {1, 5}, marks=pytest.mark.devices),
         pytest.param(24, 2, {3}, marks=pytest.mark.devices),
         pytest.param(15, T, {5}, marks=pytest.mark.devices),
     ],

@@ -80,7 +80,11 @@ def test_each_logit_has_a_gradient_from_every_past_position_and_no_future_one(
 
 
 @pytest.mark.parametrize(
-    ("preset", "excess"), [("shakespeare-char-cpu", 0.1), ("shakespeare-char", 0.3)]
+    ("preset", "excess"),
+    [
+        ("shakespeare-char-cpu", 0.1),
+        pytest.param("shakespeare-char", 0.3, marks=pytest.mark.slow),
+    ],
 )
 def test_loss_at_init_is_near_that_of_uniform_probabilities(preset, excess):
     fields = {"vocab_size": 65, "unroll": 1}

@@ -27,7 +27,7 @@ WIDE = changed(
     train={"max_steps": STEPS},
 )
 TOKENS = np.random.default_rng(0).integers(11, size=400).astype(np.uint16)
-DEFAULT = [(8, 1, 1, 1), (2, 2, 2, 2)]
+DEFAULT = [(2, 2, 2, 2)]
 MORE = pytest.mark.devices
 
 

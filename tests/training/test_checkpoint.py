@@ -108,6 +108,7 @@ def two(saved_once, tmp_path):
     return shutil.copytree(saved_once, tmp_path / "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_to_a_file_is_noticed_or_harmless(saved_once, tmp_path, capsys, damage):
     noticed = []
