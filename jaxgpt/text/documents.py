@@ -24,6 +24,8 @@ _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK = 1 << 20  # bytes of text that are read at once
 _FILES = 1000  # text files in a block, at most
 _BATCH_ROWS = 64  # of parquet, which are decoded at once
+# What pyarrow raises for files that are damaged, or of a kind that it can't read.
+_PYARROW_ERRORS = (OSError, ValueError, NotImplementedError)
 _EXPECTED = (
     "give files, patterns such as 'data/*.parquet', or folders with *.txt, *.jsonl, "
     "*.ndjson or *.parquet files; all but parquet may also end in .gz or .zst, and "
@@ -208,7 +210,7 @@ def _read_records(file: InputFile, field: str, start: Position) -> Iterator[Bloc
             end = Position(start.file, offset + step, record + records, stored)
             yield Block(position, end, [file.path], data, field, ends=False)
             position = end
-    except (OSError, ValueError, NotImplementedError) as error:  # as pyarrow raises
+    except _PYARROW_ERRORS as error:
         problem = str(error)
     end = Position(start.file + 1)
     yield Block(position, end, [file.path], b"", field, problem)
@@ -287,7 +289,7 @@ def _read_rows(
                     if size >= _BLOCK:
                         yield values, len(values), stored
                         values, size = [], 0
-        except (OSError, ValueError, NotImplementedError):
+        except _PYARROW_ERRORS:
             if values:
                 yield values, len(values), stored
             raise
