@@ -47,7 +47,7 @@ from jaxgpt.training import checkpoint, evaluation
 from jaxgpt.training.diagnosis import diagnose_non_finite
 from jaxgpt.training.loggers import check_installed
 from jaxgpt.training.monitor import Monitor, check_finite
-from jaxgpt.training.objectives import Batch, next_token, validation_metric
+from jaxgpt.training.objectives import Batch, make_objective, validation_metric
 from jaxgpt.training.profile import profiled
 from jaxgpt.training.step import (
     abstract_state,
@@ -114,7 +114,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         pack = partial(as_rows, config=config, tokenizer=corpus.tokenizer, log=log_line)
         train_rows = [*map(pack, corpus.parts)] or pack(corpus.train)
         val = pack(corpus.val)
-        objective, source = next_token(model), training_source(train_rows, config)
+        objective, source = make_objective(model), training_source(train_rows, config)
         sources = {"train": evaluation_source(train_rows, config)}
         sources["val"] = evaluation_source(val, config)
         eval_step = evaluation.make_eval_step(objective, mesh)
@@ -157,7 +157,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         with (
             checkpoint.open_checkpoints(folder) as checkpoints,
             Monitor(run_dir, config, resumed_step, STARTED, skipped) as monitor,
-            diagnose_non_finite(lambda: state, next_token, source, config, mesh),
+            diagnose_non_finite(lambda: state, make_objective, source, config, mesh),
             profiled(run_dir / PROFILE, config.train.profile) as profile_dispatch,
         ):
 
@@ -204,14 +204,12 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                         save()
                     return signal
 
-            losses_step = evaluation.make_losses_step(model, mesh)
+            measure = evaluation.exact_loss(model, objective, val, config, mesh)
 
             def exact_loss(name: str, params: Any) -> float:
                 """The loss on the whole validation split."""
                 with monitor.last_evaluation(name, predictions(val)) as advance:
-                    return evaluation.evaluate_exactly(
-                        losses_step, params, val, config, mesh, advance=advance
-                    ).nats_per_token
+                    return measure(params, advance)
 
             state = dataclasses.replace(state, opt_state=None)  # frees memory
             exact = {step: exact_loss("last step", state.params)}

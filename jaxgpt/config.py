@@ -71,6 +71,8 @@ class ModelConfig:
     # Not fields:
     shardable = False  # whether parameters can be sharded
     packable = False  # whether a row can hold several documents
+    # what is predicted, which determines the corpus, the batches and the objective
+    task = "next-token"
 
     block_size: int = 64  # context length in tokens
     vocab_size: int | None = None  # vocabulary size; by default the tokenizer's
@@ -142,12 +144,10 @@ class LectureConfig(TransformerConfig):
 
 
 @dataclass(frozen=True)
-class GPTConfig(TransformerConfig):
-    """The model of nanoGPT and GPT-2."""
+class BlockConfig(TransformerConfig):
+    """Fields of every Transformer that is made of `models.layers.Block`."""
 
     shardable = True
-    packable = True
-    architecture: Literal["gpt"] = "gpt"  # kind of model
     bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
     gelu: Literal["exact", "tanh"] = "exact"  # with erf (nanoGPT) or tanh (GPT-2)
     # dtype of activations; parameters, softmax, logits and loss stay float32
@@ -164,8 +164,65 @@ class GPTConfig(TransformerConfig):
         _check_at_least(self, 1, "unroll")
 
 
+@dataclass(frozen=True)
+class GPTConfig(BlockConfig):
+    """The model of nanoGPT and GPT-2."""
+
+    packable = True
+    architecture: Literal["gpt"] = "gpt"  # kind of model
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(BlockConfig):
+    """An encoder with a classification head."""
+
+    task = "classification"
+    architecture: Literal["classifier"] = "classifier"  # kind of model
+    # what the head reads: the mean over all tokens, or the first token
+    pooling: Literal["mean", "first"] = "mean"
+    # names of the labels, in the order of their ids; by default those of the corpus
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MaskedLMConfig(BlockConfig):
+    """An encoder with a head that predicts masked tokens, as in BERT."""
+
+    task = "masked-tokens"
+    architecture: Literal["masked-lm"] = "masked-lm"  # kind of model
+    mask_prob: float = 0.15  # fraction of the tokens that are predicted
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(0 < self.mask_prob <= 1, f"mask_prob={self.mask_prob} must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Seq2SeqConfig(BlockConfig):
+    """An encoder-decoder of n_layer blocks each; block_size is for both sides."""
+
+    task = "translation"
+    architecture: Literal["seq2seq"] = "seq2seq"  # kind of model
+    # probability that the loss spreads evenly over the vocabulary, in training
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(
+            0 <= self.label_smoothing < 1,
+            f"label_smoothing={self.label_smoothing} must be at least 0 and below 1",
+        )
+
+
 # The configs of all models; `architecture` tells them apart.
-AnyModelConfig = GPTConfig | LectureConfig | BigramConfig
+AnyModelConfig = (
+    GPTConfig
+    | ClassifierConfig
+    | MaskedLMConfig
+    | Seq2SeqConfig
+    | LectureConfig
+    | BigramConfig
+)
 
 
 def is_token_folder(path: str) -> bool:
@@ -178,11 +235,17 @@ def is_token_folder(path: str) -> bool:
 class DataConfig:
     """The text, its tokenizer and the batch size."""
 
-    # built-in corpus: Tiny Shakespeare, or movie reviews
-    corpus: Literal["tinyshakespeare", "reviews"] = "tinyshakespeare"
+    # built-in corpus: Tiny Shakespeare; movie reviews, with a sentiment each; words to
+    # reverse; or sentence pairs of Tatoeba
+    corpus: Literal["tinyshakespeare", "reviews", "reverse", "tatoeba"] = (
+        "tinyshakespeare"
+    )
     # your own UTF-8 text, JSONL or parquet files, folders of them, or folders of token
-    # files (written by `python -m jaxgpt prepare` or by nanoGPT)
+    # files (written by `python -m jaxgpt prepare` or by nanoGPT); to classify, CSV or
+    # JSONL of text and label; to translate, TSV or JSONL of source and target
     path: tuple[str, ...] = ()
+    # source and target language of the corpus tatoeba
+    languages: Literal["en-de", "en-es", "en-fr", "de-en", "es-en", "fr-en"] = "en-de"
     # share of the training rows drawn from each folder of tokens in path; by default
     # each folder's share of the tokens
     weights: tuple[float, ...] = ()

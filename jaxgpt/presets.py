@@ -13,12 +13,15 @@ from typing import Any
 
 from jaxgpt.config import (
     BigramConfig,
+    ClassifierConfig,
     Config,
     DataConfig,
     GPTConfig,
     LectureConfig,
+    MaskedLMConfig,
     MeshConfig,
     OptimizerConfig,
+    Seq2SeqConfig,
     TrainConfig,
 )
 
@@ -160,6 +163,52 @@ def reviews_bpe() -> Config:
     )
 
 
+def reviews_mlm() -> Config:
+    """Masked language modelling on movie reviews, for sentiment: not measured yet."""
+    return Config(
+        model=MaskedLMConfig(block_size=256, vocab_size=8192, n_layer=2, n_embd=128),
+        data=DataConfig(corpus="reviews", tokenizer="bpe", batch_size=32),
+        optimizer=OptimizerConfig(learning_rate=2e-3, min_lr=2e-5),
+        train=_train(every=500, max_steps=4000),
+    )
+
+
+def sentiment() -> Config:
+    """Sentiment of movie reviews by an encoder: not measured yet."""
+    return Config(
+        model=ClassifierConfig(
+            block_size=256, vocab_size=8192, n_layer=2, n_embd=128, dropout=0.2
+        ),
+        data=DataConfig(corpus="reviews", tokenizer="bpe", batch_size=32),
+        train=_train(every=250, max_steps=2000),
+    )
+
+
+def reverse() -> Config:
+    """Reverses words letter by letter with an encoder-decoder: not measured yet."""
+    return Config(
+        model=Seq2SeqConfig(block_size=24, n_layer=1, n_embd=64),
+        data=DataConfig(corpus="reverse", batch_size=64),
+        train=_train(every=500, max_steps=2000),
+    )
+
+
+def translate_de() -> Config:
+    """Translates English into German with an encoder-decoder: not measured yet."""
+    return Config(
+        model=Seq2SeqConfig(
+            block_size=64,
+            vocab_size=4096,
+            n_layer=3,
+            n_embd=192,
+            dropout=0.1,
+            label_smoothing=0.1,
+        ),
+        data=DataConfig(corpus="tatoeba", tokenizer="bpe", batch_size=64),
+        train=_train(every=500, max_steps=5000),
+    )
+
+
 def gpt2_124m() -> Config:
     """GPT-2 small on OpenWebText: nanoGPT reports 4 days on 8 A100s, val 2.85.
 
@@ -277,6 +326,10 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "shakespeare-char-fast": shakespeare_char_fast,
     "shakespeare-char": shakespeare_char,
     "reviews-bpe": reviews_bpe,
+    "reviews-mlm": reviews_mlm,
+    "sentiment": sentiment,
+    "reverse": reverse,
+    "translate-de": translate_de,
     "gpt2-124m": gpt2_124m,
     "gpt2-350m": gpt2_350m,
     "gpt2-774m": gpt2_774m,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgpt import ops
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import BlockConfig
 from jaxgpt.models import layers
 from jaxgpt.ops.attention import KV, Mask
 
@@ -18,11 +18,10 @@ from jaxgpt.ops.attention import KV, Mask
 class GPT(nn.Module):
     """Maps token ids to logits of each next token.
 
-    The blocks run as a scan over parameters with a leading n_layer axis, unrolled
-    `unroll` blocks at a time. Source: nanoGPT model.py; GPT-2, section 2.3.
+    Source: nanoGPT model.py; GPT-2, section 2.3.
     """
 
-    config: GPTConfig
+    config: BlockConfig
     platform: str
 
     def setup(self) -> None:
@@ -42,7 +41,9 @@ class GPT(nn.Module):
         tokens_BT: Array,
         deterministic: bool = True,
         rows_B: Array | None = None,
+        *,
         segments_BT: Array | None = None,
+        memory: layers.Memory | None = None,
     ) -> Array:
         """The input of the head, [B, T, C].
 
@@ -52,27 +53,14 @@ class GPT(nn.Module):
           rows_B: indices of the rows in the whole batch; 0 to B - 1 by default.
           segments_BT: segment ids, i32, each of consecutive positions. Positions attend
             only to their segment, and count from 0 in it. None for one segment.
+          memory: the encoder's output, in an encoder-decoder.
         """
-        config, axes = self.config, ("batch", "time", "embed")
-        rows_B = jnp.arange(len(tokens_BT)) if rows_B is None else rows_B
-        rows_B = None if deterministic else rows_B
+        rows_B = layers.dropout_rows(rows_B, len(tokens_BT), deterministic)
         mask, positions_BT = Mask(segments_BS=segments_BT), None
         if segments_BT is not None:
             positions_BT = layers.segment_positions(segments_BT)
-
-        def body(block: nn.Module, x_BTC: Array) -> tuple[Array, None]:
-            return layers.constrain(block(x_BTC, mask, rows_B)[0], axes), None
-
-        blocks = nn.scan(
-            nn.remat(body, prevent_cse=False) if config.remat else body,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            length=config.n_layer,
-            # Without a loop, XLA would reuse the forward pass and so undo remat.
-            unroll=1 if config.remat else config.unroll,
-        )
         x_BTC = self.drop(self._embed(tokens_BT, positions_BT), rows_B)
-        return self.ln_f(blocks(self.h, layers.constrain(x_BTC, axes))[0])
+        return self.ln_f(layers.apply_blocks(self.h, x_BTC, mask, rows_B, memory))
 
     def head(self, params: Any) -> Array:
         """The head's weights, f32 [V, C], shared with the token embedding."""
@@ -97,6 +85,7 @@ class GPT(nn.Module):
         last_B: Array,
         start_B: Array | None = None,
         caches: tuple[KV, ...] | None = None,
+        memory: tuple[layers.Memory, ...] | None = None,
     ) -> tuple[Array, tuple[KV, ...]]:
         """Logits of each row's next token, f32 [B, V], and the updated caches.
 
@@ -107,14 +96,18 @@ class GPT(nn.Module):
           last_B: index of each row's last token, i32.
           start_B: tokens per row already in the caches, i32; None if they are empty.
           caches: one per layer, with room for the new tokens; None for no cache.
+          memory: each layer's keys and values of the encoder's output, if any.
         """
         T, start = tokens_BT.shape[1], 0 if start_B is None else start_B[:, None]
         positions_BT = None if start_B is None else start + jnp.arange(T)
         x_BTC, mask = self._embed(tokens_BT, positions_BT), Mask(True, positions_BT)
         block = layers.Block(self.config, self.platform, parent=None)
         blocks, new = self.variables["params"]["h"], []
-        for params, cache in zip(blocks, caches or (None,) * len(blocks), strict=True):
-            options = {"cache": cache, "start_B": start_B}
+        none = (None,) * len(blocks)
+        for params, cache, kv in zip(
+            blocks, caches or none, memory or none, strict=True
+        ):
+            options = {"cache": cache, "start_B": start_B, "memory": kv}
             if params is blocks[-1] and T > 1:  # only its last position is needed
                 mask, options["last_B"] = Mask(True, start + last_B[:, None]), last_B
             x_BTC, cache = block.apply({"params": params}, x_BTC, mask, **options)

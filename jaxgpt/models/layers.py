@@ -1,4 +1,4 @@
-"""Layers of the GPT: linear, dropout, attention, MLP, and the Transformer block.
+"""Layers of the Transformers: linear, dropout, attention, MLP, and the block.
 
 B batch   T time   S key time   C n_embd   H heads   D head_dim   F mlp (4 C)
 
@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxgpt import ops
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import BlockConfig
 from jaxgpt.ops.attention import KV, Mask
 from jaxgpt.ops.dropout import Drop
 
@@ -26,12 +27,12 @@ INIT = nn.initializers.normal(0.02)
 constrain = nn.with_logical_constraint
 
 
-def residual_init(config: GPTConfig) -> nn.initializers.Initializer:
+def residual_init(config: BlockConfig) -> nn.initializers.Initializer:
     """Initialiser of projections into the residual stream, as in GPT-2, section 2.3."""
     return nn.initializers.normal(0.02 / (2 * config.n_layer) ** 0.5)
 
 
-def layer_norm(config: GPTConfig) -> nn.LayerNorm:
+def layer_norm(config: BlockConfig) -> nn.LayerNorm:
     """LayerNorm with PyTorch's epsilon and float32 statistics."""
     dtype = jnp.dtype(config.compute_dtype)
     return nn.LayerNorm(epsilon=1e-5, use_bias=config.bias, dtype=dtype)
@@ -50,10 +51,17 @@ def segment_positions(segments_BT: Array) -> Array:
     return index_BT - jax.lax.cummax(jnp.where(same_BT, 0, index_BT), axis=1)
 
 
+def dropout_rows(rows_B: Array | None, B: int, deterministic: bool) -> Array | None:
+    """The rows' indices, by default 0 to B - 1, or None to turn dropout off."""
+    if deterministic:
+        return None
+    return jnp.arange(B) if rows_B is None else rows_B
+
+
 class Embed(nn.Module):
     """An embedding table with one vector per token or position."""
 
-    config: GPTConfig
+    config: BlockConfig
     platform: str
     size: int
 
@@ -68,7 +76,7 @@ class Embed(nn.Module):
 class Linear(nn.Module):
     """Linear layer: the einsum `spec` of x and a kernel, plus a bias if configured."""
 
-    config: GPTConfig
+    config: BlockConfig
     platform: str
     spec: str
     shape: tuple[int, ...]
@@ -89,7 +97,7 @@ class Linear(nn.Module):
 class QKVProjection(nn.Module):
     """The linear layer to the queries, keys and values of all heads."""
 
-    config: GPTConfig
+    config: BlockConfig
     platform: str
 
     @nn.compact
@@ -125,7 +133,7 @@ class Dropout(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention. Source: "Attention Is All You Need", section 3.2."""
 
-    config: GPTConfig
+    config: BlockConfig
     platform: str
 
     def setup(self) -> None:
@@ -179,10 +187,23 @@ class Attention(nn.Module):
         return self.c_attn(memory_BSC, slice(1, 3))
 
 
+@flax.struct.dataclass
+class Memory:
+    """The encoder's output, to which the decoder's blocks attend.
+
+    Attributes:
+      states: the output, [B, S, C], or a list of a layer's keys and values of it.
+      lengths_B: tokens in each row before the right padding, i32; S if None.
+    """
+
+    states: Any
+    lengths_B: Array | None = None
+
+
 class MLP(nn.Module):
     """Linear, GELU, Linear, applied to each position separately."""
 
-    config: GPTConfig
+    config: BlockConfig
     platform: str
 
     def setup(self) -> None:
@@ -199,14 +220,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer block: attention, then an MLP, each with a residual."""
+    """A pre-norm Transformer block: attention, then an MLP, each with a residual.
 
-    config: GPTConfig
+    Given a memory, cross-attention to it comes between the two.
+    """
+
+    config: BlockConfig
     platform: str
 
     def setup(self) -> None:
         self.ln_1 = layer_norm(self.config)
         self.attn = Attention(self.config, self.platform)
+        self.ln_cross = layer_norm(self.config)
+        self.cross_attn = Attention(self.config, self.platform)
         self.ln_2 = layer_norm(self.config)
         self.mlp = MLP(self.config, self.platform)
 
@@ -216,13 +242,48 @@ class Block(nn.Module):
         mask: Mask,
         rows_B: Array | None = None,
         last_B: Array | None = None,
+        memory: Memory | None = None,
         **cached: Any,
     ) -> tuple[Array, KV | None]:
         """The residual stream (only position last_B if given) and the updated cache."""
-        h_BTC, memory = self.ln_1(x_BTC), None
+        h_BTC, kv = self.ln_1(x_BTC), None
         if last_B is not None:
-            memory = self.attn.keys_and_values(h_BTC)
+            kv = self.attn.keys_and_values(h_BTC)
             x_BTC, h_BTC = take(x_BTC, last_B), take(h_BTC, last_B)
-        out_BTC, cache = self.attn(h_BTC, mask, rows_B, memory, **cached)
+        out_BTC, cache = self.attn(h_BTC, mask, rows_B, kv, **cached)
         x_BTC = x_BTC + out_BTC
+        if memory is not None:
+            kv = memory.states
+            if not isinstance(kv, list):
+                kv = self.cross_attn.keys_and_values(kv)
+            mask = Mask(causal=False, lengths_B=memory.lengths_B)
+            x_BTC += self.cross_attn(self.ln_cross(x_BTC), mask, rows_B, kv)[0]
         return x_BTC + self.mlp(self.ln_2(x_BTC), rows_B), cache
+
+
+def apply_blocks(
+    block: Block,
+    x_BTC: Array,
+    mask: Mask,
+    rows_B: Array | None,
+    memory: Memory | None = None,
+) -> Array:
+    """Applies n_layer blocks, as a scan over parameters with a leading n_layer axis.
+
+    The scan is unrolled `unroll` blocks at a time.
+    """
+    config, axes = block.config, ("batch", "time", "embed")
+
+    def body(block: nn.Module, x_BTC: Array) -> tuple[Array, None]:
+        x_BTC, _ = block(x_BTC, mask, rows_B, memory=memory)
+        return constrain(x_BTC, axes), None
+
+    blocks = nn.scan(
+        nn.remat(body, prevent_cse=False) if config.remat else body,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=config.n_layer,
+        # Without a loop, XLA would reuse the forward pass and so undo remat.
+        unroll=1 if config.remat else config.unroll,
+    )
+    return blocks(block, constrain(x_BTC, axes))[0]

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxgpt.config import Config, ModelConfig, TrainConfig
 from jaxgpt.models import parameter_shapes
 from jaxgpt.start import float32_matmul_flags
+from jaxgpt.text.examples import BATCHES_PER_BUCKET
 
 # Tokens in a microbatch of each CPU device, sized so that activations fit the cache: on
 # 2 cores the 10.8M model trains 1.5 times as fast as with all 8192 at once.
@@ -89,6 +90,8 @@ def with_steps_per_call(config: Config, mesh: Mesh) -> Config:
         return config
     # The backward pass takes twice the operations of the forward pass.
     most = _batches_within(1.0, config.data.batch_size, 6, config, mesh)
+    if config.model.task != "next-token":  # so that a dispatch has rows of one bucket
+        most = min(most, BATCHES_PER_BUCKET)
     intervals = (train.eval_interval, train.checkpoint_interval)
     boundary = math.gcd(*(each for each in intervals if each < train.max_steps))
 

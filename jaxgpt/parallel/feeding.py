@@ -7,19 +7,29 @@ from functools import cache, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config
 from jaxgpt.parallel.mesh import batch_sharding
-from jaxgpt.text.batches import Source
+from jaxgpt.text.batches import Source, longest_row
 
 
 def stack_batches(source: Source, steps: range, rows: slice = slice(None)) -> Any:
-    """Stacks `rows` of the batches of several steps, with leaves [N, B, ...]."""
+    """Stacks `rows` of the batches of several steps, with leaves [N, B, ...].
+
+    Batches of different lengths are padded with zeros to the longest.
+    """
     batches = [source(step, rows) for step in steps]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    return jax.tree.map(_stack_padded, *batches)
+
+
+def _stack_padded(*leaves: np.ndarray) -> np.ndarray:
+    shape = np.max([leaf.shape for leaf in leaves], axis=0)
+    if all(leaf.shape == tuple(shape) for leaf in leaves):
+        return np.stack(leaves)
+    pad = (zip(0 * shape, shape - leaf.shape, strict=True) for leaf in leaves)
+    return np.stack([np.pad(a, [*p]) for a, p in zip(leaves, pad, strict=True)])
 
 
 def read_batches(source: Source, steps: range, batch_size: int, mesh: Mesh) -> Any:
@@ -54,9 +64,11 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def batch_shapes(config: Config, mesh: Mesh, count: int) -> Any:
-    """Shapes and shardings of `count` next-token batches, without allocating memory."""
-    shape = (count, config.data.batch_size, config.model.block_size)
-    rows = batch_sharding(mesh, axis=1)
-    tokens_NBT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    leaves = 3 if config.data.packing == "documents" else 2  # inputs, targets, segments
-    return (tokens_NBT,) * leaves
+    """Shapes and shardings of `count` of the longest batches, without memory."""
+    rows, B = batch_sharding(mesh, axis=1), config.data.batch_size
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (count, B, *leaf.shape[1:]), leaf.dtype, sharding=rows
+        ),
+        longest_row(config),
+    )

@@ -36,13 +36,17 @@ AXES = ("data", "fsdp", "tensor")
 RULES: tuple[tuple[str, P], ...] = (
     ("wte/embedding", P(None, ("fsdp", "tensor"))),  # V C
     ("wpe/embedding", P(None, ("fsdp", "tensor"))),  # T C
-    ("attn/c_attn/kernel", P(None, "fsdp", None, "tensor", None)),  # L C 3 H D
-    ("attn/c_attn/bias", P(None, None, "tensor", None)),  # L 3 H D
-    ("attn/c_proj/kernel", P(None, "tensor", None, "fsdp")),  # L H D C
+    (
+        r"(cross_)?attn/c_attn/kernel",
+        P(None, "fsdp", None, "tensor", None),
+    ),  # L C 3 H D
+    (r"(cross_)?attn/c_attn/bias", P(None, None, "tensor", None)),  # L 3 H D
+    (r"(cross_)?attn/c_proj/kernel", P(None, "tensor", None, "fsdp")),  # L H D C
     ("mlp/c_fc/kernel", P(None, "fsdp", "tensor")),  # L C F
     ("mlp/c_fc/bias", P(None, "tensor")),  # L F
     ("mlp/c_proj/kernel", P(None, "tensor", "fsdp")),  # L F C
-    (r"c_proj/bias|ln_\w/(scale|bias)", P()),
+    ("dense/kernel", P(None, ("fsdp", "tensor"))),  # C C
+    (r"(c_proj|dense)/bias|ln_\w+/(scale|bias)|classifier/.*", P()),
     # The lecture's own models are small, so they are replicated.
     (r"(table|token_embedding|position_embedding)/embedding", P()),
     (r"(block_\d+|lm_head)/.*", P()),

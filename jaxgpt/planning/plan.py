@@ -22,7 +22,7 @@ from jaxgpt.planning.flops import product_flops, step_flops
 from jaxgpt.planning.hlo import collectives
 from jaxgpt.terminal import log_line
 from jaxgpt.text.corpus import known_vocab_size, load_corpus
-from jaxgpt.training.objectives import next_token
+from jaxgpt.training.objectives import make_objective
 from jaxgpt.training.step import abstract_state, trace_train_steps
 
 Rows = Iterator[tuple[str, str]]  # names and values
@@ -130,7 +130,7 @@ def _rows(config: Config, topology: str) -> Rows:
         yield name, f"{_format_bytes(_bytes_per_device(part))} per device"
 
     batches = batch_shapes(config, mesh, 1)
-    traced = trace_train_steps(next_token(model), config, mesh, state, batches)
+    traced = trace_train_steps(make_objective(model), config, mesh, state, batches)
     compiled = _compile(traced, topology) if topology else traced.lower().compile()
     memory = compiled.memory_analysis()
     if memory is not None:  # None on some backends

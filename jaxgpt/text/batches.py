@@ -13,12 +13,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.config import Config
-from jaxgpt.text.packing import PackedDocuments, Split, get_packed_batch
+from jaxgpt.config import ClassifierConfig, Config, MaskedLMConfig, Seq2SeqConfig
+from jaxgpt.text.examples import (
+    Examples,
+    LabelledTexts,
+    MaskedTexts,
+    Sequences,
+    TextPairs,
+    bucketed_source,
+)
+from jaxgpt.text.packing import PackedDocuments, TokenRows, get_packed_batch
 from jaxgpt.text.shards import Tokens
 
 EVAL_SEED = 2**32  # seed of evaluation batches, above every training seed
 _MIXTURE_SEED = 2**33  # added to the seed, so that sources draw other numbers
+
+Split = TokenRows | Examples  # what batches are read from
 
 # Maps completed steps, and a slice or an array of rows, to a pytree with those rows
 # along axis 0.
@@ -79,13 +89,18 @@ def mixture(
 
 
 def predictions(split: Split) -> int:
-    """How many tokens of a split are predicted, each once: all of packed documents."""
+    """How many predictions an exact evaluation makes, or how many examples it reads.
+
+    Each token of a split is predicted once: all of packed documents.
+    """
+    if isinstance(split, Examples):
+        return len(split)
     if isinstance(split, PackedDocuments):
         return len(split.tokens)
     return len(split) - 1
 
 
-def training_source(split: Split | list[Split], config: Config) -> Source:
+def training_source(split: Split | list[Any], config: Config) -> Source:
     """Returns the source of training batches.
 
     Rows of a split in parts are drawn from them by `data.weights`. Raises ValueError if
@@ -101,7 +116,7 @@ def training_source(split: Split | list[Split], config: Config) -> Source:
     return _source(split, config, config.train.seed, config.data.batch_size)
 
 
-def evaluation_source(split: Split | list[Split], config: Config) -> Source:
+def evaluation_source(split: Split | list[Any], config: Config) -> Source:
     """Returns a source of microbatch-sized batches, the same in every evaluation.
 
     Rows of a split in parts are drawn as in training.
@@ -110,7 +125,7 @@ def evaluation_source(split: Split | list[Split], config: Config) -> Source:
 
 
 def _source(
-    split: Split | list[Split], config: Config, seed: int, batch_size: int
+    split: Split | list[Any], config: Config, seed: int, batch_size: int
 ) -> Source:
     if isinstance(split, list):
         sources = [_source(part, config, seed, batch_size) for part in split]
@@ -118,4 +133,25 @@ def _source(
     if isinstance(split, PackedDocuments):
         return partial(get_packed_batch, split, seed, batch_size=batch_size)
     T = config.model.block_size
+    if isinstance(split, Examples):
+        return bucketed_source(split, seed, batch_size, T)
     return partial(get_batch, split, seed, batch_size=batch_size, block_size=T)
+
+
+def longest_row(config: Config) -> Any:
+    """A batch of one row, as long as any, for its shapes and dtypes."""
+    model, T = config.model, config.model.block_size
+    texts = Sequences(np.zeros(T, np.int32), np.array([0, T]))
+    one, keys = np.zeros(1, np.int64), np.zeros((1, 2), np.uint64)
+    examples: Examples
+    match model:
+        case ClassifierConfig():
+            examples = LabelledTexts(texts, one.astype(np.int32), np.array([""]))
+        case MaskedLMConfig():
+            examples = MaskedTexts(texts, 0, 1, model.mask_prob)
+        case Seq2SeqConfig():
+            examples = TextPairs(texts, texts, 0)
+        case _:
+            leaves = 3 if config.data.packing == "documents" else 2
+            return (np.zeros((1, T), np.int32),) * leaves  # inputs, targets, segments
+    return examples.read(one, T, np.ones(1, np.float32), keys)

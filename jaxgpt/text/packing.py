@@ -49,7 +49,7 @@ class PackedDocuments:
         return len(self.offsets_R) - 1
 
 
-Split = np.ndarray | Tokens | PackedDocuments  # what rows are read from
+TokenRows = np.ndarray | Tokens | PackedDocuments
 
 
 def as_rows(
@@ -57,7 +57,7 @@ def as_rows(
     config: Config,
     tokenizer: Tokenizer | None,
     log: Callable[[str], None],
-) -> Split:
+) -> TokenRows:
     """The tokens of a split, packed if `data.packing` says so.
 
     Raises ValueError if they are to be packed and no token ends a document.

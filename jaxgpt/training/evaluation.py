@@ -19,8 +19,9 @@ from jaxgpt.config import Config
 from jaxgpt.parallel.defaults import evaluations_per_call
 from jaxgpt.parallel.feeding import read_batches
 from jaxgpt.parallel.mesh import activation_sharding, batch_sharding, replicated
-from jaxgpt.text.batches import Source, predictions
-from jaxgpt.text.packing import PackedDocuments, Split, read_rows
+from jaxgpt.text.batches import EVAL_SEED, Source, Split, predictions
+from jaxgpt.text.examples import Examples, bucket_of, row_keys
+from jaxgpt.text.packing import PackedDocuments, TokenRows, read_rows
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
 
 # Maps parameters and N batches, both sharded, to results on every process.
@@ -178,7 +179,7 @@ class Evaluation:
 def evaluate_exactly(
     eval_step: EvalStep,
     params: Any,
-    split: Split,
+    split: TokenRows,
     config: Config,
     mesh: Mesh,
     stride: int | None = None,
@@ -253,6 +254,99 @@ def evaluate_exactly(
     return _summary(sums[:-1], np.minimum(T, count - T * np.arange(len(sums) - 1)))
 
 
+def read_examples(
+    examples: Examples, config: Config, mesh: Mesh
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Yields every example once, in dispatches of batches of a microbatch's rows.
+
+    Each dispatch has examples of one bucket; all of a bucket have the same shape.
+
+    Yields indices of the examples [rows], and batches with leaves [N, B, ...], sharded
+    over the mesh. Rows beyond these examples repeat one of them, with weight 0.
+    """
+    B, block_size = config.data.microbatch_size, config.model.block_size
+    bucket_N = bucket_of(examples.lengths, block_size)
+    for T in np.unique(bucket_N).tolist():
+        ids = np.flatnonzero(bucket_N == T)
+        count = evaluations_per_call(config, mesh, -(-len(ids) // B))
+
+        def source(step: int, rows: Any, ids: Any = ids, T: int = T) -> Batch:
+            number_B = np.arange(step * B, (step + 1) * B)[rows]
+            row_B = ids[np.minimum(number_B, len(ids) - 1)]
+            weights_B = (number_B < len(ids)).astype(np.float32)
+            return examples.read(row_B, T, weights_B, row_keys(EVAL_SEED, row_B))
+
+        for start in range(0, len(ids), B * count):
+            steps = range(start // B, start // B + count)
+            yield ids[start : start + B * count], read_batches(source, steps, B, mesh)
+
+
+def evaluate_examples(
+    eval_step: EvalStep,
+    params: Any,
+    examples: Examples,
+    config: Config,
+    mesh: Mesh,
+    advance: Callable[[int], object] = lambda examples: None,
+) -> dict[str, float]:
+    """Means of an objective's loss and metrics over all examples, each read once.
+
+    Args:
+      eval_step: the result of `make_eval_step`.
+      params: the model's parameters.
+      config: gives block_size and the number of rows per batch.
+      advance: called with the number of examples in each dispatch, to show progress.
+
+    Raises FloatingPointError if the loss is not finite.
+    """
+    dispatches = ((len(ids), b) for ids, b in read_examples(examples, config, mesh))
+    results = _results(eval_step, params, dispatches, advance)
+    means = _means(results)
+    _check_finite(means["loss"])
+    return means
+
+
+def exact_loss(
+    model: nn.Module,
+    objective: Objective,
+    split: Split,
+    config: Config,
+    mesh: Mesh,
+) -> Callable[[Any, Callable[[int], object]], float]:
+    """Makes a function of parameters and `advance`: the exact loss on a whole split.
+
+    That is `evaluate_examples` for examples, `evaluate_exactly` for tokens.
+    """
+    if isinstance(split, Examples):
+        eval_step = make_eval_step(objective, mesh)
+
+        def of_examples(params: Any, advance: Callable[[int], object]) -> float:
+            every = eval_step, params, split, config, mesh, advance
+            return evaluate_examples(*every)["loss"]
+
+        return of_examples
+    losses_step = make_losses_step(model, mesh)
+
+    def of_tokens(params: Any, advance: Callable[[int], object]) -> float:
+        every = losses_step, params, split, config, mesh
+        return evaluate_exactly(*every, advance=advance).nats_per_token
+
+    return of_tokens
+
+
+def _means(results: list[Any]) -> dict[str, float]:
+    """The means of sums over several dispatches, each a dict of `LossSum`."""
+    totals = jax.tree.map(lambda *a: np.sum(a, dtype=np.float64), *results)
+    return {name: float(loss.mean()) for name, loss in totals.items()}
+
+
+def _check_finite(loss: float) -> None:
+    if not np.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss}: the parameters are invalid; use an earlier checkpoint"
+        )
+
+
 def _sum_rows(
     eval_step: EvalStep,
     params: Any,
@@ -297,10 +391,7 @@ def _summary(sums: np.ndarray, sizes: np.ndarray) -> Evaluation:
     """
     count, n = int(sizes.sum()), len(sums)
     mean, error = sums.sum(dtype=np.float64) / count, None
-    if not np.isfinite(mean):
-        raise FloatingPointError(
-            f"the loss is {mean}: the parameters are invalid; use an earlier checkpoint"
-        )
+    _check_finite(mean)
     if n > 1:
         variance = np.sum((sums - mean * sizes) ** 2) * n / (n - 1)
         error = float(np.sqrt(variance) / count)

@@ -1,10 +1,11 @@
 """Objectives, which training minimises: functions of a batch that return loss sums.
 
-B batch   T time
+B batch   T time   K labels, or masked positions   C n_embd   V vocab
 
 An objective returns its loss and its other metrics by name, each as a weighted sum and
 the sum of the weights. Both are added up over microbatches and devices before they are
-divided, so that nothing is a mean of means, even if the weights differ.
+divided, so that nothing is a mean of means, even if the weights differ. The metric
+`tokens`, if there is one, is a count of tokens read instead of a mean.
 
 The `best` checkpoint has the lowest loss on the validation split, or the lowest value
 of another metric, if the objective has an attribute `metric` that names it.
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgpt import ops
+from jaxgpt.text.examples import LabelledBatch, MaskedBatch, PairBatch
 
 Batch = Any  # a pytree of arrays with rows on axis 0
 
@@ -50,6 +52,12 @@ class Context(NamedTuple):
     key: Array | None
     rows_B: Array
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of a model's `apply`."""
+        rngs = None if self.key is None else {"dropout": self.key}
+        return {"deterministic": self.key is None, "rows_B": self.rows_B, "rngs": rngs}
+
 
 Objective = Callable[[Any, Batch, Context], tuple[LossSum, dict[str, LossSum]]]
 
@@ -70,14 +78,7 @@ def next_token(model: nn.Module) -> Objective:
         params: Any, batch: Batch, context: Context
     ) -> tuple[LossSum, dict[str, LossSum]]:
         inputs_BT, targets_BT, segments_BT = (*batch, None)[:3]
-        apply = partial(
-            model.apply,
-            {"params": params},
-            inputs_BT,
-            deterministic=context.key is None,
-            rows_B=context.rows_B,
-            rngs=None if context.key is None else {"dropout": context.key},
-        )
+        apply = partial(model.apply, {"params": params}, inputs_BT, **context.options)
         weight, weights_BT = jnp.float32(targets_BT.size), None
         if segments_BT is not None:
             apply = partial(apply, segments_BT=segments_BT)
@@ -91,3 +92,94 @@ def next_token(model: nn.Module) -> Objective:
         return LossSum(total, weight), {}
 
     return objective
+
+
+def classification(model: nn.Module) -> Objective:
+    """Makes the objective of classification: cross-entropy of the labels in nats.
+
+    A batch is a `LabelledBatch`. The metric `accuracy` is the fraction of rows whose
+    likeliest label is right.
+    """
+
+    def objective(
+        params: Any, batch: LabelledBatch, context: Context
+    ) -> tuple[LossSum, dict[str, LossSum]]:
+        inputs = batch.tokens_BT, batch.lengths_B
+        logits_BK = model.apply({"params": params}, *inputs, **context.options)
+        weights_B, count = batch.weights_B, batch.weights_B.sum()
+        total = (ops.cross_entropy(logits_BK, batch.labels_B) * weights_B).sum()
+        right_B = logits_BK.argmax(axis=-1) == batch.labels_B
+        accuracy = LossSum((right_B * weights_B).sum(), count)
+        return LossSum(total, count), {"accuracy": accuracy} | _read(batch, context)
+
+    return objective
+
+
+def masked_tokens(model: nn.Module) -> Objective:
+    """Makes the objective of masked language modelling: cross-entropy in nats.
+
+    A batch is a `MaskedBatch`; the loss is of the positions to predict.
+    """
+
+    def objective(
+        params: Any, batch: MaskedBatch, context: Context
+    ) -> tuple[LossSum, dict[str, LossSum]]:
+        inputs = batch.tokens_BT, batch.lengths_B, batch.positions_BK
+        apply = partial(model.apply, {"params": params}, **context.options)
+        x_BKC, head_VC = apply(*inputs, method="hidden"), model.head(params)
+        target = batch.targets_BK, model.platform, batch.weights_BK
+        total = ops.head_loss_sum(x_BKC, head_VC, *target)
+        return LossSum(total, batch.weights_BK.sum()), _read(batch, context)
+
+    return objective
+
+
+def translation(model: nn.Module) -> Objective:
+    """Makes the objective of translation by teacher forcing: cross-entropy in nats.
+
+    A batch is a `PairBatch`. Training spreads a share `label_smoothing` of each
+    target's probability evenly over the vocabulary; evaluations do not. Source: Szegedy
+    et al. 2015, section 7.
+    """
+    smoothing = model.config.label_smoothing
+
+    def objective(
+        params: Any, batch: PairBatch, context: Context
+    ) -> tuple[LossSum, dict[str, LossSum]]:
+        apply = partial(model.apply, {"params": params}, **context.options)
+        source = {"source_BS": batch.source_BS, "lengths_B": batch.lengths_B}
+        x_BTC = apply(batch.inputs_BT, **source, method="hidden")
+        head_VC, weights_BT = model.head(params), batch.weights_BT
+        target = batch.targets_BT, model.platform, weights_BT
+        total = ops.head_loss_sum(x_BTC, head_VC, *target)
+        if smoothing and context.key is not None:
+            # The target's logit minus the mean logit, without computing all logits.
+            direction_BTC = head_VC[batch.targets_BT] - head_VC.mean(axis=0)
+            excess_BT = (x_BTC.astype(jnp.float32) * direction_BTC).sum(axis=-1)
+            total += smoothing * (excess_BT * weights_BT).sum()
+        return LossSum(total, weights_BT.sum()), _read(batch, context)
+
+    return objective
+
+
+def _read(batch: Any, context: Context) -> dict[str, LossSum]:
+    """In training, how many tokens of texts or sources the model reads."""
+    if context.key is None:
+        return {}
+    tokens = batch.lengths_B.sum().astype(jnp.float32)
+    if isinstance(batch, PairBatch):
+        tokens += batch.weights_BT.sum()
+    return {"tokens": LossSum(tokens, jnp.float32(1))}
+
+
+_OBJECTIVES = {
+    "next-token": next_token,
+    "classification": classification,
+    "masked-tokens": masked_tokens,
+    "translation": translation,
+}
+
+
+def make_objective(model: nn.Module) -> Objective:
+    """Makes the objective of the model's task."""
+    return _OBJECTIVES[model.config.task](model)

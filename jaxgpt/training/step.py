@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import Config
 from jaxgpt.exits import in_background
+from jaxgpt.models import input_shapes
 from jaxgpt.parallel.defaults import train_jit_options, with_microbatches
 from jaxgpt.parallel.mesh import activation_sharding, replicated, with_shardings
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
@@ -50,8 +51,9 @@ def _keys(config: Config, seed: jax.Array | int | None = None) -> jax.Array:
 
 def _initial_state(model: nn.Module, config: Config, params: Any = None) -> TrainState:
     if params is None:
-        tokens_BT = jnp.zeros((1, config.model.block_size), jnp.int32)
-        params = model.init(_keys(config)[0], tokens_BT)["params"]
+        shapes = input_shapes(config.model, config.model.block_size)
+        inputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        params = model.init(_keys(config)[0], **inputs)["params"]
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), zero)
@@ -98,8 +100,9 @@ def make_train_step(
     host can still inspect the state before the last skipped step.
 
     The metrics are scalars of the whole batch: `loss` (before the update) and the
-    objective's other metrics, which are weighted means; `tokens`, the weight of the
-    loss; `grad_norm` (before clipping), `learning_rate`, and the state's `skipped`.
+    objective's other metrics, which are weighted means; `tokens`, the objective's or
+    else the weight of the loss; `grad_norm` (before clipping), `learning_rate`, and the
+    state's `skipped`.
 
     Args:
       objective: the objective to minimise.
@@ -133,10 +136,11 @@ def make_train_step(
             (params, opt_state),
             (state.params, state.opt_state),
         )
+        tokens = reported.pop("tokens", LossSum(loss.weight, loss.weight)).total
         metrics = {
             "loss": loss.mean(),
             **{name: metric.mean() for name, metric in reported.items()},
-            "tokens": loss.weight,
+            "tokens": tokens,
             "grad_norm": grad_norm,
             "learning_rate": optimizer.learning_rate(state.opt_state),
             "skipped": skipped,
