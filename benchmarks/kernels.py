@@ -115,7 +115,7 @@ def main() -> None:
 def compiled_step(preset: str, rows: int, devices: list[jax.Device]) -> str:
     """The HLO of a preset's train step with `rows` rows, compiled for the devices."""
     config = PRESETS[preset]()
-    vocab_size = config.model.vocab_size or known_vocab_size(config.data)
+    vocab_size = config.model.vocab_size or known_vocab_size(config)
     model_config = replace(config.model, vocab_size=vocab_size)
     data = replace(config.data, batch_size=rows, gradient_accumulation_steps=1)
     config = replace(config, model=model_config, data=data)

@@ -11,12 +11,14 @@ from jaxgpt.start import cache_dir
 
 PARTS = {
     "tokens": "tokenized texts",
+    "examples": "tokenized examples",
     "corpora": "prepared documents",
     "scans": "what is known of texts and token files",
     "tokenizers": "tokenizers trained on texts",
     "gpt2": "GPT-2's tokenizer",
     "tinyshakespeare.txt": "Tiny Shakespeare",
     "reviews.jsonl": "movie reviews",
+    "tatoeba.tsv": "sentence pairs of Tatoeba",
     "xla": "compiled programs",
 }
 

@@ -99,8 +99,8 @@ def describe(config: Config, topology: str = "") -> Iterator[str]:
 
     Raises ValueError if the step does not fit in the chips' memory.
     """
-    if config.model.vocab_size is None:
-        if vocab_size := known_vocab_size(config.data):
+    if config.model.vocab_size is None or not getattr(config.model, "labels", True):
+        if vocab_size := known_vocab_size(config):
             model = replace(config.model, vocab_size=vocab_size)
             config = replace(config, model=model)
         else:

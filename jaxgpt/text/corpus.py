@@ -11,13 +11,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import Config, DataConfig, is_token_folder
+from jaxgpt.config import ClassifierConfig, Config, DataConfig, is_token_folder
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
-from jaxgpt.text import pretrained, reviews, tinyshakespeare
+from jaxgpt.text import pretrained, reverse, reviews, tasks, tinyshakespeare
 from jaxgpt.text.documents import find_files, is_records
 from jaxgpt.text.prepare import UNFINISHED, prepare
 from jaxgpt.text.scans import file_states
@@ -28,22 +29,27 @@ from jaxgpt.text.tokenizer import END_OF_TEXT, Tokenizer, fits
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus: memory-mapped token ids.
+    """A tokenized corpus.
 
     Attributes:
-      train, val: the splits; those of several folders follow each other.
+      train, val: the splits, as `Tokens`; those of several folders follow each other.
+        `Examples` for tasks other than next-token prediction.
       tokenizer: None if token files came without a vocabulary.
       parts: the train split of each folder, if `data.weights` are given.
     """
 
-    train: Tokens
-    val: Tokens
+    train: Any
+    val: Any
     tokenizer: Tokenizer | None
     parts: Sequence[Tokens] = ()
 
 
-def known_vocab_size(data: DataConfig) -> int | None:
+def known_vocab_size(config: Config) -> int | None:
     """Returns the vocabulary size if known without reading the text, else None."""
+    data = config.data
+    if config.model.task != "next-token":
+        is_reverse = (data.tokenizer, data.corpus, data.path) == ("char", "reverse", ())
+        return reverse.VOCAB_SIZE if is_reverse else None
     if data.tokenizer == "gpt2":
         return pretrained.GPT2_VOCAB_SIZE
     if (data.tokenizer, data.corpus, data.path) == ("char", "tinyshakespeare", ()):
@@ -59,13 +65,19 @@ def load_corpus(
     """Loads a corpus to train on; fetches and tokenizes text on first use.
 
     Args:
-      config: its `data` section names the text and the tokenizer.
+      config: its `data` section names the text and the tokenizer, its model the task.
       tokenizer: of an existing run; takes precedence over the config's.
 
-    Returns the corpus, and the config with vocab_size, absolute paths and the sha256 of
-    the text (or of the token files or manifests) filled in. Raises OSError if a file
-    can't be read or fetched, ValueError if its content does not match the config.
+    Returns the corpus, and the config with vocab_size, labels, absolute paths and the
+    sha256 of the text (or of the token files or manifests) filled in. Raises OSError if
+    a file can't be read or fetched, ValueError if its content does not match the
+    config.
     """
+    tasks.check_corpus(config)
+    if config.model.task != "next-token":
+        arrays, tokenizer, config = _load_examples(config, log, tokenizer)
+        of_split = partial(tasks.make_examples, arrays, config.model, tokenizer)
+        return Corpus(of_split("train"), of_split("val"), tokenizer), config
     folders, tokenizer, config = _load(config, SPLITS, log, tokenizer)
     train, val = (Tokens.join([each[split] for each in folders]) for split in SPLITS)
     parts = [each["train"] for each in folders] if config.data.weights else []
@@ -85,12 +97,16 @@ def load_corpus(
 
 def load_split(
     config: Config, split: str, log: Callable[[str], None], tokenizer: Tokenizer | None
-) -> Tokens:
+) -> Any:
     """Loads "train", "val", or "all" of a corpus to evaluate on; see `load_corpus`.
 
-    Returns at least two tokens. "all" of a text is tokenized as a whole; "all" of token
-    files and documents is the train split followed by the val split.
+    Returns `Tokens`, at least two; "all" of a text is tokenized as a whole; "all" of
+    token files and documents is the train split followed by the val split. For other
+    tasks than next-token prediction returns `Examples`, which also have a "test" split.
     """
+    if config.model.task != "next-token":
+        arrays, tokenizer, config = _load_examples(config, log, tokenizer)
+        return tasks.make_examples(arrays, config.model, tokenizer, split)
     wanted = ("all",) if split == "all" else SPLITS
     folders, _, _ = _load(config, wanted, log, tokenizer)
     names = [split] if split in folders[0] else SPLITS
@@ -147,6 +163,24 @@ def _load(
         data=dataclasses.replace(data, sha256=sha256),
     )
     return tokens, tokenizer, config
+
+
+def _load_examples(
+    config: Config, log: Callable[[str], None], tokenizer: Tokenizer | None
+) -> tuple[tasks.Arrays, Tokenizer, Config]:
+    """Returns the arrays of all splits, the tokenizer, and the full config."""
+    model, data = config.model, _with_absolute_paths(config.data)
+    table = tasks.open_table(model.task, data, log)
+    _check_unchanged(data, table.sha256)
+    tokenizer = tokenizer or tasks.make_tokenizer(table, config, log)
+    _check_fits(tokenizer, model.vocab_size)
+    arrays = tasks.tokenize(table, config, tokenizer, log)
+    size = model.vocab_size or tokenizer.vocab_size
+    model = dataclasses.replace(model, vocab_size=size)
+    if isinstance(model, ClassifierConfig) and not model.labels:
+        model = dataclasses.replace(model, labels=tasks.labels_of(arrays))
+    data = dataclasses.replace(data, sha256=table.sha256)
+    return arrays, tokenizer, dataclasses.replace(config, model=model, data=data)
 
 
 def _with_absolute_paths(data: DataConfig) -> DataConfig:

@@ -8,10 +8,10 @@ its weight in the loss is 0.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -31,6 +31,19 @@ class Sequences:
 
     tokens: np.ndarray
     offsets: np.ndarray
+
+    @classmethod
+    def join(cls, texts: Iterable[Any]) -> Self:
+        """Makes them of the token ids of each text."""
+        arrays = [np.array(ids, np.int32) for ids in texts]
+        offsets = np.cumsum([0, *map(len, arrays)])
+        return cls(np.concatenate([np.zeros(0, np.int32), *arrays]), offsets)
+
+    def select(self, keep_N: np.ndarray) -> Self:
+        """The texts for which a boolean array is true."""
+        lengths = self.lengths
+        offsets = np.concatenate([[0], np.cumsum(lengths[keep_N])])
+        return type(self)(self.tokens[np.repeat(keep_N, lengths)], offsets)
 
     def __len__(self) -> int:
         """Number of texts."""

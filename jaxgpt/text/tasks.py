@@ -1,0 +1,247 @@
+"""Corpora of examples, for the tasks other than next-token prediction.
+
+Their tokens are cached, so the files are read only if they, the tokenizer or block_size
+have changed.
+"""
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.config import (
+    ClassifierConfig,
+    Config,
+    DataConfig,
+    MaskedLMConfig,
+    ModelConfig,
+    Seq2SeqConfig,
+)
+from jaxgpt.files import replace_file
+from jaxgpt.start import cache_dir
+from jaxgpt.text import labelled, pairs, pretrained
+from jaxgpt.text.examples import (
+    Examples,
+    LabelledTexts,
+    MaskedTexts,
+    Sequences,
+    TextPairs,
+)
+from jaxgpt.text.tables import SPLITS, Log, Table
+from jaxgpt.text.tokenizer import (
+    END_OF_TEXT,
+    MASK,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    token_dtype,
+)
+
+# The built-in corpora of each task.
+CORPORA = {
+    "next-token": ("tinyshakespeare", "reviews"),
+    "classification": ("reviews",),
+    "masked-tokens": ("reviews",),
+    "translation": ("tatoeba", "reverse"),
+}
+Arrays = dict[str, Any]
+
+
+def check_corpus(config: Config) -> None:
+    """Raises ValueError if settings of the corpus are for another task or corpus."""
+    data, task = config.data, config.model.task
+    if not data.path and data.corpus not in CORPORA[task]:
+        raise ValueError(
+            f"--data.corpus {data.corpus} does not fit architecture="
+            f"{config.model.architecture}; use --data.corpus "
+            f"{' or '.join(CORPORA[task])}, or your own --data.path"
+        )
+    if data.languages != DataConfig().languages and (
+        data.path or data.corpus != "tatoeba"
+    ):
+        raise ValueError(
+            f"--data.languages {data.languages} is for --data.corpus tatoeba, not for "
+            f"{', '.join(data.path) or data.corpus}; omit it"
+        )
+    if data.weights and task != "next-token":
+        raise ValueError(
+            "--data.weights are for folders of tokens, which architecture="
+            f"{config.model.architecture} does not read; omit them"
+        )
+
+
+def open_table(task: str, data: DataConfig, log: Log) -> Table:
+    """Finds the corpus of a task; raises OSError or ValueError if it can't be used."""
+    if task == "translation":
+        table = pairs.open_pairs(data, log)
+    else:
+        table = labelled.open_labelled(data, task == "classification", log)
+    return replace(table, read=cache(table.read))
+
+
+def make_tokenizer(table: Table, config: Config, log: Log) -> Tokenizer:
+    """Makes the tokenizer that `data.tokenizer` names, with the task's special tokens.
+
+    The characters or the BPE are those of the training part.
+    """
+    name, special = config.data.tokenizer, _special_tokens(config.model.task)
+    if name not in ("char", "bpe"):
+        return pretrained.find_tokenizer(name, log).with_special(special)
+    size = config.model.vocab_size if name == "bpe" else 0
+    file_name = f"{_key(table, config)}-{name}-{size}.json"
+    path = cache_dir() / "tokenizers" / file_name
+    if path.exists():
+        return load_tokenizer(path)
+    rows, split_N = table.read()
+    texts = [
+        text
+        for row, split in zip(rows, split_N, strict=True)
+        if SPLITS[split] == "train"
+        for text in row[: _texts(config.model.task)]
+    ]
+    tokenizer: Tokenizer
+    if name == "char":
+        characters = "".join(sorted(set("".join(texts))))
+        tokenizer = CharTokenizer(characters, special)
+    else:
+        log(f"training a BPE tokenizer of {size:,} tokens")
+        tokenizer = BPETokenizer.train(texts, size or 0, True, special)
+    replace_file(path, tokenizer.save)
+    return tokenizer
+
+
+def tokenize(table: Table, config: Config, tokenizer: Tokenizer, log: Log) -> Arrays:
+    """Tokenizes a table, unless it is cached; returns what `make_examples` takes.
+
+    These are token ids and offsets of each text, the ids of the labels and their names,
+    the sources, and the index of each example's split.
+    """
+    key = _key(table, config, config.model.block_size, tokenizer.to_json())
+    path = cache_dir() / "examples" / f"{key}.npz"
+    # Missing or damaged; NumPy raises these, and zipfile checks each array.
+    damage = OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error
+    with suppress(*damage), np.load(path) as file:
+        return dict(file)
+    rows, split_N = table.read()
+    log(f"tokenizing {len(rows):,} examples into {path}")
+    task, block_size = config.model.task, config.model.block_size
+    texts = [
+        _known_characters(column, tokenizer, log)
+        for column in list(zip(*rows, strict=True))[: _texts(task)]
+    ]
+    sequences, others = [], Arrays()
+    if task == "masked-tokens":
+        pieces, of_text = labelled.encode_pieces(texts[0], tokenizer, block_size)
+        sequences, split_N = [pieces], split_N[of_text]
+    elif task == "classification":
+        sequences = [labelled.encode_texts(texts[0], tokenizer, block_size, log)]
+        _, labels, sources = zip(*rows, strict=True)
+        names, ids = np.unique(labels, return_inverse=True)
+        others = {"names": names, "labels": ids, "sources": np.array(sources)}
+    else:
+        encode = partial(pairs.encode_sources, tokenizer=tokenizer)
+        sequences = [encode(each, block_size=block_size, log=log) for each in texts]
+    arrays = others | {"split": split_N}
+    for n, each in enumerate(sequences):
+        tokens = each.tokens.astype(token_dtype(tokenizer.vocab_size))
+        arrays |= {f"tokens{n}": tokens, f"offsets{n}": each.offsets}
+
+    def save(tmp_path: Path) -> None:
+        with tmp_path.open("wb") as file:
+            np.savez(file, **arrays)
+
+    replace_file(path, save)
+    return arrays
+
+
+def labels_of(arrays: Arrays) -> tuple[str, ...]:
+    """The labels of the training part, sorted; raises ValueError unless several."""
+    in_train = arrays["labels"][arrays["split"] == SPLITS.index("train")]
+    labels = tuple(arrays["names"][np.unique(in_train)].tolist())
+    if len(labels) < 2:
+        raise ValueError(
+            f"the training part has the labels {list(labels)}, but to classify needs "
+            "two or more; give more examples"
+        )
+    return labels
+
+
+def make_examples(
+    arrays: Arrays, model: ModelConfig, tokenizer: Tokenizer, split: str
+) -> Examples:
+    """Makes the examples of "train", "val", "test" or "all", from `tokenize`.
+
+    Raises ValueError if there are none, or if the model does not know a label.
+    """
+    split_N = arrays["split"]
+    keep_N = split_N == SPLITS.index(split) if split in SPLITS else split_N >= 0
+    if not keep_N.any():
+        raise ValueError(
+            f"the {split} split has no examples; give more, since each one's hash "
+            "determines its split"
+        )
+    texts = [
+        Sequences(arrays[f"tokens{n}"], arrays[f"offsets{n}"]).select(keep_N)
+        for n in range(_texts(model.task))
+    ]
+    end = tokenizer.end_of_text
+    match model:
+        case ClassifierConfig():
+            names = arrays["names"].tolist()
+            if unknown := sorted(set(names) - set(model.labels)):
+                raise ValueError(
+                    f"the label {unknown[0]!r} is not one of the model's "
+                    f"{list(model.labels)}, which are those of the training part"
+                )
+            ids = np.array([model.labels.index(name) for name in names], np.int32)
+            labels_N = ids[arrays["labels"][keep_N]]
+            return LabelledTexts(texts[0], labels_N, arrays["sources"][keep_N])
+        case MaskedLMConfig():
+            mask, size = tokenizer.special_id(MASK), tokenizer.vocab_size
+            return MaskedTexts(texts[0], mask, size, model.mask_prob)
+        case Seq2SeqConfig() if end is not None:
+            return TextPairs(texts[0], texts[1], end)
+    raise TypeError(f"there are no examples for a {type(model).__name__}")
+
+
+def _special_tokens(task: str) -> tuple[str, ...]:
+    return (END_OF_TEXT, MASK) if task == "masked-tokens" else (END_OF_TEXT,)
+
+
+def _texts(task: str) -> int:
+    """How many texts an example has."""
+    return 2 if task == "translation" else 1
+
+
+def _key(table: Table, config: Config, *others: object) -> str:
+    """The digest of all that the rows depend on, and of others."""
+    data = config.data
+    suffixes = [Path(path).suffix for path in data.path] or data.corpus
+    values = config.model.task, table.sha256, data.languages, suffixes, *others
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _known_characters(
+    texts: Sequence[str], tokenizer: Tokenizer, log: Log
+) -> Sequence[str]:
+    """The texts without the characters that a character tokenizer does not have."""
+    if not isinstance(tokenizer, CharTokenizer):
+        return texts
+    unknown = set("".join(texts)) - set(tokenizer.characters)
+    if not unknown:
+        return texts
+    log(
+        f"left out: characters that the training part does not have, "
+        f"{''.join(sorted(unknown))!r:.80}"
+    )
+    table = dict.fromkeys(map(ord, unknown))
+    return [text.translate(table) for text in texts]
