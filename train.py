@@ -57,6 +57,13 @@ from jaxgpt.training.step import (
 )
 
 STARTED = time.monotonic()
+# What to do with a run, by its model's task.
+_NEXT = {
+    "next-token": "sample with: python generate.py --run-dir {}",
+    "classification": "classify with: python -m jaxgpt classify --run-dir {} TEXT",
+    "masked-tokens": "fine-tune with: python train.py sentiment --init-from {}",
+    "translation": "translate with: python -m jaxgpt translate --run-dir {} TEXT",
+}
 
 
 def main() -> None:
@@ -88,10 +95,10 @@ def main() -> None:
     if signal:
         log_line(f"stopped; resume with: {resume_command}")
         sys.exit(128 + signal)
-    if processes.several_processes():
-        log_line(f"sample with: python generate.py --run-dir {quoted_dir}")
-        return
     saved = load_config(run_dir)
+    if processes.several_processes() or saved.model.task != "next-token":
+        log_line(_NEXT[saved.model.task].format(quoted_dir))
+        return
     mesh = model_mesh(saved, dataclasses.replace(saved.mesh, data=1))
     run = load_run(run_dir, mesh=mesh)
     if run.tokenizer:

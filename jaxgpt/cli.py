@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from jaxgpt.config import Config
+from jaxgpt.config import BlockConfig, Config, ModelConfig
 from jaxgpt.parallel.defaults import default_preset
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import (
@@ -30,7 +30,9 @@ from jaxgpt.terminal import log_line
 
 _PROG = "train.py [PRESET]"
 # Model fields that --init-from takes from the preset, not from the run.
-_TRAINING_FIELDS = ("dropout", "compute_dtype", "remat")
+_TRAINING_FIELDS = ("dropout", "compute_dtype", "remat", "unroll")
+# Tasks of the run that --init-from names, by the task to train, besides the same one.
+_STARTS = {"classification": "masked-tokens"}
 _FLAG = re.compile(r"--[a-z][a-z0-9.-]*(?==|\Z)")  # alone, or before its value
 
 
@@ -183,21 +185,33 @@ def _parse(flags: list[str], default: Config) -> Config:
 def _start_from(run_dir: Path, checkpoint: str, preset: Config) -> Config:
     """Returns the preset with the model, parameters and tokenizer of a run.
 
-    Dropout, compute_dtype and remat stay the preset's.
+    The fields of training, such as dropout, stay the preset's, and so do those of its
+    head, such as pooling.
     """
     model, folder = load_config(run_dir).model, find_checkpoint(run_dir, checkpoint)
+    if model.task not in (preset.model.task, _STARTS.get(preset.model.task)):
+        raise ValueError(
+            f"--init-from {run_dir}: architecture={preset.model.architecture} can't "
+            f"start from architecture={model.architecture}; give another run or preset"
+        )
     log_line(f"starting from {folder}")
-    training_fields = {
-        name: getattr(preset.model, name)
-        for name in _TRAINING_FIELDS
-        if hasattr(model, name) and hasattr(preset.model, name)
-    }
-    model = dataclasses.replace(model, **training_fields)
+    own = {*_TRAINING_FIELDS, *_head_fields(preset.model)}
+    values = vars(model) | {n: v for n, v in vars(preset.model).items() if n in own}
+    kind: Any = type(model if model.task == "next-token" else preset.model)
+    model = kind(**{each.name: values[each.name] for each in dataclasses.fields(kind)})
     data, tokenizer = preset.data, (run_dir / TOKENIZER).resolve()
     if tokenizer.exists():
         data = dataclasses.replace(data, tokenizer=str(tokenizer))
     train = dataclasses.replace(preset.train, init_from=str(folder))
     return dataclasses.replace(preset, model=model, data=data, train=train)
+
+
+def _head_fields(model: ModelConfig) -> set[str]:
+    """Names of the fields that only this kind of model has."""
+    if model.task == "next-token":
+        return set()
+    shared = {each.name for each in dataclasses.fields(BlockConfig)}
+    return {each.name for each in dataclasses.fields(model)} - shared
 
 
 def _check_start(start: Config, config: Config, run_dir: Path) -> None:
@@ -211,7 +225,8 @@ def _check_start(start: Config, config: Config, run_dir: Path) -> None:
             f"--model.block-size {config.model.block_size} is more than the "
             f"{start.model.block_size} positions that the run was trained on; lower it"
         )
-    _check_same_model(start, config, skip=("block_size", *_TRAINING_FIELDS))
+    others = "block_size", *_TRAINING_FIELDS, *_head_fields(config.model)
+    _check_same_model(start, config, skip=others)
     if Path(start.data.tokenizer).is_file() or config.data.tokenizer == "bpe":
         _check_same_tokenizer(start, config)
     else:

@@ -36,6 +36,7 @@ from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.mesh import host_mesh, single_device_mesh, with_shardings
 from jaxgpt.parallel.processes import any_failed, max_over_processes, wait_for_all
+from jaxgpt.terminal import log_line
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
@@ -108,17 +109,23 @@ def load_run(
 def load_initial_params(config: Config, mesh: Mesh) -> Any:
     """Loads the parameters of `train.init_from`, cropped to block_size; None if unset.
 
-    They are sharded over the mesh. Raises ValueError that names the first parameter
-    whose shape does not match the config.
+    A classifier of other labels, or a masked language model, gives all but the head of
+    a new classifier; a line says so. They are sharded over the mesh. Raises ValueError
+    that names the first parameter whose shape does not match the config.
     """
     if not config.train.init_from:
         return None
     checkpoint = Path(config.train.init_from)
     run = load_run(checkpoint.parent.parent, checkpoint.name, mesh)
     params = crop_block_size(run.params, config.model.block_size)
-    check_shapes(
-        shapes(params), shapes(parameter_shapes(config.model)), str(checkpoint)
-    )
+    expected = parameter_shapes(config.model)
+    labels = [getattr(each, "labels", ()) for each in (run.config.model, config.model)]
+    if labels[0] != labels[1]:
+        expected = {name: expected[name] for name in expected if name != "classifier"}
+        unused = ", ".join(sorted(params.keys() - expected.keys()))
+        log_line(f"the classifier is new; {unused} of {checkpoint} is not used")
+        params = {name: params[name] for name in params if name in expected}
+    check_shapes(shapes(params), shapes(expected), str(checkpoint))
     return params
 
 
@@ -127,10 +134,13 @@ def crop_block_size(params: Any, block_size: int) -> Any:
 
     Source: nanoGPT model.py, crop_block_size.
     """
-    tables = {"wpe", "position_embedding"} & params.keys()
-    return dict(params) | {
-        name: {"embedding": params[name]["embedding"][:block_size]} for name in tables
+    cropped = {
+        name: {"embedding": params[name]["embedding"][:block_size]}
+        for name in {"wpe", "position_embedding"} & params.keys()
     }
+    if "encoder" in params:
+        cropped["encoder"] = crop_block_size(params["encoder"], block_size)
+    return dict(params) | cropped
 
 
 def saved_tokenizer(run_dir: Path) -> Tokenizer | None:

@@ -50,10 +50,10 @@ def _keys(config: Config, seed: jax.Array | int | None = None) -> jax.Array:
 
 
 def _initial_state(model: nn.Module, config: Config, params: Any = None) -> TrainState:
-    if params is None:
-        shapes = input_shapes(config.model, config.model.block_size)
-        inputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        params = model.init(_keys(config)[0], **inputs)["params"]
+    shapes = input_shapes(config.model, config.model.block_size)
+    inputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    initial = model.init(_keys(config)[0], **inputs)["params"]
+    params = dict(initial) | dict(params or {})
     optimizer = make_optimizer(config.optimizer, config.train.max_steps)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), zero)

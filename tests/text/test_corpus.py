@@ -452,4 +452,4 @@ def test_only_a_vocabulary_that_needs_no_text_is_known():
         ({"corpus": "reviews", "tokenizer": "gpt2"}, 50_257),
         ({"path": ("text.txt",)}, None),
     ):
-        assert known_vocab_size(changed(TINY, data=data).data) == size
+        assert known_vocab_size(changed(TINY, data=data)) == size
