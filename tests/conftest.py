@@ -12,6 +12,7 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -22,7 +23,6 @@ from hypothesis import settings
 import generate
 import train
 from jaxgpt import (
-    BigramConfig,
     Config,
     DataConfig,
     GPTConfig,
@@ -32,6 +32,7 @@ from jaxgpt import (
     __main__,
     start,
 )
+from jaxgpt.config import AnyModelConfig
 from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.feeding import batch_shapes
 from jaxgpt.parallel.mesh import make_mesh
@@ -104,7 +105,7 @@ def changed(config: Config, **sections: dict[str, object]) -> Config:
     for name, fields in sections.items():
         section, kind = getattr(config, name), type(getattr(config, name))
         if "architecture" in fields:
-            kinds = {"gpt": GPTConfig, "bigram": BigramConfig}
+            kinds = {kind.architecture: kind for kind in get_args(AnyModelConfig)}
             kind = kinds.get(fields["architecture"], LectureConfig)
         values = vars(section) | fields
         known = {field.name for field in dataclasses.fields(kind)} | fields.keys()

@@ -82,7 +82,7 @@ def _first_layer(
     objective: Objective, params: Any, batch: Batch, context: Context
 ) -> str:
     """The first layer whose output is not finite, found by running without jit."""
-    calls: Counter[str] = Counter()
+    calls: Counter[tuple[str, ...]] = Counter()
     found: list[str] = []
 
     def check(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -90,10 +90,12 @@ def _first_layer(
         arrays = jax.tree.leaves(out)
         traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
         if context.method_name == "__call__" and not (traced or found):
-            path = ".".join(context.module.path)
+            path = context.module.path
             if not all(bool(jnp.isfinite(array).all()) for array in arrays):
-                layer = f"h.{calls[path]}."  # the GPT's layers share one module
-                found.append(path.replace("h.", layer, 1) or "the model")
+                block = path[: path.index("h") + 1] if "h" in path else ()
+                layer = [str(calls[block])] if block else []  # all share one module
+                name = ".".join([*block, *layer, *path[len(block) :]])
+                found.append(name or "the model")
             calls[path] += 1
         return out
 

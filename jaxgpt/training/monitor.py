@@ -55,6 +55,7 @@ class Monitor(AbstractContextManager):
         self._started = started - (last["elapsed_seconds"] if last else 0.0)
         self._file = self._path.open("a", encoding="utf-8")
         self._config = config.train
+        self._unit = "example" if config.model.task == "classification" else "token"
         self._stack, elapsed = ExitStack(), time.monotonic() - self._started
         self._loggers = [
             self._stack.enter_context(open_logger(name, run_dir, config, elapsed))
@@ -154,7 +155,7 @@ class Monitor(AbstractContextManager):
         shown = (f"{name.replace('_', ' ')} {n:.4f}" for name, n in metrics.items())
         self._say(f"step {step}: {', '.join(shown)}")
         if step and is_first_process():  # at step 0 there is no curve yet
-            plot_losses(self._path, self._curve)
+            plot_losses(self._path, self._curve, self._unit)
 
     def done(
         self, step: int, exact: Mapping[int, float], best_step: int | None
@@ -284,12 +285,13 @@ def rewind(path: Path, step: int) -> dict[str, Any] | None:
     return last
 
 
-def plot_losses(metrics: Path, picture: Path) -> None:
+def plot_losses(metrics: Path, picture: Path, unit: str) -> None:
     """Plots the losses of steps and of evaluations to a PNG file.
 
     Args:
       metrics: path of metrics.jsonl, which must have an evaluation.
       picture: path to write.
+      unit: what a loss is the mean of: "token" or "example".
     """
     from matplotlib.figure import Figure  # takes 0.5 s, and only needed here
 
@@ -322,7 +324,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
         ha="center",
         color="C1",
     )
-    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.set(xlabel="step", ylabel=f"loss, nats per {unit}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     replace_file(picture, lambda path: figure.savefig(path, format="png", dpi=120))

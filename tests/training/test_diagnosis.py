@@ -8,9 +8,9 @@ import pytest
 from conftest import TINY, changed, mesh_of
 
 from jaxgpt.models import build_model
-from jaxgpt.text.batches import training_source
+from jaxgpt.text.batches import longest_row, training_source
 from jaxgpt.training import diagnosis
-from jaxgpt.training.objectives import next_token
+from jaxgpt.training.objectives import make_objective
 from jaxgpt.training.step import create_state
 
 TOKENS = np.random.default_rng(0).integers(0, 11, 200).astype(np.uint16)
@@ -19,6 +19,8 @@ SMALL = changed(TINY, data={"batch_size": 4}, mesh={"data": 1})
 
 
 MICROBATCHES = {"batch_size": 8, "gradient_accumulation_steps": 2}
+CLASSIFIER = {"model": {"architecture": "classifier", "labels": ("no", "yes")}}
+SEQ2SEQ = {"model": {"architecture": "seq2seq"}}
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
@@ -41,6 +43,14 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
             *("lm_head.kernel", NAN, {"model": {"architecture": "residual"}}),
             marks=pytest.mark.devices,
         ),
+        ("encoder.h.1.attn.c_attn.kernel", INF, CLASSIFIER),
+        pytest.param("classifier.kernel", NAN, CLASSIFIER, marks=pytest.mark.devices),
+        pytest.param(
+            *("dense.kernel", NAN, {"model": {"architecture": "masked-lm"}}),
+            marks=pytest.mark.devices,
+        ),
+        ("h.0.cross_attn.c_attn.kernel", NAN, SEQ2SEQ),
+        pytest.param("encoder.ln_f.scale", NAN, SEQ2SEQ, marks=pytest.mark.devices),
     ],
 )
 def test_the_first_layer_with_non_finite_outputs_is_named(path, value, sections):
@@ -52,9 +62,13 @@ def test_the_first_layer_with_non_finite_outputs_is_named(path, value, sections)
 
     config = changed(SMALL, **sections)
     mesh, source = mesh_of(config), training_source(TOKENS, config)
+    if config.model.task != "next-token":
+        row = longest_row(config)
+        source = lambda *_: jax.tree.map(lambda a: a.repeat(4, axis=0), row)  # noqa: E731
     state = create_state(build_model(config.model, "cpu"), config, mesh)
     state = state.replace(params=jax.tree_util.tree_map_with_path(put, state.params))
-    found = diagnosis.first_non_finite_layer(state, next_token, source, config, mesh)
+    arguments = state, make_objective, source, config, mesh
+    found = diagnosis.first_non_finite_layer(*arguments)
     assert found == path.rpartition(".")[0]
 
 

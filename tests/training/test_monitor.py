@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from jaxgpt.training.monitor import Monitor, read_rows, rewind
 
 CONFIG = changed(TINY, train={"log_interval": 2})
+CLASSIFIER = changed(CONFIG, model={"architecture": "classifier"})
 START = time.monotonic()
 STEP_METRICS = ("loss", "learning_rate", "grad_norm")
 TRAIN_ROW = dict.fromkeys((*STEP_METRICS, "tokens_per_second"), 1.0)
@@ -107,6 +108,10 @@ def test_the_loss_curve_shows_the_logged_losses_and_the_best(tmp_path, monkeypat
     assert curves == [losses(tmp_path), *evaluated]
     assert losses(tmp_path) == {2: 3.5, 4: 2.5, 6: 1.5, 8: 0.5}
     assert [text.xy for text in axes.texts] == [(4, 2.5)]
+    assert "per token" in axes.get_ylabel()
+    with monitor_of(tmp_path, config=CLASSIFIER) as monitor:
+        monitor.eval(4, {"train_loss": 2.0, "val_loss": 2.5})
+    assert "per example" in savefig.call_args.args[0].axes[0].get_ylabel()
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
