@@ -16,7 +16,7 @@ from jaxgpt.config import MeshConfig, SamplingConfig, sampling_contradictions
 from jaxgpt.files import not_utf8
 from jaxgpt.generation.stream import stream_text
 from jaxgpt.parallel.mesh import model_mesh
-from jaxgpt.run import Run, load_config, load_run, prompt_tokens
+from jaxgpt.run import Run, load_config, load_run, prompt_tokens, require_task
 from jaxgpt.terminal import log_line
 
 
@@ -48,7 +48,9 @@ def main() -> None:
     start.start()
     for line in sampling_contradictions(arguments.sampling, arguments.num_samples):
         log_line(line)
-    mesh = model_mesh(load_config(arguments.run_dir), arguments.mesh)
+    config = load_config(arguments.run_dir)
+    require_task(config, "next-token")
+    mesh = model_mesh(config, arguments.mesh)
     run = load_run(arguments.run_dir, arguments.checkpoint, mesh)
     prompt = read_prompt(arguments.prompt, run)
     texts, prefix = [""] * arguments.num_samples, prompt

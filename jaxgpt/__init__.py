@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxgpt.classification import classify
     from jaxgpt.config import (
         BigramConfig,
         Config,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _CONFIGS = "Bigram Data GPT Lecture Mesh Optimizer Sampling Train"
 _MODULES = {
     **dict.fromkeys(["Config", *(f"{c}Config" for c in _CONFIGS.split())], "config"),
+    "classify": "classification",
     "generate": "generation.stream",
     **dict.fromkeys(["GPT", "Bigram"], "models"),
     **dict.fromkeys(["Run", "load_run"], "run"),

@@ -9,6 +9,7 @@ from jaxgpt import exits, start
 from jaxgpt.cli import parse_flags
 from jaxgpt.commands.attention import attention
 from jaxgpt.commands.cache import cache
+from jaxgpt.commands.classify import classify
 from jaxgpt.commands.compare import compare
 from jaxgpt.commands.convert import export, import_
 from jaxgpt.commands.evaluate import evaluate
@@ -17,6 +18,7 @@ from jaxgpt.commands.prepare import prepare
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
+    "classify": classify,
     "lecture": lecture,
     "attention": attention,
     "import": import_,

@@ -1,7 +1,7 @@
 """The run directory: its files, and how to load a run.
 
 config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   lock
-loss.png   attention.png   profile/   tensorboard/   wandb/
+loss.png   attention.png   confusion.png   profile/   tensorboard/   wandb/
 """
 
 import json
@@ -54,10 +54,30 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 LOCK = "lock"
 ATTENTION = "attention.png"
+CONFUSION = "confusion.png"
 PROFILE = "profile"
+# What a model of each task is called, what it can do, and which command is for it.
+_TASKS = {
+    "next-token": ("language model", "continue text", "generate.py"),
+    "classification": (
+        "classifier",
+        "classify text",
+        "`python -m jaxgpt classify`",
+    ),
+    "masked-tokens": (
+        "masked language model",
+        "predict masked tokens",
+        "`python -m jaxgpt evaluate`, or fine-tune it with `train.py --init-from`",
+    ),
+    "translation": (
+        "sequence-to-sequence model",
+        "translate",
+        "`python -m jaxgpt translate`",
+    ),
+}
 # A run's files except lock (blowup/ is of older versions); config.json is deleted last.
 _RUN_FILES = (
-    *(CHECKPOINTS, "blowup", PROFILE, TOKENIZER, METRICS, CURVE, ATTENTION),
+    *(CHECKPOINTS, "blowup", PROFILE, TOKENIZER, METRICS, CURVE, ATTENTION, CONFUSION),
     *PACKAGES,
     CONFIG,
 )
@@ -171,6 +191,21 @@ def check_has_tokenizer(run_dir: Path, data: DataConfig) -> None:
             "--data.tokenizer it was trained with, or run `python -m jaxgpt import` "
             "again with --tokenizer or --meta"
         )
+
+
+def require_task(config: Config, task: str) -> Any:
+    """Returns the model's config if the model is for the task.
+
+    Raises ValueError that says what else the run is for.
+    """
+    model = config.model
+    if model.task != task:
+        kind, _, instead = _TASKS[model.task]
+        raise ValueError(
+            f"the run is a {kind} (architecture={model.architecture}), which can't "
+            f"{_TASKS[task][1]}; use {instead}"
+        )
+    return model
 
 
 def text_tokenizer(run: Run) -> Tokenizer:

@@ -23,6 +23,7 @@ from hypothesis import settings
 import generate
 import train
 from jaxgpt import (
+    CharTokenizer,
     Config,
     DataConfig,
     GPTConfig,
@@ -36,8 +37,10 @@ from jaxgpt.config import AnyModelConfig
 from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.feeding import batch_shapes
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.run import save_config
+from jaxgpt.text.tokenizer import END_OF_TEXT, MASK
 from jaxgpt.training import checkpoint
-from jaxgpt.training.checkpoint import save_state
+from jaxgpt.training.checkpoint import open_checkpoints, save_state
 from jaxgpt.training.monitor import read_rows
 from jaxgpt.training.objectives import next_token
 from jaxgpt.training.step import TrainState, abstract_state, trace_train_steps
@@ -281,6 +284,31 @@ def tiny_run(make_once):
         train.train(config, folder / "run", resume=False, overwrite=False)
 
     return make_once("tiny_run", make) / "run"
+
+
+@pytest.fixture(scope="session")
+def untrained(make_once):
+    """A folder with a run of each kind of model, named after its architecture.
+
+    Its parameters are random, its tokens characters; labels are no, perhaps and yes.
+    """
+    characters = "".join(sorted(set(TEXT)))
+    tokenizer = CharTokenizer(characters, [END_OF_TEXT, MASK])
+    of_kind = {"classifier": {"labels": ("no", "perhaps", "yes")}}
+    corpora = {"seq2seq": "tatoeba", "classifier": "reviews", "masked-lm": "reviews"}
+
+    def make(folder):
+        for kind in ("gpt", "layer-norm", "bigram", *corpora):
+            fields = {"architecture": kind, "vocab_size": tokenizer.vocab_size}
+            data = {"corpus": corpora.get(kind, "tinyshakespeare")}
+            fields |= of_kind.get(kind, {})
+            config = changed(TINY, model=fields | {"block_size": 64}, data=data)
+            with open_checkpoints(folder / kind / "checkpoints") as checkpoints:
+                params = random_params(build_model(config.model, "cpu"), std=0.2)
+                save_params(checkpoints, 8, params)
+            save_config(folder / kind, config, tokenizer)
+
+    return make_once("untrained", make)
 
 
 @pytest.fixture

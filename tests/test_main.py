@@ -7,7 +7,26 @@ from pathlib import Path
 import pytest
 from conftest import assert_every_flag_is_explained, finish, start_script
 
+from jaxgpt import generate, load_run
 from jaxgpt.__main__ import COMMANDS
+
+# The kinds of models that a command is for; it must refuse the other kinds.
+LANGUAGE_MODELS = {"gpt", "layer-norm", "bigram"}
+SERVES = {
+    "generate.py --run-dir {}": LANGUAGE_MODELS,
+    "jaxgpt evaluate --run-dir {} --stride 2": LANGUAGE_MODELS,
+    "jaxgpt evaluate --run-dir {} --split test": {"classifier", "masked-lm", "seq2seq"},
+    "jaxgpt classify --run-dir {} Lear": {"classifier"},
+    "jaxgpt compare --run-dir {}": {"gpt"},
+    "jaxgpt export nanogpt {} new": {"gpt"},
+    "jaxgpt export huggingface {} new": {"gpt"},
+}
+INSTEAD = {
+    **dict.fromkeys(LANGUAGE_MODELS, "generate.py"),
+    "classifier": "jaxgpt classify",
+    "masked-lm": "jaxgpt evaluate",
+    "seq2seq": "jaxgpt translate",
+}
 
 
 @pytest.mark.parametrize(
@@ -72,3 +91,23 @@ def test_an_error_is_one_line_and_the_status_1(tmp_path, command):
     (line,) = err.splitlines()
     assert out == ""
     assert line.startswith(f"error: {tmp_path}")
+
+
+@pytest.mark.parametrize("command", SERVES)
+def test_a_run_of_another_kind_is_refused_with_its_kind(
+    call, untrained, tmp_path, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    for kind in INSTEAD.keys() - SERVES[command]:
+        with pytest.raises(ValueError, match=rf"\b{kind}\b") as refused:
+            call(*shlex.split(command.format(untrained / kind)))
+        assert "\n" not in str(refused.value)
+        if command.split()[1] in ("--run-dir", "classify"):
+            assert INSTEAD[kind] in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", sorted(INSTEAD.keys() - LANGUAGE_MODELS))
+def test_only_a_language_model_generates(untrained, kind):
+    with pytest.raises(ValueError, match=INSTEAD[kind]):
+        generate(load_run(untrained / kind), "Lear")

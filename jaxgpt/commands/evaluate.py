@@ -1,24 +1,39 @@
-"""Evaluates the exact loss of a run on its corpus or on other text."""
+"""Evaluates a run on its corpus or on other text or examples."""
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 from json import dumps
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
-from jaxgpt.config import MeshConfig
+from jaxgpt.commands.evaluate_labels import (
+    draw_confusion,
+    evaluate_labels,
+    show_labels,
+)
+from jaxgpt.config import Config, MeshConfig
 from jaxgpt.parallel.mesh import make_mesh
-from jaxgpt.run import load_config, load_run, text_tokenizer
+from jaxgpt.run import CONFUSION, Run, load_config, load_run, text_tokenizer
 from jaxgpt.terminal import log_line, progress
 from jaxgpt.text.batches import predictions
 from jaxgpt.text.corpus import load_split
+from jaxgpt.text.examples import Examples
 from jaxgpt.text.packing import as_rows
 from jaxgpt.text.shards import Tokens
 from jaxgpt.text.tokenizer import Tokenizer
-from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
+from jaxgpt.training.evaluation import (
+    evaluate_exactly,
+    evaluate_examples,
+    make_eval_step,
+    make_losses_step,
+)
+from jaxgpt.training.objectives import make_objective
 
 _CHUNK = 1 << 22  # tokens counted at once
 
@@ -26,7 +41,7 @@ _CHUNK = 1 << 22  # tokens counted at once
 def evaluate(
     run_dir: Path,
     checkpoint: str = "best",
-    split: Literal["train", "val", "all", "auto"] = "auto",
+    split: Literal["train", "val", "test", "all", "auto"] = "auto",
     stride: int | None = None,
     batch_size: int = 16,
     data_path: tuple[str, ...] = (),
@@ -36,16 +51,20 @@ def evaluate(
     """Reports the exact loss on a text: each token but the first is predicted once.
 
     A run with --data.packing documents predicts every token, each document on its own.
-
     Bits per character and per byte of UTF-8 are the loss of all these tokens, divided
     by the characters or bytes they stand for; a token that ends a document adds to the
     loss but is no text.
 
+    Of a classifier, it reports the loss per example, accuracy, F1, calibration error
+    and confusion matrix, which confusion.png in the run directory shows too; of a
+    masked language model, the loss and accuracy of the masked tokens.
+
     Args:
         run_dir: run directory written by train.py
         checkpoint: best (lowest val loss), latest, or a step
-        split: train or val, as for training; all; auto: val, but all if data_path has
-            text or documents, so that a file is scored as a whole
+        split: train or val, as for training; test, if the run has examples; all; auto:
+            val, but all if data_path has text or documents, so that a file is scored
+            as a whole
         stride: slide windows by N tokens, counting the last N; no overlap by default
         batch_size: windows per batch, over all devices; does not affect the result
         data_path: other text than the run's: files, folders, or folders of tokens
@@ -53,6 +72,17 @@ def evaluate(
         mesh: mesh of this machine's devices; fsdp and tensor shard the parameters
     """
     config = load_config(run_dir)
+    task, architecture = config.model.task, config.model.architecture
+    if task == "next-token" and split == "test":
+        raise ValueError(
+            f"--split test is for runs with examples, but architecture={architecture} "
+            "was trained on a text, which has a train and a val split; use --split val"
+        )
+    if task != "next-token" and stride is not None:
+        raise ValueError(
+            f"--stride {stride} is for windows of a text, but architecture="
+            f"{architecture} reads examples; omit it"
+        )
     data = dataclasses.replace(
         config.data, batch_size=batch_size, gradient_accumulation_steps=1
     )
@@ -69,27 +99,61 @@ def evaluate(
     text = ", ".join(data.path) or data.corpus
     part = "all" if split == "all" else f"the {split} split"
     log_line(f"evaluating on {part} of {text}")
-    tokens = load_split(config, split, log_line, run.tokenizer)
+    found = load_split(config, split, log_line, run.tokenizer)
+    measure: dict[str, Callable[..., dict[str, Any]]] = {
+        "next-token": partial(_evaluate_tokens, stride=stride),
+        "classification": evaluate_labels,
+    }
+    of_task = measure.get(task, _evaluate_examples)
+    report = {"split": split, **of_task(run, found, config, devices)}
+    if json:
+        print(dumps(report))
+    else:
+        for name, value in report.items():
+            if not isinstance(value, (dict, list)):
+                shown = f"{value:.4f}" if isinstance(value, float) else value
+                shown = "unknown" if value is None else shown
+                print(f"{name.replace('_', ' '):24}{shown}")
+    if task == "classification":
+        if not json:
+            show_labels(report)
+        draw_confusion(report, run_dir / CONFUSION)
+        log_line(f"the confusion matrix is drawn in {run_dir / CONFUSION}")
+    return 0
+
+
+def _evaluate_tokens(
+    run: Run, tokens: Tokens, config: Config, mesh: Mesh, stride: int | None
+) -> dict[str, Any]:
+    """The exact loss of next-token prediction."""
     rows = as_rows(tokens, config, run.tokenizer, log_line)
-    eval_step = make_losses_step(run.model, devices)
+    eval_step = make_losses_step(run.model, mesh)
     with progress("evaluating", predictions(rows)) as advance:
         result = evaluate_exactly(
-            eval_step, run.params, rows, config, devices, stride, advance
+            eval_step, run.params, rows, config, mesh, stride, advance
         )
-    report = {"split": split, **dataclasses.asdict(result)}
+    report = dataclasses.asdict(result)
     report["perplexity"] = math.exp(result.nats_per_token)
     first = len(tokens) - result.tokens  # token that is predicted
     bits = result.tokens * result.nats_per_token / math.log(2)
     sizes = count_text(run.tokenizer, tokens, first) if run.tokenizer else (0, 0)
     for unit, size in zip(("character", "byte"), sizes, strict=True):
         report[f"bits_per_{unit}"] = bits / size if size else None
-    if json:
-        print(dumps(report))
-        return 0
-    for name, value in report.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else value
-        print(f"{name.replace('_', ' '):20}{'unknown' if value is None else shown}")
-    return 0
+    return report
+
+
+def _evaluate_examples(
+    run: Run, examples: Examples, config: Config, mesh: Mesh
+) -> dict[str, Any]:
+    """Mean loss, perplexity and other metrics of the predicted tokens of examples."""
+    eval_step = make_eval_step(make_objective(run.model), mesh)
+    with progress("evaluating", len(examples)) as advance:
+        means = evaluate_examples(
+            eval_step, run.params, examples, config, mesh, advance
+        )
+    loss = means.pop("loss")
+    report = {"examples": len(examples), "nats_per_token": loss}
+    return report | {"perplexity": math.exp(loss), **means}
 
 
 def count_text(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from jaxgpt.config import SamplingConfig
 from jaxgpt.generation.decode import generate_tokens
-from jaxgpt.run import Run, prompt_tokens, text_tokenizer
+from jaxgpt.run import Run, prompt_tokens, require_task, text_tokenizer
 
 
 def generate(
@@ -70,7 +70,7 @@ def stream_text(
     Yields lists of num_samples strings. A character is held back until all its tokens
     are sampled; bytes that never complete one become U+FFFD, as in `decode`. Raises
     ValueError if an argument is out of range, a character is not in the vocabulary, or
-    the run has no tokenizer.
+    the run has no tokenizer or is no language model.
     """
     if not isinstance(run, Run):
         raise TypeError(f"run={run!r} must be the result of load_run")
@@ -83,6 +83,7 @@ def stream_text(
             raise TypeError(f"{name}={number!r} must be int")
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1")
+    require_task(run.config, "next-token")
     tokenizer, (_, ids) = text_tokenizer(run), prompt_tokens(run, prompt)
     tokenizer.encode(stop)  # raises if a character is unknown: it could never match
     end = tokenizer.end_of_text

@@ -113,10 +113,13 @@ class MaskedLM(nn.Module):
 
     def __call__(self, tokens_BT: Array, **options: Any) -> Array:
         """Logits, f32 [B, T, V]. Arguments are those of `hidden`."""
-        x_BTC, operands = self.hidden(tokens_BT, **options), self.wte.embedding
-        operands = operands.astype(x_BTC.dtype)
+        return self.logits(self.hidden(tokens_BT, **options))
+
+    def logits(self, x_BTC: Array) -> Array:
+        """Logits of the head's input, f32 [B, T, V]."""
+        head_VC = self.wte.embedding.astype(x_BTC.dtype)
         einsum = partial(ops.einsum, "BTC,VC->BTV")
-        return einsum(x_BTC, operands, jnp.float32, self.platform)
+        return einsum(x_BTC, head_VC, jnp.float32, self.platform)
 
     def hidden(
         self,

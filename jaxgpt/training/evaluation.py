@@ -5,7 +5,7 @@ N batches in one dispatch   B batch   T time
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +20,13 @@ from jaxgpt.parallel.defaults import evaluations_per_call
 from jaxgpt.parallel.feeding import read_batches
 from jaxgpt.parallel.mesh import activation_sharding, batch_sharding, replicated
 from jaxgpt.text.batches import EVAL_SEED, Source, Split, predictions
-from jaxgpt.text.examples import Examples, bucket_of, row_keys
+from jaxgpt.text.examples import (
+    Examples,
+    LabelledBatch,
+    LabelledTexts,
+    bucket_of,
+    row_keys,
+)
 from jaxgpt.text.packing import PackedDocuments, TokenRows, read_rows
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
 
@@ -304,6 +310,49 @@ def evaluate_examples(
     means = _means(results)
     _check_finite(means["loss"])
     return means
+
+
+@cache  # so that later calls have compiled programs
+def _make_label_step(model: nn.Module, mesh: Mesh) -> EvalStep:
+    """Makes the `EvalStep` of labels' log-probabilities, f32 [N, B, labels]."""
+
+    def log_probs(params: Any, batches: LabelledBatch) -> jax.Array:
+        def of_batch(batch: LabelledBatch) -> jax.Array:
+            inputs = batch.tokens_BT, batch.lengths_B
+            return jax.nn.log_softmax(model.apply({"params": params}, *inputs))
+
+        return jax.lax.map(of_batch, batches)
+
+    return _compile(log_probs, mesh)
+
+
+def label_log_probs(
+    model: nn.Module,
+    params: Any,
+    examples: LabelledTexts,
+    config: Config,
+    mesh: Mesh,
+    advance: Callable[[int], object] = lambda examples: None,
+) -> np.ndarray:
+    """Log-probabilities of the labels in nats, f32 [examples, labels].
+
+    Takes the arguments of `evaluate_examples`, and a classifier. Raises
+    FloatingPointError if the result is not finite.
+    """
+    ids: list[np.ndarray] = []
+
+    def dispatches() -> Iterator[tuple[int, Batch]]:
+        for row_N, batches in read_examples(examples, config, mesh):
+            ids.append(row_N)
+            yield len(row_N), batches
+
+    eval_step = _make_label_step(model, mesh)
+    found = _results(eval_step, params, dispatches(), advance)
+    log_probs = np.zeros((len(examples), found[0].shape[-1]), np.float32)
+    for row_N, of_batches in zip(ids, found, strict=True):
+        log_probs[row_N] = np.concatenate(of_batches)[: len(row_N)]
+    _check_finite(log_probs.sum())
+    return log_probs
 
 
 def exact_loss(

@@ -18,7 +18,7 @@ def label_metrics(log_probs_NK: np.ndarray, labels_N: np.ndarray) -> dict[str, A
       log_probs_NK: log-probabilities in nats; the likeliest label is the prediction.
       labels_N: ids of the true labels.
 
-    Returns
+    Returns a dict of
       examples: N.
       loss: mean cross-entropy in nats per example.
       accuracy: fraction of the predictions that are right.

@@ -118,7 +118,9 @@ def classification(model: nn.Module) -> Objective:
 def masked_tokens(model: nn.Module) -> Objective:
     """Makes the objective of masked language modelling: cross-entropy in nats.
 
-    A batch is a `MaskedBatch`; the loss is of the positions to predict.
+    A batch is a `MaskedBatch`; the loss is of the positions to predict. The metric
+    `accuracy`, the fraction of them whose likeliest token is right, is of evaluations
+    only, since training does not compute all logits.
     """
 
     def objective(
@@ -129,7 +131,12 @@ def masked_tokens(model: nn.Module) -> Objective:
         x_BKC, head_VC = apply(*inputs, method="hidden"), model.head(params)
         target = batch.targets_BK, model.platform, batch.weights_BK
         total = ops.head_loss_sum(x_BKC, head_VC, *target)
-        return LossSum(total, batch.weights_BK.sum()), _read(batch, context)
+        metrics, count = _read(batch, context), batch.weights_BK.sum()
+        if context.key is None:
+            logits_BKV = model.apply({"params": params}, x_BKC, method="logits")
+            right_BK = logits_BKV.argmax(axis=-1) == batch.targets_BK
+            metrics["accuracy"] = LossSum((right_BK * batch.weights_BK).sum(), count)
+        return LossSum(total, count), metrics
 
     return objective
 

@@ -1,20 +1,27 @@
+import csv
 import json
 import math
+import re
 import shutil
 from functools import partial
 
+import jax
+import matplotlib.image
 import numpy as np
 import pytest
 from conftest import TINY, changed, init_model, logits_of, save_params
 
-from jaxgpt import BPETokenizer, load_run
+from jaxgpt import BPETokenizer, classify, load_run
 from jaxgpt.commands import evaluate as evaluate_module
 from jaxgpt.commands.evaluate import count_text
 from jaxgpt.ops import cross_entropy
 from jaxgpt.run import TOKENIZER, save_config
-from jaxgpt.text.corpus import load_corpus
+from jaxgpt.text.batches import EVAL_SEED
+from jaxgpt.text.corpus import load_corpus, load_split
+from jaxgpt.text.examples import row_keys
 from jaxgpt.text.shards import Tokens
 from jaxgpt.training.checkpoint import open_checkpoints
+from jaxgpt.training.label_metrics import label_metrics
 
 
 @pytest.fixture
@@ -153,3 +160,89 @@ def test_bits_are_unknown_without_a_tokenizer(call, tiny_run, tmp_path):
     out, _ = call("jaxgpt", *flags)
     lines = [line.split()[-1] for line in out.splitlines() if line.startswith("bits")]
     assert lines == ["unknown", "unknown"]
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """A CSV file with texts of three labels from two sources, and its rows."""
+    rows = [
+        (f"{name} tells a tale of {n} winters.", label, f"source {n % 2}")
+        for n in range(12)
+        for name, label in [("Lear", "no"), ("Puck", "perhaps"), ("Romeo", "no")]
+    ]
+    path = tmp_path / "own.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label", "source"), *rows])
+    return path, rows
+
+
+def test_the_report_on_a_classifier_is_of_its_predictions(
+    call, untrained, labelled, tmp_path
+):
+    path, rows = labelled
+    run_dir = shutil.copytree(untrained / "classifier", tmp_path / "run")
+    flags = "evaluate", "--run-dir", run_dir, "--data-path", path
+    report = json.loads(call("jaxgpt", *flags, "--json").out)
+    run = load_run(run_dir)
+    labels, (texts, true, sources) = run.config.model.labels, zip(*rows, strict=True)
+    log_probs_NK = np.log(classify(run, texts))
+    labels_N, sources_N = np.array([labels.index(t) for t in true]), np.array(sources)
+    assert (report["split"], report["labels"]) == ("all", list(labels))
+    by_source = [(sources_N == name, of) for name, of in report["by_source"].items()]
+    assert report["by_source"].keys() == set(sources)
+    for rows_N, found in [(slice(None), report), *by_source]:
+        expected = label_metrics(log_probs_NK[rows_N], labels_N[rows_N])
+        assert found["f1"].keys() == set(labels)
+        found = found | {"f1": list(found["f1"].values())}
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
+    assert 0 < report["accuracy"] < 1
+
+    (run_dir / "confusion.png").unlink()
+    out, _ = call("jaxgpt", *flags)
+    assert matplotlib.image.imread(run_dir / "confusion.png").ndim == 3
+    for shown in (*labels, *set(sources), f"{report['macro_f1']:.4f}"):
+        assert shown in out
+    for row in report["confusion"]:
+        assert re.search(r"\D+".join(map(str, row)), out)
+    lines = {line.rsplit(maxsplit=1)[0] for line in out.splitlines()[:7]}
+    assert {"accuracy", "loss", "calibration error"} <= lines
+
+
+def test_only_labels_that_a_classifier_knows_can_be_evaluated(
+    call, untrained, labelled
+):
+    path, _ = labelled
+    path.write_text(path.read_text().replace("perhaps", "maybe"))
+    flags = "--run-dir", untrained / "classifier", "--data-path", path
+    with pytest.raises(ValueError, match=r"'maybe' .*'perhaps'"):
+        call("jaxgpt", "evaluate", *flags)
+
+
+def test_the_report_on_a_masked_language_model_is_of_the_masked_tokens(
+    call, untrained, labelled
+):
+    run_dir, (path, _) = untrained / "masked-lm", labelled
+    flags = "evaluate", "--run-dir", run_dir, "--data-path", path, "--split", "train"
+    report = json.loads(call("jaxgpt", *flags, "--json").out)
+    assert json.loads(call("jaxgpt", *flags, "--json").out) == report
+
+    run = load_run(run_dir)
+    config = changed(run.config, data={"path": (str(path),)})
+    texts = load_split(config, "train", print, run.tokenizer)
+    row_N, T = np.arange(len(texts)), config.model.block_size
+    batch = texts.read(row_N, T, np.ones(len(texts)), row_keys(EVAL_SEED, row_N))
+    apply = jax.jit(run.model.apply)
+    inputs = {"tokens_BT": batch.tokens_BT, "lengths_B": batch.lengths_B}
+    logits_NTV = apply({"params": run.params}, **inputs)
+    at, counted = batch.positions_BK[..., None], batch.weights_BK > 0
+    logits_MV = np.take_along_axis(np.asarray(logits_NTV), at, axis=1)[counted]
+    targets_M = batch.targets_BK[counted]
+    loss = float(cross_entropy(logits_MV, targets_M).mean())
+    assert report == {
+        "split": "train",
+        "examples": len(texts),
+        "nats_per_token": pytest.approx(loss, abs=1e-5),
+        "perplexity": pytest.approx(math.exp(loss), rel=1e-4),
+        "accuracy": pytest.approx((logits_MV.argmax(axis=1) == targets_M).mean()),
+    }

@@ -107,6 +107,8 @@ DISTRIBUTED = f"{SMOKE} --num-processes 2 --process-id"
 ADDRESS = "--coordinator-address host:1"
 GENERATE = "generate.py --run-dir runs/tiny"
 EVALUATE = "-m jaxgpt evaluate --run-dir runs/tiny"
+CLASSIFIER = "-m jaxgpt evaluate --run-dir runs/classifier"
+CLASSIFY = "-m jaxgpt classify --run-dir runs/classifier"
 ATTENTION = "-m jaxgpt attention --run-dir runs/tiny"
 COMPARE, LECTURE = "-m jaxgpt compare", "-m jaxgpt lecture"
 PREPARE = "-m jaxgpt prepare --tokenizer char --out-dir new"
@@ -286,6 +288,7 @@ CASES = {
     "generate.py": [
         ("an unknown character", f"{GENERATE} --prompt ROMEO:", "'R' 0 11"),
         ("no run", "generate.py", "--run-dir"),
+        ("a classifier", "generate.py --run-dir runs/classifier", "=classifier"),
         ("not a run", "generate.py --run-dir runs", "runs config.json"),
         ("no tokenizer", "generate.py --run-dir runs/imported", "--meta"),
         ("a missing file", f"{GENERATE} --prompt FILE:prompt.txt", "prompt.txt"),
@@ -303,11 +306,23 @@ CASES = {
         ("a stop text with an unknown character", f"{GENERATE} --stop '!'", "'!' 11"),
         ("a negative seed", f"{GENERATE} --seed -1", "seed=-1"),
     ],
+    "classify": [
+        ("a language model", "-m jaxgpt classify --run-dir runs/tiny To",
+         "=gpt generate.py"),
+        ("not a run", "-m jaxgpt classify --run-dir runs To", "runs config.json"),
+        ("an unknown character", f"{CLASSIFY} 'Lear!'", "'!' 4"),
+        ("no tokenizer", f"{CLASSIFY} Lear", "tokenizer.json",
+         {"runs/classifier/tokenizer.json": remove}),
+    ],
     "evaluate, attention, compare, lecture": [
         ("a stride of 0", f"{EVALUATE} --stride 0", "stride=0"),
         ("a stride above the block size", f"{EVALUATE} --stride 9", "stride=9 =8"),
         ("an unknown command", "-m jaxgpt evalute", "evalute"),
-        ("an unknown split", f"{EVALUATE} --split test", "--split 'test' 'val' 'all'"),
+        ("an unknown split", f"{EVALUATE} --split va", "--split 'va' 'val' 'all'"),
+        ("the test split of a text", f"{EVALUATE} --split test", "test val"),
+        ("a stride for a classifier", f"{CLASSIFIER} --stride 2", "2 =classifier"),
+        ("labels that a classifier does not know", f"{CLASSIFIER} --data-path a.csv",
+         "'maybe' 'perhaps'", {"a.csv": "text,label\nLear,maybe\n"}),
         ("text that does not exist", f"{EVALUATE} --data-path tex.txt", "tex.txt"),
         ("other characters", f"{EVALUATE} --data-path text.txt", "'!Zdsu'", OTHER_TEXT),
         ("documents for a model without an end token",
@@ -408,11 +423,12 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def shelf(tiny_run, bigram, tmp_path_factory):
+def shelf(tiny_run, untrained, bigram, tmp_path_factory):
     """The directory that the page's introduction describes; it is only copied."""
     here = tmp_path_factory.mktemp("shelf")
     tiny = here / "runs" / "tiny"
     shutil.copytree(tiny_run, tiny, ignore=shutil.ignore_patterns("*.png"))
+    shutil.copytree(untrained / "classifier", here / "runs" / "classifier")
     change(tiny / "config.json", {"data": {"path": ["text.txt"]}})
     (here / "text.txt").write_text("To be, or not to be.\n" * 40)
     config, state, _ = load_state(tiny)
