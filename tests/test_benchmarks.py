@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,19 +8,30 @@ import numpy as np
 import pytest
 import torch
 import torch_nanogpt
-from conftest import finish, start_script
+from conftest import changed, finish, start_script
 from jax.profiler import ProfileData
 
-from benchmarks import compression, generate, gpu, kernels, prepare, rounds, wall_clock
+from benchmarks import (
+    compression,
+    generate,
+    gpu,
+    kernels,
+    prepare,
+    rounds,
+    sentiment,
+    wall_clock,
+)
 from benchmarks.rounds import compete, wanted
 from benchmarks.torch_recipe import exact_loss, make_schedule
 from benchmarks.train import judge as judge_training
 from benchmarks.train import shape_config
-from jaxgpt import OptimizerConfig
+from jaxgpt import OptimizerConfig, load_run
 from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.models import build_model
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.planning.flops import step_flops
+from jaxgpt.run import load_config, save_config
+from jaxgpt.text.corpus import load_split
 from jaxgpt.text.tokenizer import BPETokenizer
 from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
 from jaxgpt.training.optimizer import learning_rate_schedule
@@ -642,6 +654,46 @@ def test_a_runs_bits_per_byte_are_those_of_its_exact_evaluation(tiny_run, call):
     assert found["val_bytes"] == 84
     assert found["bits_per_byte"].keys() == found["seconds"].keys()
     assert found["bits_per_byte"]["trigram"] < 1  # the text repeats a sentence
+
+
+def test_a_run_and_the_baseline_are_measured_on_the_same_test_split(
+    untrained, tmp_path, monkeypatch, capsys
+):
+    name_of = {"no": "Lear", "perhaps": "Puck", "yes": "Romeo"}
+    lines = [
+        json.dumps({"text": f"{name} tells {n}", "label": label, "source": str(n % 2)})
+        for n in range(60)
+        for label, name in name_of.items()
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    run_dir = shutil.copytree(untrained / "classifier", tmp_path / "run")
+    config = load_config(run_dir)
+    config = changed(config, data={"path": (str(tmp_path / "own.jsonl"),)})
+    save_config(run_dir, config, None)
+    out = tmp_path / "report.json"
+    flags = ["--run-dir", str(run_dir), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["sentiment", *flags])
+    monkeypatch.setattr("jaxgpt.start.start", lambda: None)
+    sentiment.main()
+    reports = json.loads(out.read_text())["reports"]
+    baseline, of_run = reports["TF-IDF"], reports[str(run_dir)]
+    assert baseline["accuracy"] == 1  # since a word tells the label
+    assert of_run["accuracy"] < 1
+    examples = load_split(config, "test", print, load_run(run_dir).tokenizer)
+    counts = np.bincount(examples.labels_N).tolist()
+    assert min(counts) > 0
+    for found in (baseline, of_run):
+        assert np.sum(found["confusion"], axis=1).tolist() == counts
+        assert found["by_source"].keys() == {"0", "1"}
+    assert f"{of_run['macro_f1']:.4g}" in capsys.readouterr().out
+
+
+def test_runs_of_several_seeds_are_compared_in_pairs():
+    rows = [{"accuracy": accuracy} for accuracy in (0.80, 0.82, 0.84)]
+    others = [{"accuracy": accuracy} for accuracy in (0.81, 0.84, 0.87)]
+    assert sentiment.spread(rows) == {"accuracy": "0.82 ± 0.02"}
+    # The standard deviation of 0.01, 0.02 and 0.03 is 0.01, and over the root of 3:
+    assert sentiment.difference(rows, others) == {"accuracy": "+0.02 ± 0.0058"}
 
 
 def test_documents_to_prepare_are_a_kilobyte_each(tmp_path):

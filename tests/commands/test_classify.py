@@ -1,12 +1,14 @@
 import io
 import os
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
 from jaxgpt import classify, load_run
 from jaxgpt.commands.texts import given_texts
+from jaxgpt.exits import interruptible
 
 TEXTS = ["Lear", "", "Puck tells a tale", " Romeo "]
 
@@ -43,7 +45,7 @@ def test_a_line_is_given_before_the_next_is_written(set_stdin):
         texts = given_texts([], 16)
         for word in ("Lear", "", "Puck"):
             typed.write(f"{word}\n".encode())
-            assert next(texts) == [word]
+            assert interruptible(partial(next, texts), seconds=60) == [word]
         typed.close()
         assert next(texts, None) is None
 
