@@ -151,8 +151,8 @@ def _evaluate_examples(
         means = evaluate_examples(
             eval_step, run.params, examples, config, mesh, advance
         )
-    loss = means.pop("loss")
-    report = {"examples": len(examples), "nats_per_token": loss}
+    loss, tokens = means.pop("loss"), int(means.pop("weight"))
+    report = {"examples": len(examples), "tokens": tokens, "nats_per_token": loss}
     return report | {"perplexity": math.exp(loss), **means}
 
 

@@ -297,6 +297,8 @@ def evaluate_examples(
 ) -> dict[str, float]:
     """Means of an objective's loss and metrics over all examples, each read once.
 
+    Also returns the loss's `weight`: how many tokens or examples it is the mean of.
+
     Args:
       eval_step: the result of `make_eval_step`.
       params: the model's parameters.
@@ -309,7 +311,7 @@ def evaluate_examples(
     results = _results(eval_step, params, dispatches, advance)
     means = _means(results)
     _check_finite(means["loss"])
-    return means
+    return means | {"weight": sum(float(each["loss"].weight) for each in results)}
 
 
 @cache  # so that later calls have compiled programs

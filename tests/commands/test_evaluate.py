@@ -242,6 +242,7 @@ def test_the_report_on_a_masked_language_model_is_of_the_masked_tokens(
     assert report == {
         "split": "train",
         "examples": len(texts),
+        "tokens": len(targets_M),
         "nats_per_token": pytest.approx(loss, abs=1e-5),
         "perplexity": pytest.approx(math.exp(loss), rel=1e-4),
         "accuracy": pytest.approx((logits_MV.argmax(axis=1) == targets_M).mean()),
