@@ -12,14 +12,16 @@ from jaxgpt.__main__ import COMMANDS
 
 # The kinds of models that a command is for; it must refuse the other kinds.
 LANGUAGE_MODELS = {"gpt", "layer-norm", "bigram"}
+OTHERS = {"classifier", "masked-lm", "seq2seq"}
 SERVES = {
     "generate.py --run-dir {}": LANGUAGE_MODELS,
     "jaxgpt evaluate --run-dir {} --stride 2": LANGUAGE_MODELS,
-    "jaxgpt evaluate --run-dir {} --split test": {"classifier", "masked-lm", "seq2seq"},
+    "jaxgpt evaluate --run-dir {} --split test": OTHERS,
     "jaxgpt classify --run-dir {} Lear": {"classifier"},
-    "jaxgpt compare --run-dir {}": {"gpt"},
+    "jaxgpt attention --run-dir {} --prompt Lear": {"gpt", "layer-norm", *OTHERS},
+    "jaxgpt compare --run-dir {}": {"gpt", *OTHERS},
     "jaxgpt export nanogpt {} new": {"gpt"},
-    "jaxgpt export huggingface {} new": {"gpt"},
+    "jaxgpt export huggingface {} new": {"gpt", "masked-lm", "seq2seq"},
 }
 INSTEAD = {
     **dict.fromkeys(LANGUAGE_MODELS, "generate.py"),
@@ -107,7 +109,7 @@ def test_a_run_of_another_kind_is_refused_with_its_kind(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", sorted(INSTEAD.keys() - LANGUAGE_MODELS))
+@pytest.mark.parametrize("kind", sorted(OTHERS))
 def test_only_a_language_model_generates(untrained, kind):
     with pytest.raises(ValueError, match=INSTEAD[kind]):
         generate(load_run(untrained / kind), "Lear")
