@@ -33,11 +33,17 @@ from jaxgpt import (
     __main__,
     start,
 )
-from jaxgpt.config import AnyModelConfig
+from jaxgpt.config import (
+    AnyModelConfig,
+    ClassifierConfig,
+    MaskedLMConfig,
+    Seq2SeqConfig,
+)
 from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.feeding import batch_shapes
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import save_config
+from jaxgpt.text.examples import LabelledTexts, MaskedTexts, Sequences, TextPairs
 from jaxgpt.text.tokenizer import END_OF_TEXT, MASK
 from jaxgpt.training import checkpoint
 from jaxgpt.training.checkpoint import open_checkpoints, save_state
@@ -77,6 +83,12 @@ TINY = Config(
         max_steps=8, eval_interval=4, eval_iters=2, steps_per_call=1, seed=3
     ),
 )
+# Models that are trained on examples, by architecture.
+EXAMPLE_KINDS = {
+    "classifier": ClassifierConfig,
+    "masked-lm": MaskedLMConfig,
+    "seq2seq": Seq2SeqConfig,
+}
 ONE_ROW = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])  # tokens for TINY
 PLATFORMS = ("cpu", "tpu", "cuda", "gpu")  # as in jaxgpt.ops
 
@@ -114,6 +126,56 @@ def changed(config: Config, **sections: dict[str, object]) -> Config:
         known = {field.name for field in dataclasses.fields(kind)} | fields.keys()
         replaced[name] = kind(**{key: values[key] for key in values if key in known})
     return dataclasses.replace(config, **replaced)
+
+
+def examples_config(folder, architecture, tokenizer="char"):
+    """TINY's config for another architecture, on a corpus that it writes.
+
+    240 texts of three labels, or pairs of a text and its reversal.
+    """
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 20, 240)
+    texts = ["".join(rng.choice(list("abcdefgh"), size)) for size in sizes]
+    if architecture == "seq2seq":
+        path, lines = folder / "pairs.tsv", [f"{text}\t{text[::-1]}" for text in texts]
+    else:
+        path, lines = folder / "labelled.csv", ["text,label"]
+        lines += [f"{text},{n % 3 + 7}" for n, text in enumerate(texts)]
+    path.write_text("\n".join(lines))
+    return changed(
+        TINY,
+        model={
+            "architecture": architecture,
+            "n_layer": 1,
+            "block_size": 24,
+            "vocab_size": None if tokenizer == "char" else 270,
+        },
+        data={"path": (str(path),), "tokenizer": tokenizer},
+        train={"log_interval": 1},
+        mesh={"data": 1},
+    )
+
+
+def random_examples(architecture, lengths):
+    """Examples of random tokens below 11, and TINY's config for them.
+
+    They have one of three labels; targets are as long as their sources.
+    """
+    rng = np.random.default_rng(0)
+    texts, targets = (
+        Sequences.join(rng.integers(11, size=length) for length in lengths)
+        for _ in range(2)
+    )
+    labels = np.arange(len(lengths), dtype=np.int32) % 3
+    examples = {
+        "classifier": LabelledTexts(texts, labels, np.array([""] * len(lengths))),
+        "masked-lm": MaskedTexts(texts, mask_token=10, vocab_size=11, mask_prob=0.4),
+        "seq2seq": TextPairs(texts, targets, end_of_text=0),
+    }
+    model = {"architecture": architecture, "n_layer": 1, "block_size": 16}
+    if architecture == "classifier":
+        model["labels"] = ("a", "b", "c")
+    return examples[architecture], changed(TINY, model=model)
 
 
 def build(**fields):

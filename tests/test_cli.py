@@ -123,6 +123,28 @@ def test_flags_that_contradict_each_other_or_a_run_are_an_error(
         config_of(*(folders.get(word, word) for word in argv.split()))
 
 
+def test_a_classifier_takes_the_encoder_of_a_run_and_its_own_head_and_dropout(
+    tmp_path,
+):
+    model = {"architecture": "masked-lm", "bias": True, "gelu": "tanh", "dropout": 0.4}
+    config = changed(TINY, model=model)
+    save_config(tmp_path, config, CharTokenizer("abcdefghijk"))
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    argv = ["sentiment", "--init-from", tmp_path, "--checkpoint", "8"]
+    found = config_of(*argv, "--model.pooling", "first", "--model.block-size", "5")
+    preset = PRESETS["sentiment"]()
+    model = vars(config.model) | {"dropout": preset.model.dropout, "block_size": 5}
+    del model["mask_prob"]
+    own = {"architecture": "classifier", "pooling": "first"}
+    assert found.model == changed(preset, model=model | own).model
+    assert found.optimizer == preset.optimizer
+    with pytest.raises(ValueError, match=r"--model\.n-embd 8"):
+        config_of(*argv, "--model.n-embd", "8")
+    for preset in ("smoke", "reverse"):
+        with pytest.raises(ValueError, match="masked-lm"):
+            config_of(preset, *argv[1:])
+
+
 def test_a_model_without_tokenizer_needs_one_to_read_text(
     tiny_run, tmp_path, text_file
 ):

@@ -4,7 +4,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import ONE_ROW, TINY, changed, contents, logits_of, mesh_of
+from conftest import (
+    ONE_ROW,
+    TINY,
+    changed,
+    contents,
+    logits_of,
+    mesh_of,
+    random_params,
+    save_params,
+)
 
 from jaxgpt import CharTokenizer, load_run, run
 from jaxgpt.models import build_model
@@ -118,6 +127,48 @@ def test_initial_parameters_are_those_of_the_given_checkpoint(run_dir):
     other = changed(config, model={"n_embd": 32})
     with pytest.raises(ValueError, match=rf"{checkpoint} .*kernel"):
         run.load_initial_params(other, single_device_mesh())
+
+
+def untrained(folder, **model):
+    """A run of random parameters that has not trained."""
+    config = changed(TINY, model={"n_layer": 1, **model})
+    params = random_params(build_model(config.model, "cpu"))
+    run.save_config(folder, config, None)
+    with open_checkpoints(folder / "checkpoints") as checkpoints:
+        save_params(checkpoints, 0, params)
+    return changed(config, train={"init_from": str(folder / "checkpoints/0")}), params
+
+
+@pytest.mark.parametrize(
+    ("model", "labels", "head"),
+    [
+        ({"architecture": "masked-lm"}, ("a", "b"), False),
+        ({"architecture": "classifier", "labels": ("a", "c")}, ("a", "b"), False),
+        ({"architecture": "classifier", "labels": ("a", "b")}, ("a", "b"), True),
+    ],
+)
+def test_a_classifier_starts_from_an_encoder_and_has_a_new_head_for_other_labels(
+    tmp_path, capsys, model, labels, head
+):
+    config, params = untrained(tmp_path, **model)
+    model = {"architecture": "classifier", "labels": labels, "block_size": 5}
+    config = changed(config, model=model)
+    found = run.load_initial_params(config, single_device_mesh())
+    assert found.keys() - {"classifier"} == {"wte", "encoder"}
+    assert ("classifier" in found) == head
+    assert ("classifier is new" in capsys.readouterr().err) != head
+    expected = run.crop_block_size(params, 5)
+    for name, part in found.items():
+        jax.tree.map(np.testing.assert_array_equal, part, expected[name])
+    assert found["encoder"]["wpe"]["embedding"].shape == (5, 16)
+    model, mesh = build_model(config.model, "cpu"), single_device_mesh()
+    state = create_state(model, config, mesh, found)
+    assert state.params["classifier"]["kernel"].shape == (16, 2)
+    kept = state.params["encoder"]["h"]
+    jax.tree.map(np.testing.assert_array_equal, kept, expected["encoder"]["h"])
+    other = changed(config, model={"n_embd": 32})
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        run.load_initial_params(other, mesh)
 
 
 def test_a_state_is_loaded_with_the_best_loss_of_the_run(run_dir):

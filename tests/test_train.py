@@ -6,7 +6,17 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import TEXT, TINY, changed, contents, finish, losses, start_script
+from conftest import (
+    EXAMPLE_KINDS,
+    TEXT,
+    TINY,
+    changed,
+    contents,
+    examples_config,
+    finish,
+    losses,
+    start_script,
+)
 
 import train
 from jaxgpt import exits, load_run
@@ -105,9 +115,17 @@ def tales(trained):
     return changed(load_config(trained), model={"vocab_size": None})
 
 
+@pytest.mark.parametrize(
+    "architecture",
+    ["gpt", *(pytest.param(kind, marks=pytest.mark.slow) for kind in EXAMPLE_KINDS)],
+)
 def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(
-    trained, tales, tmp_path, monkeypatch
+    trained, tales, tmp_path, monkeypatch, architecture
 ):
+    if architecture != "gpt":
+        trained, tales = tmp_path / "whole", examples_config(tmp_path, architecture)
+        run(tales, trained)
+
     def raise_in_step_6(step, config):
         if step == 5:
             signal.raise_signal(signal.SIGTERM)

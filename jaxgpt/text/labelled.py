@@ -76,7 +76,7 @@ def read_labelled(
 def _read_csv(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    rows = []
+    rows, start = [], 1  # start: line on which the row begins
     try:
         header = reader.fieldnames or ()
         if missing := [name for name in required if name not in header]:
@@ -84,20 +84,20 @@ def _read_csv(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
                 f"{path}: the first line must name the columns {', '.join(required)}, "
                 f"separated by commas; it lacks {', '.join(missing)}"
             )
+        start = reader.line_num + 1
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(
-                    f"{path}:{reader.line_num}: the row does not have the header's "
-                    f"{len(header)} columns; quote texts that contain commas or "
-                    'quotes, as in "say ""hi"", twice"'
+                    f"{path}:{start}: the row does not have the header's "
+                    f"{len(header)} columns; quote texts that contain "
+                    'commas, as in "well, good"'
                 )
             if not all(row[name] for name in required[1:]):
-                raise ValueError(f"{path}:{reader.line_num}: the label is empty")
+                raise ValueError(f"{path}:{start}: the label is empty")
             rows.append(row)
+            start = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(
-            f"{path}:{reader.line_num}: {error}; fix the quotes"
-        ) from error
+        raise ValueError(f"{path}:{start}: {error}; fix the quotes") from error
     return rows
 
 
@@ -122,12 +122,13 @@ def encode_texts(
             f"{cut:,} of {len(texts):,} texts are longer than block_size={block_size}: "
             "their first and last tokens are kept"
         )
-    return Sequences.join(
-        [tokenizer.end_of_text, *ids]
-        if len(ids) <= room
-        else [tokenizer.end_of_text, *ids[: room - tail], *ids[len(ids) - tail :]]
-        for ids in encoded
-    )
+    end, parts = [tokenizer.end_of_text], []
+    for ids in encoded:
+        kept = (
+            (ids,) if len(ids) <= room else (ids[: room - tail], ids[len(ids) - tail :])
+        )
+        parts.append(np.concatenate([end, *kept]))
+    return Sequences.join(parts)
 
 
 def encode_pieces(
@@ -143,5 +144,6 @@ def encode_pieces(
         count = max(1, -(-len(ids) // (block_size - 1)))
         pieces += np.array_split(ids, count)
         of_text += [n] * count
-    sequences = Sequences.join([tokenizer.end_of_text, *ids] for ids in pieces)
+    end = [tokenizer.end_of_text]
+    sequences = Sequences.join(np.concatenate([end, ids]) for ids in pieces)
     return sequences, np.array(of_text)

@@ -115,5 +115,5 @@ def encode_sources(
     cut = sum(len(ids) >= block_size for ids in encoded)
     if cut and log:
         log(f"{cut:,} of {len(texts):,} texts are cut to block_size={block_size}")
-    end = tokenizer.end_of_text
-    return Sequences.join([*ids[: block_size - 1], end] for ids in encoded)
+    end, last = [tokenizer.end_of_text], block_size - 1
+    return Sequences.join(np.concatenate([ids[:last], end]) for ids in encoded)

@@ -80,7 +80,7 @@ def check_files(paths: Sequence[str], kinds: tuple[str, str]) -> list[Path]:
         if not Path(path).exists():
             raise FileNotFoundError(f"{path} does not exist; {expected}")
         if not Path(path).is_file() or Path(path).suffix.lower() not in kinds:
-            raise ValueError(f"{path} is no table of examples; {expected}")
+            raise ValueError(f"{path} can't be read as examples; {expected}")
     return [Path(path) for path in paths]
 
 

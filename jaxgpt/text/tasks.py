@@ -72,6 +72,11 @@ def check_corpus(config: Config) -> None:
             f"--data.languages {data.languages} is for --data.corpus tatoeba, not for "
             f"{', '.join(data.path) or data.corpus}; omit it"
         )
+    if config.model.block_size < 2 and task != "next-token":
+        raise ValueError(
+            f"block_size={config.model.block_size} has no room for a text beside the "
+            "end-of-text token; raise --model.block-size"
+        )
     if data.weights and task != "next-token":
         raise ValueError(
             "--data.weights are for folders of tokens, which architecture="
@@ -129,8 +134,8 @@ def tokenize(table: Table, config: Config, tokenizer: Tokenizer, log: Log) -> Ar
     path = cache_dir() / "examples" / f"{key}.npz"
     # Missing or damaged; NumPy raises these, and zipfile checks each array.
     damage = OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error
-    with suppress(*damage), np.load(path) as file:
-        return dict(file)
+    with suppress(*damage), path.open("rb") as file:
+        return dict(np.load(file))
     rows, split_N = table.read()
     log(f"tokenizing {len(rows):,} examples into {path}")
     task, block_size = config.model.task, config.model.block_size

@@ -102,6 +102,9 @@ SMOKE = "train.py smoke"
 TRAIN, TOKENS = f"{SMOKE} --data.path text.txt", f"{SMOKE} --data.path tokens"
 TOKENIZER, BPE = f"{TRAIN} --data.tokenizer", f"{TRAIN} --data.tokenizer bpe"
 RESUME = "train.py --out-dir runs/tiny --resume"
+SENTIMENT = "train.py sentiment --data.tokenizer char --model.vocab-size None"
+CLASSIFY, TRANSLATE = f"{SENTIMENT} --data.path rows.csv", "train.py reverse"
+LABELS = "text,label\nfine,1\n"
 INIT_FROM = f"{TRAIN} --init-from runs/tiny"
 DISTRIBUTED = f"{SMOKE} --num-processes 2 --process-id"
 ADDRESS = "--coordinator-address host:1"
@@ -168,6 +171,31 @@ CASES = {
          "train.py lecture-bigram --data.packing documents", "=documents =bigram"),
         ("a field of other models", "train.py lecture-bigram --model.n-embd 32",
          "n-embd"),
+    ],
+    "Examples to classify or to translate": [
+        ("a CSV without its columns", CLASSIFY, "rows.csv text label",
+         {"rows.csv": "review;label\nfine;1\n"}),
+        ("a row without its label", CLASSIFY, "rows.csv:3",
+         {"rows.csv": LABELS + "a\n"}),
+        ("a text with a comma", CLASSIFY, "rows.csv:3",
+         {"rows.csv": LABELS + "a,b,1\n"}),
+        ("an open quote", CLASSIFY, "rows.csv:3", {"rows.csv": LABELS + '"a,1\n'}),
+        ("a single label", CLASSIFY, "['1'] two",
+         {"rows.csv": LABELS + "".join(f"{n},1\n" for n in range(99))}),
+        ("a line that is no JSON", f"{SENTIMENT} --data.path rows.jsonl",
+         "rows.jsonl:2", {"rows.jsonl": '{"text": "a", "label": 1}\noops\n'}),
+        ("three columns for two", f"{TRANSLATE} --data.path rows.tsv", "rows.tsv:2 3",
+         {"rows.tsv": "a\tb\nc\td\te\n"}),
+        ("a text file", f"{SENTIMENT} --data.path text.txt", "text.txt .csv .jsonl"),
+        ("a folder of tokens", f"{SENTIMENT} --data.path tokens", "tokens .csv"),
+        ("a corpus without labels", f"{SENTIMENT} --data.corpus tinyshakespeare",
+         "tinyshakespeare classifier reviews"),
+        ("pairs for a GPT", f"{SMOKE} --data.corpus reverse", "reverse gpt"),
+        ("languages of another corpus", "train.py reverse --data.languages en-fr",
+         "en-fr tatoeba reverse"),
+        ("packed examples", f"{SENTIMENT} --data.packing documents", "classifier"),
+        ("starting from a GPT", f"{CLASSIFY} --init-from runs/tiny",
+         "runs/tiny classifier gpt"),
     ],
     "The run directory": [
         ("it has a run", f"{TRAIN} --out-dir runs/tiny", "runs/tiny --overwrite"),

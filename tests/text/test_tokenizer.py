@@ -1,13 +1,14 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import BPETokenizer, CharTokenizer
 from jaxgpt.text import tokenizer
-from jaxgpt.text.tokenizer import fits, load_tokenizer
+from jaxgpt.text.tokenizer import END_OF_TEXT, MASK, fits, load_tokenizer
 
 TEXT = "To be, or not to be: that is the question 🙂.\n" * 20
 
@@ -136,3 +137,29 @@ def test_special_tokens_of_a_character_tokenizer_survive_saving(tmp_path):
     assert again.vocab_size == 4
     assert again.decode([1, 2, 0, 3]) == "b<|endoftext|>a<|x|>"
     assert again.to_json() == special.to_json()
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_special_tokens_can_be_added_and_are_saved(tmp_path, kind):
+    base = CharTokenizer("abc <|mks>")
+    if kind == "bpe":
+        base = BPETokenizer.train(["abc " * 9], 258)
+    special = [END_OF_TEXT, MASK]
+    tokenizer = base.with_special(special).with_special(special)
+    assert tokenizer.vocab_size == base.vocab_size + (1 if kind == "bpe" else 2)
+    assert tokenizer.special_id(MASK) == tokenizer.vocab_size - 1
+    assert tokenizer.special_id(END_OF_TEXT) == tokenizer.end_of_text
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    for text in ("abc", MASK):  # in a text it is text
+        ids = again.encode(text)
+        np.testing.assert_array_equal(ids, base.encode(text))
+        assert again.decode(ids) == text
+    assert again.encode_prompt(MASK).tolist() == [again.special_id(MASK)]
+
+
+def test_a_batch_has_the_tokens_of_each_text():
+    texts = ["abc abc", "", "b", "\ud800"] * 300
+    tokenizer = BPETokenizer.train(["abc " * 9], 258)
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))

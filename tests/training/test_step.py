@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, changed, mesh_of
+from conftest import EXAMPLE_KINDS, TINY, changed, mesh_of, random_examples
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import TrainConfig
@@ -15,7 +15,7 @@ from jaxgpt.parallel.defaults import steps_in_next_call
 from jaxgpt.parallel.feeding import read_batches, stack_batches
 from jaxgpt.text.batches import training_source
 from jaxgpt.training import step
-from jaxgpt.training.objectives import Context, next_token
+from jaxgpt.training.objectives import Context, make_objective, next_token
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.step import (
     abstract_state,
@@ -39,12 +39,13 @@ def state_of(config):
     return create_state(build_model(config.model, "cpu"), config, mesh_of(config))
 
 
-def run(config, steps_per_call=STEPS):
+def run(config, steps_per_call=STEPS, batches=BATCHES):
     """Trains for STEPS steps; returns losses, gradient norms and parameters."""
     state, mesh = state_of(config), mesh_of(config)
-    objective = next_token(build_model(config.model, "cpu"))
-    calls = jax.tree.map(lambda a: a.reshape(-1, steps_per_call, *a.shape[1:]), BATCHES)
-    calls = list(zip(*calls, strict=True))
+    objective = make_objective(build_model(config.model, "cpu"))
+    calls = jax.tree.map(lambda a: a.reshape(-1, steps_per_call, *a.shape[1:]), batches)
+    count = STEPS // steps_per_call
+    calls = [jax.tree.map(lambda a, n=n: a[n], calls) for n in range(count)]
     traced = trace_train_steps(objective, config, mesh, state, calls[0])
     train_steps, rows = traced.lower().compile(), []
     for batches in calls:
@@ -84,6 +85,23 @@ def test_microbatches_and_devices_train_like_the_whole_batch_on_one_device(
     data = {"gradient_accumulation_steps": microbatches}
     config = changed(ONE_LAYER, data=data, mesh={"data": devices})
     assert_same(run(config), reference, 2e-5)
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("architecture", EXAMPLE_KINDS)
+def test_examples_train_alike_however_they_are_split(architecture):
+    """Rows have unequal weights: numbers of predicted tokens."""
+    lengths = np.random.default_rng(0).integers(2, 17, 50)
+    examples, config = random_examples(architecture, lengths)
+    source = training_source(examples, config)
+    batches = stack_batches(source, range(STEPS))
+    whole = changed(config, mesh={"data": 1})
+    expected = run(whole, batches=batches)
+    assert_same(run(whole, steps_per_call=1, batches=batches), expected, 0)
+    for microbatches, devices in [(2, 2), (4, 1), (1, 8)]:
+        data = {"gradient_accumulation_steps": microbatches}
+        split = changed(config, data=data, mesh={"data": devices})
+        assert_same(run(split, batches=batches), expected, 2e-5)
 
 
 @pytest.mark.devices

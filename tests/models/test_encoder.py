@@ -1,0 +1,38 @@
+"""What holds for the models that are trained on examples."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import EXAMPLE_KINDS, random_examples, random_params
+
+from jaxgpt.models import build_model
+from jaxgpt.text.examples import row_keys
+from jaxgpt.training.objectives import Context, make_objective
+
+
+@pytest.mark.parametrize("architecture", EXAMPLE_KINDS)
+def test_padding_changes_neither_losses_nor_gradients(architecture):
+    examples, config = random_examples(architecture, [5, 5, 16])
+    model = build_model(config.model, "cpu")
+    params, objective = random_params(model, std=0.3), make_objective(model)
+
+    @jax.jit
+    def of_batch(batch):
+        def loss(params):
+            total, _ = objective(params, batch, Context(None, np.arange(1)))
+            return total.total, total.weight
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    def of_rows(rows, T):
+        rows = np.array(rows)
+        weights, keys = np.ones(len(rows), np.float32), row_keys(5, rows)
+        return of_batch(examples.read(rows, T, weights, keys))
+
+    alone = [of_rows([row], length) for row, length in enumerate([5, 5, 16])]
+    expected = jax.tree.map(lambda *leaves: sum(leaves), *alone)
+    found = of_rows([0, 1, 2], 16)
+    scale = max(abs(leaf).max() for leaf in jax.tree.leaves(expected[1]))
+    assert scale > 0.1
+    for one, other in zip(*map(jax.tree.leaves, (expected, found)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5 * scale)
