@@ -166,9 +166,9 @@ def reviews_bpe() -> Config:
 def reviews_mlm() -> Config:
     """Masked language modelling on movie reviews, for sentiment: not measured yet."""
     return Config(
-        model=MaskedLMConfig(block_size=256, vocab_size=8192, n_layer=2, n_embd=128),
+        model=MaskedLMConfig(block_size=256, vocab_size=8192, n_layer=2, n_embd=64),
         data=DataConfig(corpus="reviews", tokenizer="bpe", batch_size=32),
-        optimizer=OptimizerConfig(learning_rate=2e-3, min_lr=2e-5),
+        optimizer=OptimizerConfig(learning_rate=3e-3, min_lr=3e-5),
         train=_train(every=500, max_steps=4000),
     )
 
@@ -177,10 +177,11 @@ def sentiment() -> Config:
     """Sentiment of movie reviews by an encoder: not measured yet."""
     return Config(
         model=ClassifierConfig(
-            block_size=256, vocab_size=8192, n_layer=2, n_embd=128, dropout=0.2
+            block_size=256, vocab_size=8192, n_layer=2, n_embd=64, dropout=0.2
         ),
         data=DataConfig(corpus="reviews", tokenizer="bpe", batch_size=32),
-        train=_train(every=250, max_steps=2000),
+        optimizer=OptimizerConfig(learning_rate=2e-3, min_lr=2e-5),
+        train=_train(every=400, max_steps=1600),
     )
 
 
@@ -197,15 +198,16 @@ def translate_de() -> Config:
     """Translates English into German with an encoder-decoder: not measured yet."""
     return Config(
         model=Seq2SeqConfig(
-            block_size=64,
+            block_size=48,
             vocab_size=4096,
-            n_layer=3,
-            n_embd=192,
+            n_layer=2,
+            n_embd=128,
             dropout=0.1,
             label_smoothing=0.1,
         ),
         data=DataConfig(corpus="tatoeba", tokenizer="bpe", batch_size=64),
-        train=_train(every=500, max_steps=5000),
+        optimizer=OptimizerConfig(learning_rate=3e-3, min_lr=3e-5, warmup_steps=200),
+        train=_train(every=1000, max_steps=8000),
     )
 
 

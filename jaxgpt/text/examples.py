@@ -15,8 +15,6 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-# Consecutive batches of one bucket, so that the updates of a dispatch share a shape.
-BATCHES_PER_BUCKET = 10
 _SMALLEST_BUCKET = 8
 
 
@@ -281,34 +279,34 @@ def row_keys(seed: int, numbers_B: np.ndarray) -> np.ndarray:
 def bucketed_source(
     examples: Examples, seed: int, batch_size: int, block_size: int
 ) -> Callable[..., Any]:
-    """Returns a source of batches of equal lengths; see `batches.Source`.
+    """Returns a source of batches of one bucket each; see `batches.Source`.
 
-    An epoch has every example once, and a few twice to fill its last batches. It is a
-    random order, sorted by bucket and cut into groups of BATCHES_PER_BUCKET batches,
-    which follow each other in random order.
+    An epoch has every example once, and a few twice to fill its last batch. It is a
+    random order, sorted by bucket and cut into batches, which follow each other in
+    random order. (Runs of batches of one bucket would let several updates share a
+    shape, but runs of ten cost `translate-de` a third of its progress.)
 
     Args:
       seed: with the step, the only source of randomness.
       batch_size: B.
       block_size: T of the longest batches.
     """
-    B, G, lengths = batch_size, BATCHES_PER_BUCKET, examples.lengths
-    bucket_N = bucket_of(lengths, block_size)
-    groups = -(-len(examples) // (B * G))
+    B, bucket_N = batch_size, bucket_of(examples.lengths, block_size)
+    batches = -(-len(examples) // B)
 
     @lru_cache(maxsize=2)
     def epoch_order(epoch: int) -> np.ndarray:
-        """Rows of the epoch's batches, [groups, G, B]."""
+        """Rows of the epoch's batches, [batches, B]."""
         rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-        order = np.resize(rng.permutation(len(examples)), groups * G * B)
+        order = np.resize(rng.permutation(len(examples)), batches * B)
         order = order[np.argsort(bucket_N[order], kind="stable")]
-        return order.reshape(groups, G, B)[rng.permutation(groups)]
+        return order.reshape(batches, B)[rng.permutation(batches)]
 
     def read(step: int, rows: slice | np.ndarray = slice(None)) -> Any:
-        epoch, group = divmod(step // G, groups)
-        order_GB = epoch_order(epoch)[group]
+        epoch, batch = divmod(step, batches)
+        order_B = epoch_order(epoch)[batch]
         numbers_B = step * B + np.arange(B)[rows]
-        row_B, T = order_GB[step % G][rows], int(bucket_N[order_GB].max())
+        row_B, T = order_B[rows], int(bucket_N[order_B].max())
         weights_B = np.ones(len(row_B), np.float32)
         return examples.read(row_B, T, weights_B, row_keys(seed, numbers_B))
 
