@@ -205,6 +205,8 @@ class Seq2SeqConfig(BlockConfig):
     architecture: Literal["seq2seq"] = "seq2seq"  # kind of model
     # probability that the loss spreads evenly over the vocabulary, in training
     label_smoothing: float = 0.0
+    # give the encoder an empty source, to measure what the sources bring
+    hide_source: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

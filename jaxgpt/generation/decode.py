@@ -5,11 +5,14 @@ KV cache lets each step compute a single position. After that every step shifts 
 positions and invalidates the cache, so it recomputes the whole window, as the lecture
 does.
 
-B batch   T time (block_size)   V vocab   N tokens per dispatch
+An encoder-decoder's encoder runs once, in `prefill`; its output is part of the state.
+
+B batch   T time (block_size)   S source time   V vocab   N tokens per dispatch
 """
 
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +25,7 @@ from jax import Array
 
 from jaxgpt.config import SamplingConfig, check_seed
 from jaxgpt.generation.sampling import sample
-from jaxgpt.models.layers import take
+from jaxgpt.models.layers import Memory, take
 from jaxgpt.ops.attention import KV
 from jaxgpt.parallel.mesh import batch_sharding, data_parallel_mesh, replicated
 
@@ -41,19 +44,22 @@ class DecodingState:
     Attributes:
       tokens_BT: the last block_size tokens of each row, padded on the right, i32.
       length_B: number of these tokens before the padding, i32.
-      key_B: PRNG key of each row; its n-th token is sampled with fold_in(key, n).
+      key_B: PRNG key of each row; its n-th token is sampled with fold_in(key, n). None
+        if nothing is sampled.
       drawn_B: number of tokens sampled so far, i32.
       finished_B: whether the row has sampled an end token; it then no longer changes.
       caches: keys and values of each layer for all tokens but the last, which the next
         step adds; None if each step recomputes the whole window.
+      memory: each layer's keys and values of the source; None without an encoder.
     """
 
     tokens_BT: Array
     length_B: Array
-    key_B: Array
+    key_B: Any
     drawn_B: Array
     finished_B: Array
     caches: tuple[KV, ...] | None
+    memory: tuple[Memory, ...] | None = None
 
 
 @partial(jax.jit, static_argnums=(0, 5))
@@ -62,8 +68,9 @@ def prefill(
     params: Any,
     prompts_BT: Array,
     length_B: Array,
-    key_B: Array,
+    key_B: Array | None,
     cached: bool,
+    source: tuple[Array, Array] | None = None,
 ) -> DecodingState:
     """Processes the prompts; returns the state before the first token is sampled.
 
@@ -71,20 +78,59 @@ def prefill(
       params: parameters as `unstack_layers` returns them.
       prompts_BT: token ids, i32, padded on the right; a single one serves all of key_B.
       length_B: number of tokens in each prompt, from 1 to T.
+      key_B: PRNG keys, one for each row of the state; None if nothing is sampled.
       cached: whether to keep the keys and values of the prompts.
+      source: an encoder-decoder's source_BS, i32, padded on the right, and lengths_B.
     """
-    (B, T), rows = prompts_BT.shape, len(key_B)
+    (B, T), rows = prompts_BT.shape, len(prompts_BT if key_B is None else key_B)
     tokens_BT = jnp.pad(prompts_BT, ((0, 0), (0, model.config.block_size - T)))
-    caches = None
+    apply, caches, memory = partial(model.apply, {"params": params}), None, None
+    if source is not None:
+        memory = apply(*source, method="encode")
     if cached:
-        inputs = prompts_BT, length_B - 1, None, model.init_cache(B)
-        _, caches = model.apply({"params": params}, *inputs, method="next_token_logits")
-    tokens_BT, length_B, caches = jax.tree.map(
+        inputs = prompts_BT, length_B - 1, None, model.init_cache(B), memory
+        _, caches = apply(*inputs, method="next_token_logits")
+    tokens_BT, length_B, *kept = jax.tree.map(
         lambda a: jnp.tile(a, (rows // B, *(1,) * (a.ndim - 1))),
-        (tokens_BT, jnp.asarray(length_B), caches),
+        (tokens_BT, jnp.asarray(length_B), caches, memory),
     )
     drawn_B, finished_B = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
-    return DecodingState(tokens_BT, length_B, key_B, drawn_B, finished_B, caches)
+    return DecodingState(tokens_BT, length_B, key_B, drawn_B, finished_B, *kept)
+
+
+def next_logits(
+    model: nn.Module, params: Any, state: DecodingState
+) -> tuple[Array, tuple[KV, ...] | None]:
+    """Logits of each row's next token, f32 [B, V], and the caches with its last one."""
+    tokens_BT, last_B, caches = state.tokens_BT, state.length_B - 1, state.caches
+    apply = partial(model.apply, {"params": params})
+    if not hasattr(model, "next_token_logits"):
+        return take(apply(tokens_BT), last_B)[:, 0], None
+    apply = partial(apply, memory=state.memory, method="next_token_logits")
+    if caches is None:
+        return apply(tokens_BT, last_B)[0], None
+    return apply(take(tokens_BT, last_B), jnp.zeros_like(last_B), last_B, caches)
+
+
+def append(
+    state: DecodingState, token_B: Array, end_tokens: tuple[int, ...]
+) -> DecodingState:
+    """Appends a token, i32, to each row; end tokens finish it.
+
+    A full window drops its first token. A finished row does not change.
+    """
+    tokens_BT, length_B, finished_B = state.tokens_BT, state.length_B, state.finished_B
+    T = tokens_BT.shape[1]
+    kept_BT = jnp.where((length_B == T)[:, None], jnp.roll(tokens_BT, -1, 1), tokens_BT)
+    new_BT = jnp.arange(T) == jnp.minimum(length_B, T - 1)[:, None]
+    appended_BT = jnp.where(new_BT, token_B[:, None], kept_BT)
+    return replace(
+        state,
+        tokens_BT=jnp.where(finished_B[:, None], tokens_BT, appended_BT),
+        length_B=jnp.where(finished_B, length_B, jnp.minimum(length_B + 1, T)),
+        drawn_B=state.drawn_B + ~finished_B,
+        finished_B=finished_B | jnp.isin(token_B, jnp.array(end_tokens, jnp.int32)),
+    )
 
 
 def decode_step(
@@ -100,38 +146,15 @@ def decode_step(
     nats, before temperature, top_k and top_p. A finished row repeats its end token,
     with a log-probability of 0.
     """
-    tokens_BT, length_B, finished_B = state.tokens_BT, state.length_B, state.finished_B
-    caches, last_B, T = state.caches, length_B - 1, tokens_BT.shape[1]
-    last_token_B1 = take(tokens_BT, last_B)
-    variables = {"params": params}
-    if caches is not None:
-        inputs = last_token_B1, jnp.zeros_like(last_B), last_B, caches
-        logits_BV, caches = model.apply(variables, *inputs, method="next_token_logits")
-    elif hasattr(model, "next_token_logits"):
-        logits_BV, _ = model.apply(
-            variables, tokens_BT, last_B, method="next_token_logits"
-        )
-    else:
-        logits_BV = take(model.apply(variables, tokens_BT), last_B)[:, 0]
+    logits_BV, caches = next_logits(model, params, state)
+    state, finished_B = replace(state, caches=caches), state.finished_B
     key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.drawn_B)
     token_B = sample(logits_BV, key_B, sampling)
     log_prob_B = take(jax.nn.log_softmax(logits_BV), token_B)[:, 0]
-    token_B = jnp.where(finished_B, last_token_B1[:, 0], token_B)
+    last_token_B = take(state.tokens_BT, state.length_B - 1)[:, 0]
+    token_B = jnp.where(finished_B, last_token_B, token_B)
     log_prob_B = jnp.where(finished_B, 0, log_prob_B)
-
-    # A full window drops its first token.
-    kept_BT = jnp.where((length_B == T)[:, None], jnp.roll(tokens_BT, -1, 1), tokens_BT)
-    new_BT = jnp.arange(T) == jnp.minimum(length_B, T - 1)[:, None]
-    appended_BT = jnp.where(new_BT, token_B[:, None], kept_BT)
-    state = DecodingState(
-        jnp.where(finished_B[:, None], tokens_BT, appended_BT),
-        jnp.where(finished_B, length_B, jnp.minimum(length_B + 1, T)),
-        state.key_B,
-        state.drawn_B + ~finished_B,
-        finished_B | jnp.isin(token_B, jnp.array(end_tokens, jnp.int32)),
-        caches,
-    )
-    return state, (token_B, log_prob_B)
+    return append(state, token_B, end_tokens), (token_B, log_prob_B)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -229,7 +252,7 @@ def generate_tokens(
     while drawn < max_new_tokens and active_B.any():
         longest = drawn + int(np.max(length_B * active_B))
         if state.caches is not None and longest > T:
-            state = state.replace(caches=None)  # type: ignore[attr-defined]
+            state = replace(state, caches=None)
             params, state = _shard_rows(model, params, state)
         count = min(TOKENS_PER_CALL if drawn else 1, max_new_tokens - drawn)
         if state.caches is not None:

@@ -9,6 +9,7 @@ learned positions; embeddings of source, target and head are shared.
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 
 from jaxgpt.config import Seq2SeqConfig
@@ -45,8 +46,7 @@ class Seq2Seq(GPT):
           lengths_B: tokens in each source before the right padding, i32; S if None.
         """
         rows_B = layers.dropout_rows(rows_B, len(tokens_BT), deterministic)
-        states_BSC = self.encoder(source_BS, lengths_B, rows_B)
-        memory = layers.Memory(states_BSC, lengths_B)
+        memory = self._encode(source_BS, lengths_B, rows_B)
         return super().hidden(tokens_BT, deterministic, rows_B, memory=memory)
 
     def encode(
@@ -56,12 +56,20 @@ class Seq2Seq(GPT):
 
         params["h"] must be a tuple of the parameters of the decoder's blocks.
         """
-        states_BSC = self.encoder(source_BS, lengths_B)
+        encoded = self._encode(source_BS, lengths_B, None)
         attention = layers.Attention(self.config, self.platform, parent=None)
         project = partial(attention.apply, method="keys_and_values")
 
         def memory(params: Any) -> layers.Memory:
-            kv: Any = project({"params": params["cross_attn"]}, states_BSC)
-            return layers.Memory(kv, lengths_B)
+            kv: Any = project({"params": params["cross_attn"]}, encoded.states)
+            return layers.Memory(kv, encoded.lengths_B)
 
         return tuple(map(memory, self.variables["params"]["h"]))
+
+    def _encode(
+        self, source_BS: Array, lengths_B: Array | None, rows_B: Array | None
+    ) -> layers.Memory:
+        if self.config.hide_source:
+            source_BS, lengths_B = jnp.zeros_like(source_BS[:, :1]), None
+        states_BSC = self.encoder(source_BS, lengths_B, rows_B)
+        return layers.Memory(states_BSC, lengths_B)
