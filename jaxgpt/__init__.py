@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from jaxgpt.generation.stream import generate
+    from jaxgpt.generation.translation import translate
     from jaxgpt.models import GPT, Bigram
     from jaxgpt.run import Run, load_run
     from jaxgpt.text.tokenizer import BPETokenizer, CharTokenizer
@@ -29,6 +30,7 @@ _MODULES = {
     **dict.fromkeys(["Config", *(f"{c}Config" for c in _CONFIGS.split())], "config"),
     "classify": "classification",
     "generate": "generation.stream",
+    "translate": "generation.translation",
     **dict.fromkeys(["GPT", "Bigram"], "models"),
     **dict.fromkeys(["Run", "load_run"], "run"),
     **dict.fromkeys(["BPETokenizer", "CharTokenizer"], "text.tokenizer"),

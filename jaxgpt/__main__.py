@@ -15,10 +15,12 @@ from jaxgpt.commands.convert import export, import_
 from jaxgpt.commands.evaluate import evaluate
 from jaxgpt.commands.lecture import lecture
 from jaxgpt.commands.prepare import prepare
+from jaxgpt.commands.translate import translate
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "classify": classify,
+    "translate": translate,
     "lecture": lecture,
     "attention": attention,
     "import": import_,
