@@ -17,6 +17,7 @@ from jaxgpt.commands.evaluate_labels import (
     evaluate_labels,
     show_labels,
 )
+from jaxgpt.commands.evaluate_translation import evaluate_pairs
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import CONFUSION, Run, load_config, load_run, text_tokenizer
@@ -45,6 +46,8 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 16,
     data_path: tuple[str, ...] = (),
+    beams: int | None = None,
+    length_penalty: float | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008 # it is frozen
 ) -> int:
@@ -57,7 +60,9 @@ def evaluate(
 
     Of a classifier, it reports the loss per example, accuracy, F1, calibration error
     and confusion matrix, which confusion.png in the run directory shows too; of a
-    masked language model, the loss and accuracy of the masked tokens.
+    masked language model, the loss and accuracy of the masked tokens. Of an
+    encoder-decoder, it reports the loss of the targets and, of the translations, exact
+    matches, BLEU and chrF, also of copies of the sources.
 
     Args:
         run_dir: run directory written by train.py
@@ -68,6 +73,8 @@ def evaluate(
         stride: slide windows by N tokens, counting the last N; no overlap by default
         batch_size: windows per batch, over all devices; does not affect the result
         data_path: other text than the run's: files, folders, or folders of tokens
+        beams: of the beam search for translations; 4 by default
+        length_penalty: of that search; 0.6 by default
         json: print one JSON object
         mesh: mesh of this machine's devices; fsdp and tensor shard the parameters
     """
@@ -82,6 +89,13 @@ def evaluate(
         raise ValueError(
             f"--stride {stride} is for windows of a text, but architecture="
             f"{architecture} reads examples; omit it"
+        )
+    search: dict[str, Any] = {"beams": beams, "length_penalty": length_penalty}
+    search = {name: value for name, value in search.items() if value is not None}
+    if task != "translation" and search:
+        raise ValueError(
+            f"--beams and --length-penalty are for translation, but architecture="
+            f"{architecture} does not translate; omit them"
         )
     data = dataclasses.replace(
         config.data, batch_size=batch_size, gradient_accumulation_steps=1
@@ -103,6 +117,7 @@ def evaluate(
     measure: dict[str, Callable[..., dict[str, Any]]] = {
         "next-token": partial(_evaluate_tokens, stride=stride),
         "classification": evaluate_labels,
+        "translation": partial(evaluate_pairs, **search),
     }
     of_task = measure.get(task, _evaluate_examples)
     report = {"split": split, **of_task(run, found, config, devices)}

@@ -112,6 +112,7 @@ GENERATE = "generate.py --run-dir runs/tiny"
 EVALUATE = "-m jaxgpt evaluate --run-dir runs/tiny"
 CLASSIFIER = "-m jaxgpt evaluate --run-dir runs/classifier"
 CLASSIFY = "-m jaxgpt classify --run-dir runs/classifier"
+TRANSLATE = "-m jaxgpt translate --run-dir runs/seq2seq"
 ATTENTION = "-m jaxgpt attention --run-dir runs/tiny"
 COMPARE, LECTURE = "-m jaxgpt compare", "-m jaxgpt lecture"
 PREPARE = "-m jaxgpt prepare --tokenizer char --out-dir new"
@@ -342,12 +343,23 @@ CASES = {
         ("no tokenizer", f"{CLASSIFY} Lear", "tokenizer.json",
          {"runs/classifier/tokenizer.json": remove}),
     ],
+    "translate": [
+        ("a language model", "-m jaxgpt translate --run-dir runs/tiny To",
+         "=gpt generate.py"),
+        ("not a run", "-m jaxgpt translate --run-dir runs To", "runs config.json"),
+        ("an unknown character", f"{TRANSLATE} 'Lear!'", "'!' 4"),
+        ("no beams", f"{TRANSLATE} Lear --beams 0", "beams=0"),
+        ("a negative penalty", f"{TRANSLATE} Lear --length-penalty -1", "penalty=-1.0"),
+        ("no tokenizer", f"{TRANSLATE} Lear", "tokenizer.json",
+         {"runs/seq2seq/tokenizer.json": remove}),
+    ],
     "evaluate, attention, compare, lecture": [
         ("a stride of 0", f"{EVALUATE} --stride 0", "stride=0"),
         ("a stride above the block size", f"{EVALUATE} --stride 9", "stride=9 =8"),
         ("an unknown command", "-m jaxgpt evalute", "evalute"),
         ("an unknown split", f"{EVALUATE} --split va", "--split 'va' 'val' 'all'"),
         ("the test split of a text", f"{EVALUATE} --split test", "test val"),
+        ("beams for a language model", f"{EVALUATE} --beams 2", "--beams =gpt"),
         ("a stride for a classifier", f"{CLASSIFIER} --stride 2", "2 =classifier"),
         ("labels that a classifier does not know", f"{CLASSIFIER} --data-path a.csv",
          "'maybe' 'perhaps'", {"a.csv": "text,label\nLear,maybe\n"}),
@@ -456,7 +468,8 @@ def shelf(tiny_run, untrained, bigram, tmp_path_factory):
     here = tmp_path_factory.mktemp("shelf")
     tiny = here / "runs" / "tiny"
     shutil.copytree(tiny_run, tiny, ignore=shutil.ignore_patterns("*.png"))
-    shutil.copytree(untrained / "classifier", here / "runs" / "classifier")
+    for kind in ("classifier", "seq2seq"):
+        shutil.copytree(untrained / kind, here / "runs" / kind)
     change(tiny / "config.json", {"data": {"path": ["text.txt"]}})
     (here / "text.txt").write_text("To be, or not to be.\n" * 40)
     config, state, _ = load_state(tiny)
