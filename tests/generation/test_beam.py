@@ -21,7 +21,7 @@ SOURCES += [[n // 4, n % 4, n // 4, END] for n in range(13)]
 def model():
     """An encoder-decoder of uncertain next tokens, and its parameters."""
     model = build_model(Seq2SeqConfig(**SHAPE), "cpu")
-    return model, random_params(model, mean=0, std=0.8)
+    return model, random_params(model, mean=0.1, std=0.8)
 
 
 def search(model, sources=SOURCES, beams=3, length_penalty=1, **options):
@@ -84,9 +84,9 @@ def test_enough_beams_find_the_best_of_all_outputs(model, length_penalty):
     texts = [itertools.product(letters, repeat=n) for n in range(most)]
     outputs = [[*text, END] for text in itertools.chain(*texts)]
     options = {"beams": len(letters) ** most + len(outputs), "max_new_tokens": most}
-    found = search(model, SOURCES[:8], length_penalty=length_penalty, **options)
+    found = search(model, length_penalty=length_penalty, **options)
     assert len({len(each.tokens) for each in found}) > 1
-    for source, (tokens, _, best) in zip(SOURCES, found, strict=False):
+    for source, (tokens, _, best) in zip(SOURCES, found, strict=True):
         each = log_probs(model, [source] * len(outputs), outputs)
         scores = score(each, np.array(list(map(len, outputs))), length_penalty)
         assert tokens.tolist() == outputs[scores.argmax()]
