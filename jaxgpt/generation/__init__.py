@@ -1,1 +1,1 @@
-"""Text generation: decoding with a KV cache, sampling and streaming."""
+"""Text generation: decoding with a KV cache, sampling, streaming, beam search."""
