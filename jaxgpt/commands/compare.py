@@ -12,7 +12,7 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.interop import huggingface, torch_parity
+from jaxgpt.interop import huggingface, torch_models, torch_parity
 from jaxgpt.interop.nanogpt import read_nanogpt
 from jaxgpt.interop.state_dict import check_gpt
 from jaxgpt.run import load_run
@@ -36,6 +36,8 @@ def compare(
     """Runs the same weights in JAX and in PyTorch, and compares the results.
 
     The weights are those of --hf, --nanogpt or --run-dir, by default of a random GPT-2.
+    PyTorch's model is transformers' GPT-2 for a GPT, and torch.nn's Transformer for an
+    encoder or an encoder-decoder, with random texts of unequal lengths.
     The exit status is 0 if everything judged is within its tolerance, and 1 if not. For
     a model of GPT-2's size, give few --steps and --greedy-tokens, and a --length.
 
@@ -46,8 +48,8 @@ def compare(
         checkpoint: checkpoint of --run-dir: best (lowest val loss), latest, or a step
         steps: AdamW updates, with warmup, decay and clipping; 0 for none
         batch_size: rows per batch of random tokens
-        length: tokens per row; block_size by default
-        greedy_tokens: tokens to decode greedily; 3 x block_size by default, 0 for none
+        length: tokens per row, for a GPT; else the most; block_size by default
+        greedy_tokens: tokens that a GPT decodes; 3 x block_size by default, 0 for none
         seed: seed of the random weights and tokens
         json: print one JSON object
     """
@@ -55,23 +57,24 @@ def compare(
         raise ValueError("give only one of --hf, --nanogpt and --run-dir")
     if checkpoint != "best" and run_dir is None:
         raise ValueError(f"--checkpoint {checkpoint} needs --run-dir; give both")
+    config: torch_models.Comparable
     if hf is not None:
         source, folder = hf, huggingface.find_model(hf)
         config, params = huggingface.read_huggingface(folder)
-        reference = torch_parity.gpt2_of_directory(folder)
+        reference = torch_models.gpt2_of_directory(config, folder)
     elif nanogpt is not None:
         source, (run_config, state, _) = str(nanogpt), read_nanogpt(nanogpt, log_line)
         config, params = check_gpt(run_config.model, "nanoGPT"), state.params
-        reference = torch_parity.gpt2_of_nanogpt(config, nanogpt)
+        reference = torch_models.gpt2_of_nanogpt(config, nanogpt)
     elif run_dir is not None:
         run = load_run(run_dir, checkpoint)
         source = f"{run_dir}, step {run.step}"
-        config, params = check_gpt(run.config.model, "GPT-2"), run.params
-        reference = torch_parity.gpt2_of_params(config, params)
+        config, params = torch_models.check_comparable(run.config.model), run.params
+        reference = torch_models.torch_of_params(config, params)
     else:
         source, config = f"a random GPT-2 (seed {seed})", RANDOM
-        params, reference = torch_parity.random_gpt2(config, seed)
-    log_line(f"comparing {source} with transformers' GPT-2, in float32")
+        params, reference = torch_models.random_gpt2(config, seed)
+    log_line(f"comparing {source} with PyTorch, in float32")
     checks: list[torch_parity.Check] = []
     for check in torch_parity.compare(
         config,

@@ -1,8 +1,8 @@
 """Parity with PyTorch: runs the same weights and batches in both, and compares.
 
-The PyTorch model is transformers' GPT-2, trained with torch's AdamW as nanoGPT does.
+The PyTorch model is one of `torch_models`, trained with torch's AdamW as nanoGPT does.
 
-B batch   T time   V vocab
+B batch   T time   K labels, or masked positions   V vocab   N updates, or examples
 """
 
 import copy
@@ -11,29 +11,42 @@ import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxgpt import ops
 from jaxgpt.config import (
+    ClassifierConfig,
     Config,
-    GPTConfig,
+    DataConfig,
+    MaskedLMConfig,
     OptimizerConfig,
     SamplingConfig,
+    Seq2SeqConfig,
     TrainConfig,
 )
-from jaxgpt.files import plain_path
 from jaxgpt.generation.decode import generate_tokens
-from jaxgpt.interop import huggingface, required, state_dict
+from jaxgpt.interop import required
+from jaxgpt.interop.torch_models import Comparable, Reference
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
+from jaxgpt.parallel.feeding import stack_batches
 from jaxgpt.parallel.mesh import single_device_mesh
-from jaxgpt.text.batches import get_batch
-from jaxgpt.training.objectives import Batch, next_token
+from jaxgpt.text.batches import Split, training_source
+from jaxgpt.text.examples import (
+    LabelledBatch,
+    LabelledTexts,
+    MaskedBatch,
+    MaskedTexts,
+    PairBatch,
+    Sequences,
+    TextPairs,
+)
+from jaxgpt.training.objectives import Batch, Context, make_objective
 from jaxgpt.training.optimizer import make_optimizer
 from jaxgpt.training.step import create_state, make_train_step
 
@@ -51,7 +64,7 @@ SMALLEST_NORM = 1e-3
 # number, and independent errors add up as the square root of their count.
 BFLOAT16_PER_ROOT_LAYER = 2**-7
 _PROMPT_LENGTH = 8
-_LAYERS = ("drop", "h", "attn", "mlp", "ln_f")  # modules whose outputs are compared
+_EXAMPLES = 64  # random examples of unequal lengths, for models that are not GPTs
 
 
 @dataclass(frozen=True)
@@ -78,53 +91,10 @@ class Check:
         return self.tolerance is None or self.error <= self.tolerance
 
 
-def random_gpt2(config: GPTConfig, seed: int) -> tuple[Any, Any]:
-    """Returns random parameters, initialised by transformers' GPT-2, and that model."""
-    required("torch").manual_seed(seed)
-    reference = _gpt2(config)
-    tensors = {name: t.detach().numpy() for name, t in reference.named_parameters()}
-    shapes = {name: array.shape for name, array in tensors.items()}
-    read = tensors.__getitem__
-    return state_dict.from_state_dict(shapes, read, config, out_in=False), reference
-
-
-def gpt2_of_params(config: GPTConfig, params: Any) -> Any:
-    """Returns transformers' GPT-2 with our parameters; missing biases are zero."""
-    torch, reference = required("torch"), _gpt2(config)
-    tensors = state_dict.to_state_dict(params, config, out_in=False)
-    tensors = {name: torch.tensor(array) for name, array in tensors.items()}
-    reference.load_state_dict(tensors, strict=False)
-    return reference
-
-
-def gpt2_of_nanogpt(config: GPTConfig, path: Path) -> Any:
-    """Returns transformers' GPT-2 with a ckpt.pt's weights, read without our code."""
-    torch, reference = required("torch"), _gpt2(config)
-    with plain_path(path) as plain:
-        tensors = torch.load(plain, map_location="cpu", weights_only=True)["model"]
-    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transposed in GPT-2
-    tensors = {
-        state_dict.plain_name(name): tensor.T if name.endswith(linear) else tensor
-        for name, tensor in tensors.items()
-    }
-    reference.load_state_dict(tensors, strict=False)
-    return reference
-
-
-def gpt2_of_directory(folder: Path) -> Any:
-    """Returns the GPT-2 in a Hugging Face directory, as transformers loads it."""
-    transformers = required("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    with plain_path(folder) as plain:
-        return transformers.GPT2LMHeadModel.from_pretrained(
-            plain, attn_implementation="eager", dtype="float32"
-        )
-
-
 def compare(
-    config: GPTConfig,
+    config: Comparable,
     params: Any,
-    reference: Any,
+    reference: Reference,
     *,
     batch_size: int = 4,
     length: int | None = None,
@@ -132,15 +102,16 @@ def compare(
     new_tokens: int | None = None,
     seed: int = 1337,
 ) -> Iterator[Check]:
-    """Compares a GPT with its PyTorch counterpart, one quantity after the other.
+    """Compares a model with its PyTorch counterpart, one quantity after the other.
 
     Args:
-      config, params: the GPT, which runs in float32 and without dropout.
+      config, params: the model, which runs in float32 and without dropout.
       reference: the PyTorch model with the same weights; training changes them.
       batch_size: rows per batch of random tokens.
-      length: tokens per row; block_size by default.
+      length: tokens per row, or at most so many if not a GPT; block_size by default.
       steps: number of AdamW updates; 0 for none.
-      new_tokens: greedily decoded tokens; 3 x block_size by default, 0 for none.
+      new_tokens: tokens that a GPT decodes greedily; 3 x block_size by default, 0 for
+        none.
 
     Yields a Check of each activation, the logits (also in bfloat16), the loss, each
     gradient, the greedy text, the loss of each step, and the final parameters. Raises
@@ -155,17 +126,24 @@ def compare(
     config = dataclasses.replace(
         config, dropout=0.0, compute_dtype="float32", remat=False
     )
-    reference = reference.float().eval()
-    for name, parameter in reference.named_parameters():
+    module = reference.module.float().eval()
+    for name, parameter in module.named_parameters():
         parameter.requires_grad_(config.bias or not name.endswith(".bias"))
-    rng = np.random.default_rng(seed)
-    text = rng.integers(config.require_vocab_size(), size=16 * (T + 1))
-    draw = partial(get_batch, text, seed, batch_size=batch_size, block_size=T)
-    batches: list[Batch] = [draw(step) for step in range(max(steps, 1))]
+    split = _random_split(config, T, np.random.default_rng(seed))
+    source = training_source(
+        split,
+        Config(
+            model=dataclasses.replace(config, block_size=T),
+            data=DataConfig(batch_size=batch_size),
+            train=TrainConfig(seed=seed),
+        ),
+    )
+    batches = stack_batches(source, range(max(steps, 1)))
+    first = jax.tree.map(lambda a: a[0], batches)
     with jax.default_matmul_precision("highest"):
-        norm = yield from _one_pass(config, params, reference, batches[0])
-        if count > 0:
-            prompt = batches[0][0][0, :_PROMPT_LENGTH].tolist()
+        norm = yield from _one_pass(config, params, reference, first)
+        if count > 0 and config.task == "next-token":
+            prompt = first[0][0, :_PROMPT_LENGTH].tolist()
             yield _greedy(config, params, reference, prompt, count)
         if steps > 0 and math.isfinite(norm):
             # Chosen so that warmup, decay and clipping all take effect.
@@ -173,15 +151,42 @@ def compare(
             yield from _training(config, optimizer, params, reference, batches)
 
 
-def _gpt2(config: GPTConfig) -> Any:
-    """Returns transformers' GPT-2 for this config, with biases of zero."""
-    transformers = required("transformers")
-    settings = huggingface.gpt2_settings(config, end_of_text=None)
-    settings["attn_implementation"] = "eager"
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
+def _random_split(config: Comparable, T: int, rng: np.random.Generator) -> Split:
+    """Random tokens, or examples of 1 to T of them, for the model's task."""
+    V, N = config.require_vocab_size(), _EXAMPLES
+
+    def texts() -> Sequences:
+        offsets = np.concatenate([[0], rng.integers(1, T + 1, size=N).cumsum()])
+        return Sequences(rng.integers(V, size=offsets[-1]), offsets)
+
+    match config:
+        case ClassifierConfig(labels=labels):
+            labels_N = rng.integers(len(labels), size=N).astype(np.int32)
+            return LabelledTexts(texts(), labels_N, np.full(N, ""))
+        case MaskedLMConfig(mask_prob=mask_prob):
+            return MaskedTexts(texts(), V - 1, V, mask_prob)
+        case Seq2SeqConfig():
+            return TextPairs(texts(), texts(), end_of_text=0)
+        case _:
+            return rng.integers(V, size=16 * (T + 1))
 
 
-def _build_model(config: GPTConfig) -> Any:
+def _arguments(batch: Batch) -> tuple[dict[str, Any], Any, Any]:
+    """The arguments of the model for a batch, the targets, and their weights."""
+    match batch:
+        case LabelledBatch(tokens_BT, lengths_B, labels_B, weights_B):
+            return {"tokens_BT": tokens_BT, "lengths_B": lengths_B}, labels_B, weights_B
+        case MaskedBatch(tokens_BT, lengths_B, positions_BK, targets_BK, weights_BK):
+            inputs = {"tokens_BT": tokens_BT, "lengths_B": lengths_B}
+            return inputs | {"positions_BK": positions_BK}, targets_BK, weights_BK
+        case PairBatch(source_BS, lengths_B, inputs_BT, targets_BT, weights_BT):
+            inputs = {"tokens_BT": inputs_BT, "source_BS": source_BS}
+            return inputs | {"lengths_B": lengths_B}, targets_BT, weights_BT
+    inputs_BT, targets_BT = batch
+    return {"tokens_BT": inputs_BT}, targets_BT, np.ones(targets_BT.shape, np.float32)
+
+
+def _build_model(config: Comparable) -> Any:
     """Our model, for JAX's default device."""
     return build_model(config, platform_of(jax.devices()[0]))
 
@@ -208,91 +213,113 @@ def _check(
 
 
 def _one_pass(
-    config: GPTConfig, params: Any, reference: Any, batch: Batch
+    config: Comparable, params: Any, reference: Reference, batch: Batch
 ) -> Generator[Check, None, float]:
     """Checks a forward and a backward pass; returns the global gradient norm."""
-    inputs_BT, targets_BT = batch
     model = _build_model(config)
-
-    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-        logits_BTV, variables = model.apply(
-            {"params": params},
-            inputs_BT,
-            capture_intermediates=lambda module, _: module.name in _LAYERS,
+    inputs, targets, weights = _arguments(batch)
+    compared = {path[-1] for path, _ in reference.activations.values()}
+    logits, variables = jax.jit(
+        partial(
+            model.apply,
+            capture_intermediates=lambda module, _: module.name in compared,
             mutable="intermediates",
         )
-        losses_BT = ops.cross_entropy(logits_BTV, targets_BT)
-        return losses_BT.mean(), (logits_BTV, losses_BT, variables["intermediates"])
-
-    (_, (logits_BTV, losses_BT, captured)), grads = jax.jit(
-        jax.value_and_grad(loss_fn, has_aux=True)
-    )(params)
-    captured = flatten_dict(captured)
-    their_losses, their_logits, theirs = _torch_pass(reference, batch)
+    )({"params": params}, **inputs)
+    losses = ops.cross_entropy(logits, targets)
+    captured = flatten_dict(variables["intermediates"])
+    smoothing = _label_smoothing(config)
+    their_losses, their_logits, theirs = _torch_pass(reference, batch, smoothing)
 
     for name, activation in theirs.items():
-        modules, layer = state_dict.split_layer(name)
+        path, layer = reference.activations[name]
         # The output is the first leaf: a block also returns its cache.
-        stacked = jax.tree.leaves(captured[*modules, "__call__"])[0]
+        stacked = jax.tree.leaves(captured[*path, "__call__"])[0]
         yield _check("activations", name, stacked[layer], activation, NORM, 0.0)
     size = max(1.0, float(np.sqrt(np.mean(their_logits**2))))
-    yield _check("logits", "float32", logits_BTV, their_logits, LOGITS * size)
+    yield _check("logits", "float32", logits, their_logits, LOGITS * size)
     bf16_model = _build_model(dataclasses.replace(config, compute_dtype="bfloat16"))
-    bf16_logits_BTV = jax.jit(bf16_model.apply)({"params": params}, inputs_BT)
-    tolerance = BFLOAT16_PER_ROOT_LAYER * math.sqrt(config.n_layer)
-    yield _check("logits", "bfloat16", bf16_logits_BTV, their_logits, tolerance, 0.0)
+    bf16_logits = jax.jit(bf16_model.apply)({"params": params}, **inputs)
+    stacks = 2 if config.task == "translation" else 1
+    layers = stacks * config.n_layer + (config.task == "masked-tokens")  # in its head
+    tolerance = BFLOAT16_PER_ROOT_LAYER * math.sqrt(layers)
+    yield _check("logits", "bfloat16", bf16_logits, their_logits, tolerance, 0.0)
     torch = required("torch")
     with torch.no_grad():
-        their_bf16_model = copy.deepcopy(reference).to(torch.bfloat16)
-        their_bf16_logits = _torch_losses(their_bf16_model, batch)[1].float().numpy()
+        their_bf16_module = copy.deepcopy(reference.module).to(torch.bfloat16)
+        their_bf16 = dataclasses.replace(reference, module=their_bf16_module)
+        their_bf16_logits = _torch_logits(their_bf16, batch).float().numpy()
     name = "bfloat16, PyTorch's own"
     yield _check("logits", name, their_bf16_logits, their_logits, None, 0.0)
     # In float64: a float32 sum of a few hundred losses alone exceeds the tolerance.
     loss, their_loss = (
-        np.asarray(losses, np.float64).mean() for losses in (losses_BT, their_losses)
+        np.average(np.asarray(a, np.float64), weights=weights)
+        for a in (losses, their_losses)
     )
     yield _check("loss", "first batch", loss, their_loss, LOSS * size)
-    parameters = reference.named_parameters()
+    parameters = reference.module.named_parameters()
     their_grads = {name: p.grad for name, p in parameters if p.requires_grad}
     norm = math.sqrt(sum(float((grad**2).sum()) for grad in their_grads.values()))
-    our_grads = state_dict.to_state_dict(grads, config, out_in=False)
+    context = Context(jax.random.key(0), jnp.arange(len(weights)))
+    objective = make_objective(model)
+
+    def loss_fn(params: Any) -> jax.Array:
+        return objective(params, batch, context)[0].mean()
+
+    our_grads = reference.tensors(jax.jit(jax.grad(loss_fn))(params))
     smallest = SMALLEST_NORM * norm
     yield from _check_each("gradients", our_grads, their_grads, NORM, smallest)
     return norm
 
 
 def _torch_pass(
-    reference: Any, batch: Batch
+    reference: Reference, batch: Batch, smoothing: float
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Returns PyTorch's losses, logits and activations by module; sets gradients."""
+    """Returns PyTorch's losses, logits and activations by module; sets gradients.
+
+    The gradients are with label smoothing, the losses without.
+    """
     seen = {}
 
     def record(name: str, module: Any, inputs: Any, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
         seen[name] = output.detach().numpy()
 
+    modules = dict(reference.module.named_modules())
     handles = [
-        module.register_forward_hook(partial(record, name))
-        for name, module in reference.transformer.named_modules()
-        if (last := name.split(".")[-1]) in _LAYERS or last.isdecimal()
+        modules[name].register_forward_hook(partial(record, name))
+        for name in reference.activations
     ]
-    reference.zero_grad()
-    losses, logits_BTV = _torch_losses(reference, batch)
-    losses.mean().backward()
+    reference.module.zero_grad()
+    logits = _torch_logits(reference, batch)
     for handle in handles:
         handle.remove()
-    return losses.detach().numpy(), logits_BTV.detach().numpy(), seen
+    _torch_loss(logits, batch, smoothing)[1].backward()
+    losses, _ = _torch_loss(logits, batch, 0.0)
+    return losses.detach().numpy(), logits.detach().numpy(), seen
 
 
-def _torch_losses(reference: Any, batch: Batch) -> tuple[Any, Any]:
-    """The loss of each token, [B * T], and the logits, [B, T, V]."""
+def _torch_logits(reference: Reference, batch: Batch) -> Any:
+    arrays = {k: np.asarray(a, np.int64) for k, a in _arguments(batch)[0].items()}
+    tensors = {name: required("torch").tensor(a) for name, a in arrays.items()}
+    return reference.logits(reference.module, **tensors)
+
+
+def _torch_loss(logits: Any, batch: Batch, smoothing: float) -> tuple[Any, Any]:
+    """The loss of each target, and their weighted mean, by PyTorch."""
     torch = required("torch")
-    inputs_BT, targets_BT = map(torch.tensor, batch)
-    logits_BTV = reference(inputs_BT, use_cache=False).logits
+    targets, weights = map(torch.tensor, _arguments(batch)[1:])
     losses = torch.nn.functional.cross_entropy(
-        logits_BTV.flatten(0, 1), targets_BT.flatten().long(), reduction="none"
-    )
-    return losses, logits_BTV
+        logits.flatten(0, -2),
+        targets.flatten().long(),
+        reduction="none",
+        label_smoothing=smoothing,
+    ).reshape(targets.shape)
+    return losses, (losses * weights).sum() / weights.sum()
+
+
+def _label_smoothing(config: Comparable) -> float:
+    return config.label_smoothing if isinstance(config, Seq2SeqConfig) else 0.0
 
 
 def _check_each(
@@ -309,7 +336,7 @@ def _check_each(
     """
     for name, array in ours.items():
         other = theirs[name].detach().numpy()
-        if name.endswith("c_attn.bias"):
+        if name.endswith(("c_attn.bias", "in_proj_bias")):
             array, other = array.reshape(3, -1), other.reshape(3, -1)
             keys = f"{name}, keys"
             yield _check(section, keys, array[1], other[1], None, smallest_norm)
@@ -318,7 +345,11 @@ def _check_each(
 
 
 def _greedy(
-    config: GPTConfig, params: Any, reference: Any, prompt: list[int], count: int
+    config: Comparable,
+    params: Any,
+    reference: Reference,
+    prompt: list[int],
+    count: int,
 ) -> Check:
     """Checks that greedy decoding gives the same tokens in both."""
     torch = required("torch")
@@ -329,7 +360,7 @@ def _greedy(
     with torch.no_grad():
         for _ in range(count):
             window = torch.tensor([tokens[-config.block_size :]])
-            logits_V = reference(window, use_cache=False).logits[0, -1]
+            logits_V = reference.logits(reference.module, window)[0, -1]
             first, second = logits_V.topk(2).values.tolist()
             gaps.append(first - second)
             tokens.append(int(logits_V.argmax()))
@@ -343,29 +374,31 @@ def _greedy(
 
 
 def _training(
-    config: GPTConfig,
+    config: Comparable,
     optimizer: OptimizerConfig,
     params: Any,
-    reference: Any,
-    batches: list[Batch],
+    reference: Reference,
+    batches: Batch,
 ) -> Iterator[Check]:
     """Checks the loss of each AdamW step, and the parameters after the last."""
-    inputs_NBT, targets_NBT = map(np.stack, zip(*batches, strict=True))
-    train = TrainConfig(max_steps=len(batches))
-    full_config = Config(model=config, optimizer=optimizer, train=train)
-    model, adamw = _build_model(config), make_optimizer(optimizer, len(batches))
-    train_step = make_train_step(next_token(model), adamw, full_config)
-    state, metrics = jax.jit(partial(jax.lax.scan, train_step))(
-        create_state(model, full_config, single_device_mesh(), params),
-        (inputs_NBT, targets_NBT),
+    steps = len(jax.tree.leaves(batches)[0])
+    full_config = Config(
+        model=config, optimizer=optimizer, train=TrainConfig(max_steps=steps)
     )
-    their_losses = _torch_training(reference, optimizer, batches)
+    model, adamw = _build_model(config), make_optimizer(optimizer, steps)
+    train_step = make_train_step(make_objective(model), adamw, full_config)
+    state, metrics = jax.jit(partial(jax.lax.scan, train_step))(
+        create_state(model, full_config, single_device_mesh(), params), batches
+    )
+    smoothing = _label_smoothing(config)
+    their_losses = _torch_training(reference, optimizer, batches, smoothing)
     losses = zip(metrics["loss"], their_losses, strict=True)
     for step, (loss, their_loss) in enumerate(losses, start=1):
         yield _check("loss", f"AdamW step {step}", loss, their_loss, STEP_LOSS)
-    ours = state_dict.to_state_dict(state.params, config, out_in=False)
-    theirs = dict(reference.named_parameters())
-    yield from _check_each("final parameters", ours, theirs, FINAL_PARAMETERS, 0.0)
+    ours, theirs = reference.tensors(state.params), reference.module.named_parameters()
+    yield from _check_each(
+        "final parameters", ours, dict(theirs), FINAL_PARAMETERS, 0.0
+    )
 
 
 def nanogpt_learning_rate(step: int, config: OptimizerConfig, max_steps: int) -> float:
@@ -379,25 +412,26 @@ def nanogpt_learning_rate(step: int, config: OptimizerConfig, max_steps: int) ->
 
 
 def _torch_training(
-    reference: Any, config: OptimizerConfig, batches: list[Batch]
+    reference: Reference, config: OptimizerConfig, batches: Batch, smoothing: float
 ) -> list[float]:
     """Trains as nanoGPT does; returns the loss per step. Source: nanoGPT train.py."""
-    torch = required("torch")
-    matrices = [p for p in reference.parameters() if p.dim() >= 2]
-    others = [p for p in reference.parameters() if p.dim() < 2]
+    torch, module = required("torch"), reference.module
+    matrices = [p for p in module.parameters() if p.dim() >= 2]
+    others = [p for p in module.parameters() if p.dim() < 2]
     adamw = torch.optim.AdamW(
         [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
     )
-    losses = []
-    for step, batch in enumerate(batches):
+    losses, steps = [], len(jax.tree.leaves(batches)[0])
+    for step in range(steps):
+        batch = jax.tree.map(lambda a, step=step: a[step], batches)
         for group in adamw.param_groups:
-            group["lr"] = nanogpt_learning_rate(step, config, len(batches))
-        reference.zero_grad()
-        loss = _torch_losses(reference, batch)[0].mean()
+            group["lr"] = nanogpt_learning_rate(step, config, steps)
+        module.zero_grad()
+        _, loss = _torch_loss(_torch_logits(reference, batch), batch, smoothing)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(reference.parameters(), config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), config.grad_clip)
         adamw.step()
         losses.append(float(loss.detach()))
     return losses
