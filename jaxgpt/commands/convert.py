@@ -9,7 +9,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from jaxgpt.config import Config
 from jaxgpt.files import temporary
-from jaxgpt.interop import huggingface, nanogpt
+from jaxgpt.interop import encoder_export, huggingface, nanogpt
 from jaxgpt.parallel.mesh import host_mesh
 from jaxgpt.run import (
     TOKENIZER,
@@ -19,6 +19,7 @@ from jaxgpt.run import (
     load_state,
     save_config,
     saved_tokenizer,
+    text_tokenizer,
 )
 from jaxgpt.terminal import log_line
 from jaxgpt.text import pretrained, tinyshakespeare
@@ -119,9 +120,12 @@ def export(
         raise FileExistsError(f"{target} already exists; replace it with --overwrite")
     if format == "huggingface":
         run = load_run(run_dir, checkpoint, host_mesh())
-        huggingface.write_huggingface(
-            target, run.config.model, run.params, run.tokenizer
-        )
+        model = run.config.model
+        if model.task == "next-token":
+            huggingface.write_huggingface(target, model, run.params, run.tokenizer)
+        else:
+            tokenizer = text_tokenizer(run)
+            encoder_export.write_encoder(target, model, run.params, tokenizer)
     else:
         _export_nanogpt(run_dir, checkpoint, target, dataset, overwrite)
     print(target)

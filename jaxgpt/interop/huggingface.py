@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from jaxgpt.config import GPTConfig, ModelConfig
 from jaxgpt.files import replace_file
@@ -23,6 +23,7 @@ from jaxgpt.text.fetch import download
 from jaxgpt.text.pretrained import tokenizer_in
 from jaxgpt.text.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
 
+GELUS = {"tanh": "gelu_new", "exact": "gelu"}  # transformers' names
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 # Options of GPT-2's config for which our model supports only these values.
 _FIXED = {
@@ -34,12 +35,13 @@ _FIXED = {
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_GENERATION = "generation_config.json"
 # Maps each tensor to its file, if the weights are split over several files.
 _INDEX = f"{_WEIGHTS}.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 # Files of a previous model that an exported model must not be mixed with.
 _OF_ANOTHER_MODEL = (
-    *(_INDEX, "model-*-of-*.safetensors", "generation_config.json", *_TOKENIZER_FILES),
+    *(_INDEX, "model-*-of-*.safetensors", _GENERATION, *_TOKENIZER_FILES),
     *("tokenizer_config.json", "special_tokens_map.json"),
 )
 
@@ -127,7 +129,34 @@ def write_huggingface(
     with_biases = dataclasses.replace(config, bias=True)
     for name, shape in state_dict.torch_shapes(with_biases).items():
         tensors.setdefault(name, np.zeros(shape, np.float32))
-    content = gpt2_settings(config, tokenizer.end_of_text if tokenizer else None)
+    settings = gpt2_settings(config, tokenizer.end_of_text if tokenizer else None)
+    write_model(folder, tensors, settings, tokenizer, config.block_size)
+
+
+def write_model(
+    folder: Path,
+    tensors: dict[str, np.ndarray],
+    settings: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    block_size: int,
+    special: dict[str, str] | None = None,
+    template: str = "",
+    generation: dict[str, Any] | None = None,
+) -> None:
+    """Writes a model's directory, and removes the files of another model in it.
+
+    Args:
+      folder: created if needed.
+      tensors: by transformers' name, f32.
+      settings: the content of config.json.
+      tokenizer: None writes none.
+      block_size: the most tokens of a text.
+      special: more special tokens of the tokenizer, by transformers' name.
+      template: special tokens to add to each text, which is `$A`.
+      generation: the content of generation_config.json, if any.
+    """
+    # save_file would write the memory of a transposed array in its own order.
+    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     replace_file(
         folder / _WEIGHTS,
         lambda tmp_path: save_file(tensors, tmp_path, metadata={"format": "pt"}),
@@ -135,8 +164,10 @@ def write_huggingface(
     for path in (path for name in _OF_ANOTHER_MODEL for path in folder.glob(name)):
         path.unlink()
     if tokenizer:
-        _write_tokenizer(folder, tokenizer, config.block_size)
-    _write_text(folder / _CONFIG, json.dumps(content, indent=2) + "\n")
+        _write_tokenizer(folder, tokenizer, block_size, special or {}, template)
+    if generation:
+        _write_text(folder / _GENERATION, json.dumps(generation, indent=2) + "\n")
+    _write_text(folder / _CONFIG, json.dumps(settings, indent=2) + "\n")
 
 
 def gpt2_settings(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
@@ -144,7 +175,7 @@ def gpt2_settings(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "activation_function": {"tanh": "gelu_new", "exact": "gelu"}[config.gelu],
+        "activation_function": GELUS[config.gelu],
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
         "n_embd": config.n_embd,
@@ -211,19 +242,32 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
+def _write_tokenizer(
+    folder: Path,
+    tokenizer: Tokenizer,
+    block_size: int,
+    special: dict[str, str],
+    template: str,
+) -> None:
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
     if tokenizer.end_of_text is not None:
-        special = ("bos_token", "eos_token", "unk_token")
-        settings |= dict.fromkeys(special, END_OF_TEXT)
+        names = ("bos_token", "eos_token", "unk_token")
+        settings |= dict.fromkeys(names, END_OF_TEXT)
     if isinstance(tokenizer, BPETokenizer):
         content = tokenizer.to_json()
     else:
         content = _characters_as_words(tokenizer).to_str()
+    if template:
+        with_template = tokenizers.Tokenizer.from_str(content)
+        with_template.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(END_OF_TEXT, tokenizer.end_of_text)]
+        )
+        content = with_template.to_str()
+    settings |= special
     _write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2))
     _write_text(folder / "tokenizer.json", content)
 

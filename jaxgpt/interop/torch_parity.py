@@ -235,6 +235,7 @@ def _one_pass(
         path, layer = reference.activations[name]
         # The output is the first leaf: a block also returns its cache.
         stacked = jax.tree.leaves(captured[*path, "__call__"])[0]
+        name = name.removeprefix("transformer.")
         yield _check("activations", name, stacked[layer], activation, NORM, 0.0)
     size = max(1.0, float(np.sqrt(np.mean(their_logits**2))))
     yield _check("logits", "float32", logits, their_logits, LOGITS * size)
