@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.config import Config
-from jaxgpt.models import build_model, parameter_shapes
+from jaxgpt.models import build_model, input_shapes, parameter_shapes
+from jaxgpt.text.batches import longest_row
+from jaxgpt.text.examples import MaskedBatch
 
 
 def step_flops(config: Config) -> int:
     """Floating-point operations of one update, forward and backward.
+
+    Every row has block_size tokens, and in an encoder-decoder as many of the source;
+    batches of shorter texts take fewer operations.
 
     Only matmuls count; the backward pass takes twice the operations of the forward
     pass. Attention counts all scores, including masked ones, whichever implementation
@@ -20,17 +25,24 @@ def step_flops(config: Config) -> int:
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B, which this equals for a GPT.
     """
-    T, short = config.model.block_size, replace(config.model, block_size=2)
+    T, short = config.model.block_size, replace(config.model, block_size=3)
     params, apply = parameter_shapes(short), build_model(short, "cpu").apply
+    row, predicted = longest_row(config), {}
+    if isinstance(row, MaskedBatch):  # the head reads only these
+        shape = row.positions_BK.shape
+        predicted["positions_BK"] = jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def forward(tokens: int) -> int:  # FLOPs of one row, without dropout
-        tokens_BT = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-        return product_flops(jax.make_jaxpr(apply)({"params": params}, tokens_BT).jaxpr)
+        inputs = input_shapes(short, tokens) | predicted
+        jaxpr = jax.make_jaxpr(lambda p, a: apply({"params": p}, **a))(params, inputs)
+        return product_flops(jaxpr.jaxpr)
 
-    # FLOPs are a T + b T^2, b from attention, so two lengths determine all others. At
-    # lengths this short, no implementation of attention skips masked scores.
-    one, two = forward(1), forward(2)
-    return 3 * config.data.batch_size * (T * one + math.comb(T, 2) * (two - 2 * one))
+    # FLOPs are a + b T + c T^2, c from attention, so three lengths determine all
+    # others. At lengths this short, no implementation of attention skips masked scores.
+    one, two, three = map(forward, (1, 2, 3))
+    linear, quadratic = two - one, three - 2 * two + one
+    forward_flops = one + (T - 1) * linear + math.comb(T - 1, 2) * quadratic
+    return 3 * config.data.batch_size * forward_flops
 
 
 def product_flops(jaxpr: Any) -> int:

@@ -92,6 +92,9 @@ def no_compilation_cache() -> Iterator[None]:
 def describe(config: Config, topology: str = "") -> Iterator[str]:
     """Yields lines that report the cost of a run; compiles the step, runs nothing.
 
+    The cost is of the longest batches: texts of unequal lengths count as padded to
+    block_size.
+
     Needs no corpus if `model.vocab_size` is given or the corpus is known by name.
 
     Args:
@@ -115,12 +118,14 @@ def _rows(config: Config, topology: str) -> Rows:
     model = build_model(config.model, platform_of(mesh))
     state = abstract_state(model, config, mesh)
     params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    tokens = config.data.batch_size * config.model.block_size
+    tokens = _tokens_per_step(config)
     all_tokens = tokens * config.train.max_steps
+    most = "" if config.model.task == "next-token" else "at most "
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     yield "parameters", f"{params:,}"
-    yield "tokens per step", f"{tokens:,}"
-    yield "total tokens", f"{all_tokens:,} ({all_tokens / params:.1f} per parameter)"
+    yield "tokens per step", f"{most}{tokens:,}"
+    per_parameter = f"({all_tokens / params:.1f} per parameter)"
+    yield "total tokens", f"{most}{all_tokens:,} {per_parameter}"
     yield "FLOPs per step", f"{step_flops(config):.3g}"
     yield "devices", f"{mesh.size} x {devices[0].device_kind} ({axes})"
     for name, part in (
@@ -202,10 +207,16 @@ def _tpu_rows(
     yield "compute time", f"{compute:.3g} s"
     yield "ICI time", f"{ici:.3g} s"
     if step := max(compute, ici):
-        tokens = config.data.batch_size * config.model.block_size
+        tokens = _tokens_per_step(config)
         bound = f"{step:.3g} s: at most {tokens / step:,.0f} tokens/s"
         useful = step_flops(config) / mesh.size / chip.flops / step
         yield "roofline step time", f"{bound}, model FLOPs utilisation {useful:.0%}"
+
+
+def _tokens_per_step(config: Config) -> int:
+    """Tokens that the model reads in an update, if no row has padding."""
+    sides = 2 if config.model.task == "translation" else 1
+    return sides * config.data.batch_size * config.model.block_size
 
 
 def _bytes_per_device(tree: object) -> int:

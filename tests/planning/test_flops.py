@@ -1,8 +1,11 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import TINY, changed, mesh_of, traced_steps
 
+from jaxgpt.config import ClassifierConfig, MaskedLMConfig, Seq2SeqConfig
 from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.planning.flops import product_flops, step_flops
 from jaxgpt.presets import PRESETS, lecture_bigram
@@ -14,8 +17,8 @@ MODEL = {"n_head": 8, "n_embd": 128, "block_size": 64, "vocab_size": 512}
 DEFAULT = ["smoke", "lecture-multi-head", "lecture-residual", "gpt2-124m"]
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in PRESETS
-    if name not in ("lecture-bigram", *DEFAULT)
+    for name, make in PRESETS.items()
+    if make().model.task == "next-token" and name not in ("lecture-bigram", *DEFAULT)
 ]
 
 
@@ -32,6 +35,26 @@ def test_a_step_takes_6_flops_per_weight_and_token_and_those_of_attention(preset
     attention = 12 * shape.n_layer * shape.n_embd * shape.block_size
     tokens = config.data.batch_size * shape.block_size
     assert step_flops(config) == tokens * (6 * weights + attention)
+
+
+SHAPE = {"vocab_size": 300, "n_head": 4, "n_embd": 64, "n_layer": 3, "block_size": 100}
+L, C, V, N = 3, 64, 300, 100
+STACK = N * L * (24 * C**2 + 4 * N * C)  # one row, forward: matrices, and attention
+CROSS = N * L * (8 * C**2 + 4 * N * C)
+
+
+@pytest.mark.parametrize(
+    ("model", "forward"),
+    [
+        (ClassifierConfig(**SHAPE, labels=("a", "b", "c")), STACK + 2 * C * 3),
+        # Of the 99 tokens after the first, 15 are predicted.
+        (MaskedLMConfig(**SHAPE), STACK + 15 * (2 * C**2 + 2 * C * V)),
+        (Seq2SeqConfig(**SHAPE), 2 * STACK + CROSS + N * 2 * C * V),
+    ],
+)
+def test_flops_of_encoders_are_those_of_their_matrices_and_attention(model, forward):
+    config = dataclasses.replace(TINY, model=model)
+    assert step_flops(config) == 3 * TINY.data.batch_size * forward
 
 
 def test_flops_do_not_depend_on_how_the_model_is_computed():
