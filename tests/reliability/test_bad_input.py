@@ -374,6 +374,7 @@ CASES = {
          "-m jaxgpt evaluate --run-dir runs/imported --data-path text.txt",
          "tokenizer.json --meta"),
         ("attention to an empty prompt", f"{ATTENTION} --prompt ''", "--prompt"),
+        ("a target of a GPT", f"{ATTENTION} --prompt To --target be", "--target gpt"),
         ("a missing folder", f"{ATTENTION} --prompt To --out no/maps.png", "maps.png"),
         ("no attention", "-m jaxgpt attention --run-dir runs/bigram --prompt To",
          "bigram"),
