@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 from functools import partial
@@ -11,13 +12,16 @@ from conftest import ROOT, TINY, changed, mesh_of, train_on
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import GPTConfig
+from jaxgpt.config import ClassifierConfig, MaskedLMConfig, Seq2SeqConfig
 from jaxgpt.models import build_model
 from jaxgpt.parallel import mesh as meshes
 from jaxgpt.parallel.feeding import read_batches, stack_batches
 from jaxgpt.parallel.mesh import make_mesh, shardings
 from jaxgpt.presets import PRESETS
 from jaxgpt.text.batches import training_source
-from jaxgpt.training.step import abstract_state, create_state
+from jaxgpt.text.examples import LabelledTexts, MaskedTexts, Sequences, TextPairs
+from jaxgpt.training.objectives import make_objective
+from jaxgpt.training.step import abstract_state, create_state, trace_train_steps
 
 STEPS = 20
 WIDE = changed(
@@ -226,3 +230,54 @@ def test_models_do_not_mention_meshes():
     for path in (ROOT / "jaxgpt" / "models").glob("*.py"):
         found = re.search(r"Mesh|jax\.sharding|PartitionSpec", path.read_text())
         assert not found, path
+
+
+SHAPE = {"n_layer": 2, "n_head": 8, "n_embd": 64, "block_size": 16, "vocab_size": 11}
+SHAPE |= {"bias": True, "dropout": 0.3, "unroll": 1}
+TEXTS = Sequences(TOKENS, np.append(np.arange(0, 400, 9), 400))
+EXAMPLES = {
+    "classifier": (
+        ClassifierConfig(**SHAPE, labels=("a", "b", "c")),
+        LabelledTexts(TEXTS, np.arange(45, dtype=np.int32) % 3, np.full(45, "")),
+    ),
+    "masked-lm": (MaskedLMConfig(**SHAPE), MaskedTexts(TEXTS, 10, 11, 0.3)),
+    "seq2seq": (
+        Seq2SeqConfig(**SHAPE, label_smoothing=0.1),
+        TextPairs(TEXTS, TEXTS, end_of_text=0),
+    ),
+}
+ENCODERS = [("seq2seq", (2, 2, 2), {}), ("classifier", (2, 2, 2), {})]
+ENCODERS += [("masked-lm", (1, 2, 4), {})]
+WIDER = [
+    (name, shape, fields)
+    for name in EXAMPLES
+    for shape in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
+    for fields in ({}, {"remat": True}, {"unroll": 2}, {"compute_dtype": "bfloat16"})
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "fields"),
+    [*ENCODERS, *(pytest.param(*each, marks=MORE) for each in WIDER)],
+)
+def test_every_mesh_trains_encoders_as_one_device(name, shape, fields):
+    model, examples = EXAMPLES[name]
+
+    def first_steps(shape, microbatches, **fields):
+        changed_model = dataclasses.replace(model, **fields)
+        data = dataclasses.replace(WIDE.data, batch_size=16)
+        config = dataclasses.replace(WIDE, model=changed_model, data=data)
+        config = on(config, *shape, microbatches)
+        mesh, built = mesh_of(config), build_model(config.model, "cpu")
+        source = training_source(examples, config)
+        batches = read_batches(source, range(2), 16, mesh)
+        state = initialise(config)
+        objective = make_objective(built)
+        traced = trace_train_steps(objective, config, mesh, state, batches)
+        state, metrics = traced.lower().compile()(state, batches)
+        return jax.device_get((metrics["loss"], metrics["grad_norm"]))
+
+    found = first_steps(shape, 2, **fields)
+    expected = first_steps((1, 1, 1), 1, **fields)
+    tolerance = 0.02 if "compute_dtype" in fields else 2e-5
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
