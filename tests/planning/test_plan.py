@@ -113,6 +113,24 @@ def test_a_plan_has_memory_collectives_and_a_lower_bound_of_the_step_time():
 
 
 @tpu
+@pytest.mark.parametrize(
+    ("preset", "model", "sides"),
+    [
+        ("sentiment", {"labels": ("a", "b")}, 1),
+        ("reviews-mlm", {}, 1),
+        ("reverse", {}, 2),
+    ],
+)
+def test_a_plan_of_an_encoder_counts_texts_as_padded(preset, model, sides):
+    small = {"n_layer": 1, "block_size": 24, "vocab_size": 100} | model
+    config = changed(PRESETS[preset](), model=small, data={"batch_size": 16})
+    rows = rows_of(config, "v5e:2x4")
+    assert rows["tokens per step"] == f"at most {sides * 16 * 24:,}"
+    assert rows["devices"].startswith("8 x")
+    assert "roofline step time" in rows
+
+
+@tpu
 def test_a_step_that_does_not_fit_is_an_error_with_both_sizes(monkeypatch):
     huge = {"block_size": 8192, "n_head": 64}  # the compiler finds it too large
     with pytest.raises(ValueError, match=r"v5e:1x1: \S+G .* 15\S+G .*--mesh\.fsdp"):

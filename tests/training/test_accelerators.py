@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY, changed, tpu, traced_steps
 
 from jaxgpt import run
-from jaxgpt.config import SamplingConfig
+from jaxgpt.config import SamplingConfig, Seq2SeqConfig
 from jaxgpt.generation import decode
 from jaxgpt.models import build_model
 from jaxgpt.parallel.defaults import platform_of
@@ -283,6 +283,22 @@ def test_cudnns_attention_is_used_where_it_is_supported(
     causal = {"is_causal": True, "key_value_seq_lengths": None}
     expected = [causal | {"implementation": "cudnn"}] if used else []
     assert attention_options[:1] == expected
+
+
+def test_cudnns_attention_gets_the_lengths_of_sources(attention_options):
+    shape = SMALL | {"block_size": 128, "n_layer": 1, "vocab_size": 65}
+    model = build_model(Seq2SeqConfig(**shape), "cuda")
+    inputs = {"source_BS": TOKENS_BT[:, :96], "lengths_B": np.array([96, 5])}
+    variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS_BT, **inputs)
+    attention_options.clear()
+    jax.eval_shape(lambda v: model.apply(v, TOKENS_BT, **inputs), variables)
+    calls = [
+        (options["is_causal"], options["key_value_seq_lengths"] is not None)
+        for options in attention_options
+    ]
+    # The encoder, the decoder to its own text, and the decoder to the encoder.
+    assert list(dict.fromkeys(calls)) == [(False, True), (True, False)]
+    assert calls[-1] == (False, True)
 
 
 def test_fused_attention_differs_from_blocked_by_less_than_rounding(attention_options):
