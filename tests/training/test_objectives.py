@@ -3,6 +3,7 @@
 B batch   T time
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -14,8 +15,16 @@ from conftest import TINY, changed, mesh_of
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import ops
+from jaxgpt.config import ClassifierConfig, MaskedLMConfig, Seq2SeqConfig
 from jaxgpt.models import build_model
-from jaxgpt.training.objectives import LossSum
+from jaxgpt.text.examples import (
+    LabelledTexts,
+    MaskedTexts,
+    Sequences,
+    TextPairs,
+    bucketed_source,
+)
+from jaxgpt.training.objectives import LossSum, make_objective
 from jaxgpt.training.optimizer import Optimizer, make_optimizer
 from jaxgpt.training.step import create_state, make_train_step, trace_train_steps
 
@@ -58,17 +67,17 @@ def initial():
     return jax.device_get(create_state(MODEL, CONFIG, MESH))
 
 
-def under_jit(step, state):
-    return jax.jit(step)(state, BATCH)
+def under_jit(step, state, batch=BATCH):
+    return jax.jit(step)(state, batch)
 
 
-def in_shard_map(step, state):
+def in_shard_map(step, state, batch=BATCH):
     specs = {"in_specs": (P(), P("data")), "out_specs": P()}
-    return jax.jit(jax.shard_map(step, mesh=MESH, **specs))(state, BATCH)
+    return jax.jit(jax.shard_map(step, mesh=MESH, **specs))(state, batch)
 
 
-def in_pmap(step, state):
-    shards = jax.tree.map(lambda a: a.reshape(8, B // 8, *a.shape[1:]), BATCH)
+def in_pmap(step, state, batch=BATCH):
+    shards = jax.tree.map(lambda a: a.reshape(8, B // 8, *a.shape[1:]), batch)
     copies = jax.tree.map(lambda a: np.stack([a] * 8), state)
     out = jax.pmap(step, axis_name="data")(copies, shards)
     jax.tree.map(lambda a: np.testing.assert_array_equal(a, [a[0]] * 8), out)
@@ -99,6 +108,48 @@ def test_loss_gradients_and_metrics_are_weighted_means(initial, run, config):
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
     updates = jax.tree.map(np.subtract, params, state.params)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), updates, grads)
+
+
+SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": T, "vocab_size": 11}
+SHAPE |= {"dropout": 0.3}
+TEXTS = Sequences(np.arange(200) % 11, np.cumsum([0, *[3, 8, 5, 2, 7] * 8]))
+EXAMPLES = [
+    (
+        ClassifierConfig(**SHAPE, labels=("a", "b")),
+        LabelledTexts(TEXTS, np.arange(40, dtype=np.int32) % 2, np.full(40, "")),
+    ),
+    (MaskedLMConfig(**SHAPE), MaskedTexts(TEXTS, 10, 11, 0.3)),
+    (Seq2SeqConfig(**SHAPE, label_smoothing=0.1), TextPairs(TEXTS, TEXTS, 0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("run", "model", "examples"),
+    [
+        pytest.param(
+            run,
+            *each,
+            marks=()
+            if run is in_pmap and each is EXAMPLES[-1]
+            else pytest.mark.devices,
+        )
+        for run in (in_shard_map, in_pmap)
+        for each in EXAMPLES
+    ],
+)
+def test_examples_of_unequal_weights_are_summed_over_mapped_devices(
+    run, model, examples
+):
+    config = dataclasses.replace(CONFIG, model=model)
+    built = build_model(model, "cpu")
+    state = jax.device_get(create_state(built, config, MESH))
+    state = state.replace(opt_state=SGD.init(state.params))
+    batch = bucketed_source(examples, 0, B, T)(0)
+    objective = make_objective(built)
+    found = run(make_train_step(objective, SGD, config, "data"), state, batch)
+    expected = under_jit(make_train_step(objective, SGD, config), state, batch)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, jax.device_get(found), jax.device_get(expected))
 
 
 @pytest.mark.parametrize("config", CONFIGS)
