@@ -15,9 +15,11 @@ from typing import Any
 import jax
 
 from jaxgpt import exits, start
+from jaxgpt.classification import classify
 from jaxgpt.cli import parse_arguments, read_options
 from jaxgpt.config import Config, training_contradictions
 from jaxgpt.generation.stream import generate
+from jaxgpt.generation.translation import translate
 from jaxgpt.models import build_model
 from jaxgpt.parallel import processes
 from jaxgpt.parallel.defaults import (
@@ -30,18 +32,20 @@ from jaxgpt.parallel.mesh import make_mesh, model_mesh
 from jaxgpt.planning.plan import describe
 from jaxgpt.run import (
     PROFILE,
+    Run,
     claim_run,
     clear_run,
     has_run,
     load_config,
     load_initial_params,
     load_run,
+    require_task,
     resumed_tokenizer,
     save_config,
 )
 from jaxgpt.terminal import log_line
 from jaxgpt.text.batches import evaluation_source, predictions, training_source
-from jaxgpt.text.corpus import load_corpus
+from jaxgpt.text.corpus import load_corpus, load_split
 from jaxgpt.text.packing import as_rows
 from jaxgpt.training import checkpoint, evaluation
 from jaxgpt.training.diagnosis import diagnose_non_finite
@@ -96,14 +100,33 @@ def main() -> None:
         log_line(f"stopped; resume with: {resume_command}")
         sys.exit(128 + signal)
     saved = load_config(run_dir)
-    if processes.several_processes() or saved.model.task != "next-token":
-        log_line(_NEXT[saved.model.task].format(quoted_dir))
+    log_line(_NEXT[saved.model.task].format(quoted_dir))
+    if not processes.several_processes():
+        mesh = model_mesh(saved, dataclasses.replace(saved.mesh, data=1))
+        show_sample(load_run(run_dir, mesh=mesh))
+
+
+def show_sample(run: Run) -> None:
+    """Prints a text by the model, or what it makes of three validation examples."""
+    tokenizer, task = run.tokenizer, run.config.model.task
+    if tokenizer is None or task == "masked-tokens":
         return
-    mesh = model_mesh(saved, dataclasses.replace(saved.mesh, data=1))
-    run = load_run(run_dir, mesh=mesh)
-    if run.tokenizer:
-        log_line(f"sample from the best checkpoint (step {run.step}):")
+    log_line(f"sample from the best checkpoint (step {run.step}):")
+    if task == "next-token":
         print(generate(run, "", max_new_tokens=400)[0])
+        return
+    examples = load_split(run.config, "val", log_line, tokenizer)
+    first = range(min(3, len(examples)))
+    if task == "classification":
+        texts = [tokenizer.decode(examples.texts[i][1:]) for i in first]
+        for text, probs in zip(texts, classify(run, texts), strict=True):
+            label = require_task(run.config, task).labels[probs.argmax()]
+            print(f"{label}\t{probs.max():.4f}\t{' '.join(text.split())[:60]}")
+        return
+    sources = [tokenizer.decode(examples.sources[i][:-1]) for i in first]
+    for i, text in enumerate(translate(run, sources)):
+        target = tokenizer.decode(examples.targets[i][:-1])
+        print(f"{sources[i]}\t{text}\t(reference: {target})")
 
 
 def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> int:
