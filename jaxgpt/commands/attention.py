@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from jaxgpt.generation.translation import translate
 from jaxgpt.run import ATTENTION, Run, load_run, prompt_tokens, text_tokenizer
 from jaxgpt.terminal import log_line
 from jaxgpt.text.labelled import encode_texts
@@ -69,10 +70,9 @@ def attention(
     else:
         end: Any = tokenizer.end_of_text
         if target is None:
-            output = greedy_tokens(model, run.params, ids, end)
-        else:
-            block_size = run.config.model.block_size
-            output = encode_sources([target], tokenizer, block_size, log_line)[0]
+            (target,) = translate(run, [prompt], beams=1)
+        block_size = run.config.model.block_size
+        output = encode_sources([target], tokenizer, block_size, log_line)[0]
         inputs = [end, *output[:-1]]
         maps = attention_maps(model, run.params, np.array(inputs), ids)
         source, read = texts(ids), texts(inputs)
@@ -107,23 +107,6 @@ def _prompt_ids(run: Run, prompt: str) -> np.ndarray:
             f"the prompt has {len(ids)} tokens; the model sees the {which} {window}"
         )
     return kept
-
-
-def greedy_tokens(
-    model: nn.Module, params: Any, source_S: np.ndarray, end: int
-) -> np.ndarray:
-    """The tokens that an encoder-decoder writes for a source, each the likeliest.
-
-    They end with the end-of-text token, if it comes within block_size.
-    """
-    T, apply = model.config.block_size, jax.jit(model.apply)
-    tokens_BT, source_BS = np.full((1, T + 1), end), jnp.asarray(source_S)[None]
-    for t in range(T):
-        logits = apply({"params": params}, tokens_BT[:, :T], source_BS=source_BS)
-        tokens_BT[0, t + 1] = logits[0, t].argmax()
-        if tokens_BT[0, t + 1] == end:
-            break
-    return tokens_BT[0, 1 : t + 2]
 
 
 def attention_maps(
