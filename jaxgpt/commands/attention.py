@@ -181,14 +181,15 @@ def draw_maps(drawn: Sequence[Maps], text: str, path: Path) -> None:
     for maps in drawn:
         L, H, T, S = maps.weights_LHTS.shape
         side = min(max(1.6, 0.16 * max(T, S)), 6.5, 40 / H)  # of each map
-        sizes.append((H * side + 1.2, L * side + 1.0, side))
+        sizes.append((H * side + 1.2, L * (side + 0.35) + 0.7, side))
     widths, heights, sides = zip(*sizes, strict=True)
     figure = Figure(figsize=(max(widths), sum(heights)), layout="constrained")
     parts = figure.subfigures(len(drawn), 1, height_ratios=heights, squeeze=False)
     for part, maps, side in zip(parts[:, 0], drawn, sides, strict=True):
         _draw_grid(part, maps, side)
     description = {"Description": text.encode("utf-8", "replace").decode()}
-    figure.savefig(path, dpi=120, format="png", metadata=description)
+    options: dict[str, Any] = {"format": "png", "metadata": description}
+    figure.savefig(path, dpi=120, bbox_inches="tight", **options)  # cuts no title off
 
 
 def _draw_grid(figure: Any, maps: Maps, side: float) -> None:
