@@ -188,9 +188,10 @@ def sentiment() -> Config:
 def reverse() -> Config:
     """Reverses words letter by letter with an encoder-decoder: not measured yet."""
     return Config(
-        model=Seq2SeqConfig(block_size=24, n_layer=1, n_embd=64),
+        model=Seq2SeqConfig(block_size=24, n_layer=2, n_embd=64),
         data=DataConfig(corpus="reverse", batch_size=64),
-        train=_train(every=500, max_steps=2000),
+        optimizer=OptimizerConfig(learning_rate=3e-3, min_lr=3e-5),
+        train=_train(every=500, max_steps=2500),
     )
 
 
