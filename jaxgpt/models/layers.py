@@ -172,6 +172,9 @@ class Attention(nn.Module):
             out_BTHD = ops.cached_attention(q_BTHD, cache, mask, self.platform)
         else:
             qkv, drop = (q_BTHD, k_BSHD, v_BSHD), self.attn_dropout.of(rows_B)
+            if drop:  # the same mask, however long the padding
+                N = self.config.block_size
+                drop = partial(drop, shape=(self.config.n_head, N, N))
             fused = self.config.fused_attention
             out_BTHD = ops.attention(*qkv, mask, drop, self.platform, fused)
             if self.is_mutable_collection("intermediates"):  # for maps and diagnosis

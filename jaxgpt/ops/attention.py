@@ -79,7 +79,7 @@ def _blocked_attention(
     q_BTHD: Array, k_BTHD: Array, v_BTHD: Array, mask: Mask, drop: Drop, platform: str
 ) -> Array:
     """Causal attention, one block of queries at a time."""
-    T, H = q_BTHD.shape[1:3]
+    T = q_BTHD.shape[1]
     size = max(SMALLEST_BLOCK[platform], -(-T // BLOCKS))
     starts, out = list(range(0, T, size)), []
     prefixes = (_prefixes(a, starts, platform) for a in (k_BTHD, v_BTHD))
@@ -88,7 +88,7 @@ def _blocked_attention(
         if mask.segments_BS is not None:
             segments_BS = mask.segments_BS[:, : start + size]
         block_mask = Mask(True, positions_T[None], mask.lengths_B, segments_BS)
-        block_drop = drop and partial(drop, start=(0, start, 0), shape=(H, T, T))
+        block_drop = drop and partial(drop, start=(0, start, 0))
         block = q_BTHD[:, start : start + size], k_BSHD, v_BSHD
         out.append(plain_attention(*block, block_mask, block_drop, platform))
     return jnp.concatenate(out, axis=1)
@@ -112,7 +112,10 @@ def attention(
     platform: str,
     fused: bool = True,
 ) -> Array:
-    """`plain_attention`, by the fastest implementation; cuDNN only if `fused`."""
+    """`plain_attention`, by the fastest implementation; cuDNN only if `fused`.
+
+    `drop` has the shape bound of which the weights of a row, [H, T, S], are a block.
+    """
     qkv, head_dim = (q_BTHD, k_BSHD, v_BSHD), q_BTHD.shape[-1]
     fits = q_BTHD.dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
     standard_mask = mask.positions_BT is None

@@ -3,23 +3,26 @@
 import jax
 import numpy as np
 import pytest
-from conftest import EXAMPLE_KINDS, random_examples, random_params
+from conftest import EXAMPLE_KINDS, changed, random_examples, random_params
 
 from jaxgpt.models import build_model
 from jaxgpt.text.examples import row_keys
 from jaxgpt.training.objectives import Context, make_objective
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("architecture", EXAMPLE_KINDS)
-def test_padding_changes_neither_losses_nor_gradients(architecture):
+def test_padding_changes_neither_losses_nor_gradients(architecture, dropout):
     examples, config = random_examples(architecture, [5, 5, 16])
+    config = changed(config, model={"dropout": dropout})
     model = build_model(config.model, "cpu")
     params, objective = random_params(model, std=0.3), make_objective(model)
+    key = jax.random.key(1) if dropout else None
 
     @jax.jit
-    def of_batch(batch):
+    def of_batch(batch, rows):
         def loss(params):
-            total, _ = objective(params, batch, Context(None, np.arange(1)))
+            total, _ = objective(params, batch, Context(key, rows))
             return total.total, total.weight
 
         return jax.value_and_grad(loss, has_aux=True)(params)
@@ -27,7 +30,7 @@ def test_padding_changes_neither_losses_nor_gradients(architecture):
     def of_rows(rows, T):
         rows = np.array(rows)
         weights, keys = np.ones(len(rows), np.float32), row_keys(5, rows)
-        return of_batch(examples.read(rows, T, weights, keys))
+        return of_batch(examples.read(rows, T, weights, keys), rows)
 
     alone = [of_rows([row], length) for row, length in enumerate([5, 5, 16])]
     expected = jax.tree.map(lambda *leaves: sum(leaves), *alone)

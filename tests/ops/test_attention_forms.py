@@ -26,7 +26,9 @@ def value_and_gradient(
     qkv, weights, mask, keys_B=None, attend=ops.attention, platform="cpu"
 ):
     """The output, and the gradients of queries, keys and values."""
-    drop = None if keys_B is None else partial(ops.dropout, 0.3, keys_B)
+    drop, (T, H), S = None, qkv[0].shape[1:3], qkv[1].shape[1]
+    if keys_B is not None:
+        drop = partial(ops.dropout, 0.3, keys_B, shape=(H, T, S))
 
     def total(*qkv):
         out = attend(*qkv, mask, drop, platform)
