@@ -46,6 +46,7 @@ from jaxgpt.run import (
 from jaxgpt.terminal import log_line
 from jaxgpt.text.batches import evaluation_source, predictions, training_source
 from jaxgpt.text.corpus import load_corpus, load_split
+from jaxgpt.text.examples import bucket_lengths
 from jaxgpt.text.packing import as_rows
 from jaxgpt.training import checkpoint, evaluation
 from jaxgpt.training.diagnosis import diagnose_non_finite
@@ -140,6 +141,11 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         processes.check_same_settings(config)
         mesh = make_mesh(config, log_line)
         schedule = with_steps_per_call(config, mesh).train
+        if config.model.task != "next-token":
+            lengths = ", ".join(map(str, bucket_lengths(config.model.block_size)))
+            log_line(
+                f"batches have {lengths} tokens a row; a program for each compiles"
+            )
         model = build_model(config.model, platform_of(mesh))
         pack = partial(as_rows, config=config, tokenizer=corpus.tokenizer, log=log_line)
         train_rows = [*map(pack, corpus.parts)] or pack(corpus.train)

@@ -215,6 +215,14 @@ class Seq2SeqConfig(BlockConfig):
             f"label_smoothing={self.label_smoothing} must be at least 0 and below 1",
         )
 
+    def require_source(self, done: str) -> None:
+        """Raises ValueError if the model does not read the source."""
+        _check(
+            not self.hide_source,
+            f"hide_source=True: a model that reads no source can't be {done}; use a "
+            "run that was trained without --model.hide-source",
+        )
+
 
 # The configs of all models; `architecture` tells them apart.
 AnyModelConfig = (

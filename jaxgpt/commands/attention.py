@@ -17,7 +17,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxgpt.generation.translation import translate
-from jaxgpt.run import ATTENTION, Run, load_run, prompt_tokens, text_tokenizer
+from jaxgpt.run import (
+    ATTENTION,
+    Run,
+    load_run,
+    prompt_tokens,
+    require_task,
+    text_tokenizer,
+)
 from jaxgpt.terminal import log_line
 from jaxgpt.text.labelled import encode_texts
 from jaxgpt.text.pairs import encode_sources
@@ -63,6 +70,8 @@ def attention(
         shown = [piece.decode("utf-8", "surrogateescape") for piece in pieces]
         return ["<end>" if text == END_OF_TEXT else text for text in shown]
 
+    if pairs:
+        require_task(run.config, "translation").require_source("drawn")
     ids = _prompt_ids(run, prompt)
     if not pairs:
         ((kind, weights_LHTS),) = attention_maps(model, run.params, ids).items()

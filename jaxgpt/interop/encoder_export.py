@@ -110,6 +110,7 @@ def _blenderbot(
     config: Seq2SeqConfig, params: Any, tokenizer: Tokenizer
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
     """Blenderbot's tensors and settings, and those of `generate`."""
+    config.require_source("exported")
     tensors = _tensors(config, params, encoder_tensors.BLENDERBOT)
     logits_bias = np.zeros((1, config.require_vocab_size()), np.float32)
     special = dict.fromkeys(

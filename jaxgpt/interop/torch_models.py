@@ -217,6 +217,7 @@ def _encoder(config: ClassifierConfig | MaskedLMConfig) -> Reference:
 
 
 def _seq2seq(config: Seq2SeqConfig) -> Reference:
+    config.require_source("compared")
     nn, C = required("torch").nn, config.n_embd
     modules = {
         "wte": nn.Embedding(config.require_vocab_size(), C),

@@ -67,7 +67,8 @@ def with_microbatches(config: Config, mesh: Mesh) -> Config:
 def steps_in_next_call(step: int, config: TrainConfig) -> int:
     """Updates in the next dispatch: steps_per_call, or 1 if that passes a boundary.
 
-    Boundaries are evaluations, checkpoints and max_steps. At most two programs compile.
+    Boundaries are evaluations, checkpoints and max_steps. At most two programs compile
+    for each length of batches.
     """
     intervals = (config.eval_interval, config.checkpoint_interval)
     due = min(step - step % interval + interval for interval in intervals)

@@ -99,6 +99,7 @@ def test_an_exported_seq2seq_has_our_logits_and_greedy_tokens_in_transformers(
     ("config", "name"),
     [
         (dataclasses.replace(MLM, gelu="tanh"), "gelu=tanh"),
+        (Seq2SeqConfig(**SIZES, vocab_size=5, hide_source=True), "hide_source"),
         (ClassifierConfig(**SIZES, vocab_size=5, labels=("a", "b")), "classifier"),
     ],
 )
