@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jaxgpt.run import Run, require_task, text_tokenizer
+from jaxgpt.run import Run, check_call, require_task, text_tokenizer
 from jaxgpt.text.examples import LabelledTexts
 from jaxgpt.text.labelled import encode_texts
 from jaxgpt.training.evaluation import label_log_probs
@@ -36,10 +36,7 @@ def classify(
     Raises ValueError if the run is no classifier or has no tokenizer, or if a character
     is not in the vocabulary, and TypeError for values of another type.
     """
-    if not isinstance(run, Run):
-        raise TypeError(f"run={run!r} must be the result of load_run")
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"texts={texts!r:.80} must be a list of str")
+    texts = check_call(run, texts, batch_size=batch_size)
     model = require_task(run.config, "classification")
     tokenizer, N = text_tokenizer(run), len(texts)
     if not N:

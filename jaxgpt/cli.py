@@ -157,6 +157,9 @@ def _resumed(run_dir: Path, flags: list[str]) -> Config:
     """Returns the config of a resumed run, with overrides from the flags."""
     saved = load_config(run_dir)
     config = _parse(flags, saved)
+    if config.model.vocab_size is None:  # the tokenizer's, as when the run began
+        model = dataclasses.replace(config.model, vocab_size=saved.model.vocab_size)
+        config = dataclasses.replace(config, model=model)
     _check_same_model(saved, config)
     if (run_dir / TOKENIZER).exists():
         _check_same_tokenizer(saved, config)

@@ -208,6 +208,23 @@ def require_task(config: Config, task: str) -> Any:
     return model
 
 
+def check_call(run: Any, texts: Any = (), **integers: Any) -> list[str]:
+    """Checks the types of a public function's arguments; returns the texts as a list.
+
+    Raises TypeError unless `run` is a `Run`, the texts are strings, and the others int.
+    """
+    if not isinstance(run, Run):
+        raise TypeError(f"run={run!r} must be the result of load_run")
+    iterable = hasattr(texts, "__iter__") and not isinstance(texts, str)
+    listed: list[Any] = [*texts] if iterable else [None]
+    if not all(isinstance(text, str) for text in listed):
+        raise TypeError(f"texts={texts!r:.80} must be a list of str")
+    for name, number in integers.items():
+        if not hasattr(number, "__index__"):
+            raise TypeError(f"{name}={number!r} must be int")
+    return listed
+
+
 def text_tokenizer(run: Run) -> Tokenizer:
     """Returns the run's tokenizer; raises ValueError if it has none."""
     if run.tokenizer is None:

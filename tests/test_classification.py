@@ -40,7 +40,12 @@ def test_no_text_has_no_probabilities(run):
     assert classify(run, []).shape == (0, 3)
 
 
-@pytest.mark.parametrize("texts", ["Lear", [3], [b"Lear"]])
+def test_texts_may_come_from_a_generator(run):
+    probs = classify(run, (text for text in TEXTS))
+    assert np.array_equal(probs, classify(run, TEXTS))
+
+
+@pytest.mark.parametrize("texts", ["Lear", [3], [b"Lear"], None, 5])
 def test_texts_must_be_a_list_of_str(run, texts):
     with pytest.raises(TypeError, match="texts"):
         classify(run, texts)

@@ -1,6 +1,5 @@
 """Classifies texts: python -m jaxgpt classify --run-dir DIR [TEXT ...]."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,10 +28,9 @@ def classify(
     """
     labels = require_task(load_config(run_dir), "classification").labels
     run = load_run(run_dir, checkpoint)
-    if not texts and sys.stdin and sys.stdin.isatty():
-        log_line("type a text, then Enter; Ctrl-D ends")
     for batch in given_texts(texts, _BATCH):
         probs_NK = classification.classify(run, batch, batch_size=_BATCH, log=log_line)
         for probs_K in probs_NK:
-            print(f"{labels[probs_K.argmax()]}\t{probs_K.max():.4f}", flush=True)
+            label = " ".join(labels[probs_K.argmax()].split())  # a line of two columns
+            print(f"{label}\t{probs_K.max():.4f}", flush=True)
     return 0

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from queue import Queue
 
 from jaxgpt.exits import in_background
+from jaxgpt.terminal import log_line
 
 _LINES = 1000  # read ahead, at most
 
@@ -22,6 +23,8 @@ def given_texts(arguments: Sequence[str], most: int) -> Iterator[list[str]]:
         return
     if sys.stdin is None:
         raise ValueError("stdin is closed; give texts as arguments")
+    if sys.stdin.isatty():
+        log_line("type a text, then Enter; Ctrl-D ends")
     lines: Queue[bytes | None] = Queue(_LINES)
 
     def read() -> None:

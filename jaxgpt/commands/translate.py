@@ -1,6 +1,5 @@
 """Translates texts: python -m jaxgpt translate --run-dir DIR [TEXT ...]."""
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -30,12 +29,11 @@ def translate(
         run_dir: run directory written by train.py, of an encoder-decoder
         checkpoint: best (lowest val loss), latest, or a step
         beams: translations of each text that are kept while searching; 1 is greedy
-        length_penalty: larger values favour longer translations; 0 has no effect
+        length_penalty: larger values favour longer translations; 0 compares
+            probabilities
     """
     require_task(load_config(run_dir), "translation")
     run = load_run(run_dir, checkpoint)
-    if not texts and sys.stdin and sys.stdin.isatty():
-        log_line("type a text, then Enter; Ctrl-D ends")
     search = partial(
         translation.translate,
         run,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from jaxgpt.config import SamplingConfig
 from jaxgpt.generation.decode import generate_tokens
-from jaxgpt.run import Run, prompt_tokens, require_task, text_tokenizer
+from jaxgpt.run import Run, check_call, prompt_tokens, require_task, text_tokenizer
 
 
 def generate(
@@ -72,15 +72,11 @@ def stream_text(
     ValueError if an argument is out of range, a character is not in the vocabulary, or
     the run has no tokenizer or is no language model.
     """
-    if not isinstance(run, Run):
-        raise TypeError(f"run={run!r} must be the result of load_run")
+    numbers = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
+    check_call(run, seed=seed, **numbers)
     for name, text in (("prompt", prompt), ("stop", stop)):
         if not isinstance(text, str):
             raise TypeError(f"{name}={text!r} must be str")
-    numbers = {"max_new_tokens": max_new_tokens, "num_samples": num_samples}
-    for name, number in (numbers | {"seed": seed}).items():
-        if not hasattr(number, "__index__"):
-            raise TypeError(f"{name}={number!r} must be int")
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be at least 1")
     require_task(run.config, "next-token")

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxgpt.generation.beam import beam_search
 from jaxgpt.generation.decode import MIN_ROWS_PER_DEVICE
 from jaxgpt.parallel.mesh import data_parallel_mesh, replicated
-from jaxgpt.run import Run, require_task, text_tokenizer
+from jaxgpt.run import Run, check_call, require_task, text_tokenizer
 from jaxgpt.text.examples import Sequences
 from jaxgpt.text.pairs import encode_sources
 
@@ -43,15 +43,15 @@ def translate(
     vocabulary, or the run has no tokenizer or is of another kind of model, and
     TypeError for values of another type.
     """
-    if not isinstance(run, Run):
-        raise TypeError(f"run={run!r} must be the result of load_run")
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"texts={texts!r:.80} must be a list of str")
+    texts = check_call(run, texts, beams=beams, batch_size=batch_size)
+    if not isinstance(length_penalty, int | float):
+        raise TypeError(f"length_penalty={length_penalty!r} must be float")
     block_size = require_task(run.config, "translation").block_size
     tokenizer, filled = text_tokenizer(run), [text for text in texts if text.strip()]
     sources = encode_sources(filled, tokenizer, block_size, log)
     batch_size = batch_size if len(filled) > 1 else 1
-    outputs = iter(translate_tokens(run, sources, beams, length_penalty, batch_size))
+    search = int(beams), length_penalty, int(batch_size)
+    outputs = iter(translate_tokens(run, sources, *search))
     return [next(outputs) if text.strip() else "" for text in texts]
 
 

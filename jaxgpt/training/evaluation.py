@@ -305,13 +305,17 @@ def evaluate_examples(
       config: gives block_size and the number of rows per batch.
       advance: called with the number of examples in each dispatch, to show progress.
 
-    Raises FloatingPointError if the loss is not finite.
+    Raises ValueError if there is nothing to predict, FloatingPointError if the loss is
+    not finite.
     """
     dispatches = ((len(ids), b) for ids, b in read_examples(examples, config, mesh))
     results = _results(eval_step, params, dispatches, advance)
+    weight = sum(float(each["loss"].weight) for each in results)
+    if not weight:
+        raise ValueError("no text has a token to predict; give other texts")
     means = _means(results)
     _check_finite(means["loss"])
-    return means | {"weight": sum(float(each["loss"].weight) for each in results)}
+    return means | {"weight": weight}
 
 
 @cache  # so that later calls have compiled programs

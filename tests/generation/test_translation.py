@@ -35,6 +35,12 @@ def test_a_long_text_is_cut_which_is_told(run):
     assert len(log) == 1
 
 
+@pytest.mark.parametrize("wrong", [{"beams": 1.5}, {"length_penalty": "a"}])
+def test_numbers_of_another_type_are_named(run, wrong):
+    with pytest.raises(TypeError, match=next(iter(wrong))):
+        translate(run, ["Lear"], **wrong)
+
+
 @pytest.mark.parametrize("texts", ["Lear", [3], [b"Lear"]])
 def test_texts_must_be_a_list_of_str(run, texts):
     with pytest.raises(TypeError, match="texts"):
