@@ -77,7 +77,8 @@ def test_the_help_explains_every_field_and_lists_the_presets(capsys):
 
 
 def test_resuming_keeps_the_runs_config_or_starts_with_a_preset(tiny_run, tmp_path):
-    config = config_of("--out-dir", tiny_run, "--resume", "--train.max-steps", "99")
+    flags = ["--train.max-steps", "99", "--model.vocab-size", "None"]
+    config = config_of("--out-dir", tiny_run, "--resume", *flags)
     assert config == changed(load_config(tiny_run), train={"max_steps": 99})
     config = config_of("smoke", "--out-dir", tmp_path / "none", "--resume")
     assert config == PRESETS["smoke"]()
