@@ -166,10 +166,10 @@ def reviews_bpe() -> Config:
 def reviews_mlm() -> Config:
     """Masked language modelling on movie reviews, for sentiment: not measured yet."""
     return Config(
-        model=MaskedLMConfig(block_size=256, vocab_size=8192, n_layer=2, n_embd=64),
+        model=MaskedLMConfig(block_size=256, vocab_size=8192, n_layer=1, n_embd=64),
         data=DataConfig(corpus="reviews", tokenizer="bpe", batch_size=32),
-        optimizer=OptimizerConfig(learning_rate=3e-3, min_lr=3e-5),
-        train=_train(every=500, max_steps=4000),
+        optimizer=OptimizerConfig(learning_rate=5e-3, min_lr=5e-5),
+        train=_train(every=500, max_steps=3000),
     )
 
 
@@ -177,11 +177,11 @@ def sentiment() -> Config:
     """Sentiment of movie reviews by an encoder: not measured yet."""
     return Config(
         model=ClassifierConfig(
-            block_size=256, vocab_size=8192, n_layer=2, n_embd=64, dropout=0.2
+            block_size=256, vocab_size=8192, n_layer=1, n_embd=64, dropout=0.3
         ),
         data=DataConfig(corpus="reviews", tokenizer="bpe", batch_size=32),
-        optimizer=OptimizerConfig(learning_rate=2e-3, min_lr=2e-5),
-        train=_train(every=400, max_steps=1600),
+        optimizer=OptimizerConfig(learning_rate=5e-3, min_lr=5e-5),
+        train=_train(every=250, max_steps=2000),
     )
 
 
