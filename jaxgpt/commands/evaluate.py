@@ -132,7 +132,7 @@ def evaluate(
     if task == "classification":
         if not json:
             show_labels(report)
-        draw_confusion(report, run_dir / CONFUSION)
+        draw_confusion(report, f"{part} of {text}", run_dir / CONFUSION)
         log_line(f"the confusion matrix is drawn in {run_dir / CONFUSION}")
     return 0
 

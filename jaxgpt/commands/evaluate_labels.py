@@ -73,8 +73,12 @@ def show_labels(report: dict[str, Any]) -> None:
         console.print(table)
 
 
-def draw_confusion(report: dict[str, Any], path: Path) -> None:
-    """Draws the confusion as a PNG; the colour is the share of each true label."""
+def draw_confusion(report: dict[str, Any], name: str, path: Path) -> None:
+    """Draws the confusion as a PNG; the colour is the share of each true label.
+
+    Args:
+      name: of the examples, for the title.
+    """
     from matplotlib.figure import Figure  # takes half a second, needed only here
 
     labels, counts_KK = report["labels"], np.array(report["confusion"])
@@ -89,8 +93,9 @@ def draw_confusion(report: dict[str, Any], path: Path) -> None:
     axes.set_xticks(range(K), labels, rotation="vertical" if K > 3 else None, **style)
     axes.set_yticks(range(K), labels, **style)
     axes.set(xlabel="predicted", ylabel="true")
-    title = f"split: {report['split']}, accuracy: {report['accuracy']:.3f}"
-    axes.set_title(title, fontsize=10)
+    name = name if len(name) <= 40 else f"\N{HORIZONTAL ELLIPSIS}{name[-39:]}"
+    title = f"{name}\naccuracy {report['accuracy']:.3f}"
+    axes.set_title(title, fontsize=10, parse_math=False)
     for (row, column), count in np.ndenumerate(counts_KK if K <= _MOST_SHOWN else []):
         share = shares_KK[row, column]
         colour = "white" if share > 0.5 else "black"
