@@ -102,4 +102,5 @@ def draw_confusion(report: dict[str, Any], name: str, path: Path) -> None:
         text = f"{count:,}\n{share:.0%}"
         axes.text(column, row, text, ha="center", va="center", color=colour)
     figure.colorbar(image, label="share of the true label", shrink=0.8)
-    replace_file(path, lambda tmp: figure.savefig(tmp, format="png", dpi=120))
+    options: dict[str, Any] = {"format": "png", "dpi": 120, "bbox_inches": "tight"}
+    replace_file(path, lambda tmp_path: figure.savefig(tmp_path, **options))
