@@ -98,7 +98,7 @@ def classification(model: nn.Module) -> Objective:
     """Makes the objective of classification: cross-entropy of the labels in nats.
 
     A batch is a `LabelledBatch`. The metric `accuracy` is the fraction of rows whose
-    likeliest label is right.
+    likeliest label is right, and `error` the rest, which picks the best checkpoint.
     """
 
     def objective(
@@ -109,9 +109,12 @@ def classification(model: nn.Module) -> Objective:
         weights_B, count = batch.weights_B, batch.weights_B.sum()
         total = (ops.cross_entropy(logits_BK, batch.labels_B) * weights_B).sum()
         right_B = logits_BK.argmax(axis=-1) == batch.labels_B
-        accuracy = LossSum((right_B * weights_B).sum(), count)
-        return LossSum(total, count), {"accuracy": accuracy} | _read(batch, context)
+        right = (right_B * weights_B).sum()
+        metrics = {"accuracy": LossSum(right, count)}
+        metrics["error"] = LossSum(count - right, count)
+        return LossSum(total, count), metrics | _read(batch, context)
 
+    objective.metric = "error"  # type: ignore[attr-defined] # the loss overfits first
     return objective
 
 
