@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 _SMALLEST_BUCKET = 8
+_ROW_SEED = 2**34  # added to the seed, so that rows and orders draw other numbers
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,6 @@ def bucketed_source(
         numbers_B = step * B + np.arange(B)[rows]
         row_B, T = order_B[rows], int(bucket_N[order_B].max())
         weights_B = np.ones(len(row_B), np.float32)
-        return examples.read(row_B, T, weights_B, row_keys(seed, numbers_B))
+        return examples.read(row_B, T, weights_B, row_keys(_ROW_SEED + seed, numbers_B))
 
     return read

@@ -3,6 +3,7 @@
 Each source and each target ends with the end-of-text token.
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,8 @@ def open_pairs(data: DataConfig, log: Log) -> Table:
         sha256 = digest_files(paths)
         read_rows = partial(read_pairs, paths, ", ".join(data.path), log)
     else:
-        path, sha256 = tatoeba.find_sentences(log), tatoeba.SHA256
+        path, key = tatoeba.find_sentences(log), f"{tatoeba.SHA256} {data.languages}"
+        sha256 = hashlib.sha256(key.encode()).hexdigest()
         read_rows = partial(tatoeba.read_pairs, path, data.languages)
 
     def read() -> tuple[list[Row], np.ndarray]:

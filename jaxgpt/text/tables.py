@@ -28,7 +28,7 @@ class Table:
     """A table that may not have been read yet.
 
     Attributes:
-      sha256: of its files.
+      sha256: of its files and of the settings that choose rows of them.
       read: returns the rows, and the index in SPLITS of each.
     """
 

@@ -104,6 +104,21 @@ def test_masks_are_drawn_anew_in_each_epoch():
     assert len(masks) > 140  # of 160 draws
 
 
+def test_no_two_generators_of_a_training_have_the_same_key(monkeypatch):
+    keys, philox = [], np.random.Philox
+
+    def spy(key):
+        keys.append(tuple(map(int, key)))
+        return philox(key=key)
+
+    monkeypatch.setattr(np.random, "Philox", spy)
+    examples = MaskedTexts(texts_of([33] * 16), MASK, VOCAB, 0.15)
+    read = bucketed_source(examples, seed=3, batch_size=8, block_size=64)
+    for step in range(6):
+        read(step)
+    assert len(set(keys)) == len(keys) == 3 + 6 * 8  # epochs and rows
+
+
 def test_a_target_is_predicted_from_the_end_token_and_its_earlier_tokens():
     sources = Sequences.join([[5, 6, 0]])
     targets = Sequences.join([[7, 8, 9, 0]])

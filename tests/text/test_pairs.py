@@ -83,6 +83,9 @@ def test_words_to_reverse_are_distinct_and_long_ones_are_in_one_split_only():
     assert all(target == word[::-1] for word, target in pairs)
     long = [word for word, _ in pairs if len(word) > 3]
     assert len(set(long)) == len(long)
+    split_of_word = {word: n for (word, _), n in zip(pairs, split_N, strict=True)}
+    for word in long:
+        assert split_of_word.get(word[::-1], split_of_word[word]) == split_of_word[word]
     counts = Counter(split_N.tolist())
     assert 50_000 < counts[0] < 51_000
     assert all(1_900 < counts[n] < 2_100 for n in (1, 2))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from conftest import EXAMPLE_KINDS, changed, examples_config
 
-from jaxgpt.text import tasks
+from jaxgpt.text import tasks, tatoeba
 from jaxgpt.text.corpus import load_corpus, load_split
 from jaxgpt.text.examples import row_keys
 from jaxgpt.text.tokenizer import END_OF_TEXT, MASK
@@ -123,6 +123,27 @@ def test_a_changed_corpus_is_refused_and_a_run_keeps_its_tokenizer(tmp_path):
     (tmp_path / "pairs.tsv").write_text("x\ty\n")
     with pytest.raises(ValueError, match="has changed"):
         load(config, corpus.tokenizer)
+
+
+def test_other_languages_of_a_run_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "tatoeba.tsv"
+    lines = (f"{text}\t{text}\t{text}\t{text}\n" for text in map(str, range(200)))
+    path.write_text("".join(lines))
+    monkeypatch.setattr(tatoeba, "find_sentences", lambda log: path)
+    config = examples_config(tmp_path, "seq2seq")
+    corpus, config = load(changed(config, data={"corpus": "tatoeba", "path": ()}))
+    load(config, corpus.tokenizer)
+    with pytest.raises(ValueError, match="has changed"):
+        load(changed(config, data={"languages": "en-fr"}), corpus.tokenizer)
+
+
+def test_another_format_is_not_taken_from_the_cache(tmp_path, fresh_cache, monkeypatch):
+    config = examples_config(tmp_path, "classifier")
+    load(config)
+    monkeypatch.setattr(tasks, "_FORMAT", tasks._FORMAT + 1)
+    load(config)
+    for pattern in ("tokenizers/*", "examples/*"):
+        assert len(list(fresh_cache.glob(pattern))) == 2
 
 
 def batch_of(examples):
