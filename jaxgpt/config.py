@@ -183,6 +183,14 @@ class ClassifierConfig(BlockConfig):
     # names of the labels, in the order of their ids; by default those of the corpus
     labels: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        distinct = {label.strip() for label in self.labels} - {""}
+        _check(
+            len(distinct) == len(self.labels) != 1,
+            f"labels={self.labels!r} must be two or more that differ and are not empty",
+        )
+
 
 @dataclass(frozen=True)
 class MaskedLMConfig(BlockConfig):

@@ -38,6 +38,10 @@ def test_from_dict_inverts_to_dict_and_json(preset):
             {"model": {"architecture": "residual"}, "mesh": {"fsdp": 2}},
             "mesh.fsdp=2 .*architecture=residual",
         ),
+        *(
+            ({"model": {"architecture": "classifier", "labels": labels}}, "labels=")
+            for labels in (["a"], ["a", "b", "a"], ["a", ""])
+        ),
         ({"data": {"tokenizer": "bpe"}}, r"--model\.vocab-size 1024"),
         ({"modle": {}}, "'modle'"),
     ],

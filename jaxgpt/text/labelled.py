@@ -6,7 +6,7 @@ Each text begins with the end-of-text token, as BERT's begin with [CLS].
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,8 @@ def read_labelled(
 ) -> list[Row]:
     """Reads rows (text, label, source), with source "" if there is none.
 
+    Whitespace around a label is no part of it.
+
     Args:
       needs_label: False returns rows (text,).
       name: the corpus's, for messages.
@@ -67,16 +69,20 @@ def read_labelled(
     rows: list[Row] = []
     for path in paths:
         read = _read_csv if path.suffix.lower() == ".csv" else read_jsonl
-        for values in read(path, required):
-            source = (values.get("source") or "",) if needs_label else ()
-            rows.append((*(values[name] for name in required), *source))
+        for place, values in read(path, required):
+            if needs_label and not (label := values["label"].strip()):
+                raise ValueError(f"{place}: the label is empty; give one")
+            others = (label, values.get("source") or "") if needs_label else ()
+            rows.append((values["text"], *others))
     return without_blank(rows, 1, name, log)
 
 
-def _read_csv(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
+def _read_csv(
+    path: Path, required: Sequence[str]
+) -> Iterator[tuple[str, dict[str, str]]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    rows, start = [], 1  # start: line on which the row begins
+    start = 1  # line on which the row begins
     try:
         header = reader.fieldnames or ()
         if missing := [name for name in required if name not in header]:
@@ -92,13 +98,10 @@ def _read_csv(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
                     f"{len(header)} columns; quote texts that contain "
                     'commas, as in "well, good"'
                 )
-            if not all(row[name] for name in required[1:]):
-                raise ValueError(f"{path}:{start}: the label is empty")
-            rows.append(row)
+            yield f"{path}:{start}", row
             start = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}:{start}: {error}; fix the quotes") from error
-    return rows
 
 
 def encode_texts(

@@ -64,7 +64,7 @@ def read_pairs(paths: Sequence[Path], name: str, log: Log) -> list[Row]:
     for path in paths:
         if path.suffix.lower() == ".jsonl":
             values = read_jsonl(path, ("source", "target"))
-            rows += [(each["source"], each["target"]) for each in values]
+            rows += [(each["source"], each["target"]) for _, each in values]
         else:
             rows += _read_tsv(path)
     return list(dict.fromkeys(without_blank(rows, 2, name, log)))
@@ -74,6 +74,10 @@ def _read_tsv(path: Path) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         columns = tuple(line.removesuffix("\r").split("\t"))
+        if number == 1 and columns == ("source", "target"):
+            raise ValueError(
+                f"{path}:1: a TSV has no header; remove this line, as in `tail -n +2`"
+            )
         if len(columns) == 2:
             rows.append(columns)
         elif line.strip():

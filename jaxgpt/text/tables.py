@@ -92,10 +92,13 @@ def read_text(path: Path) -> str:
         raise not_utf8(path, error) from error
 
 
-def read_jsonl(path: Path, required: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Yields the objects of the lines that are not blank; numbers are kept as written.
+def read_jsonl(
+    path: Path, required: Sequence[str]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields "FILE:LINE" and the object of each line that is not blank.
 
-    Raises ValueError with file and line if one lacks a required string or number.
+    Numbers are kept as written. Raises ValueError with file and line if one lacks a
+    required string or number.
     """
     numbers: Any = dict.fromkeys(("parse_float", "parse_int", "parse_constant"), str)
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -109,11 +112,12 @@ def read_jsonl(path: Path, required: Sequence[str]) -> Iterator[dict[str, str]]:
         if not row or not all(isinstance(row[name], str) for name in required):
             fields = ", ".join(f'"{name}": "..."' for name in required)
             raise ValueError(f"{path}:{number}: a line must be like {{{fields}}}")
-        yield {
+        strings = {
             name: without_surrogates(value)
             for name, value in row.items()
             if isinstance(value, str)
         }
+        yield f"{path}:{number}", strings
 
 
 def without_blank(rows: Sequence[Row], texts: int, name: str, log: Log) -> list[Row]:

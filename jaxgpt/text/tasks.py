@@ -6,6 +6,7 @@ have changed.
 
 import hashlib
 import json
+import shlex
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -187,7 +188,7 @@ def make_examples(
 ) -> Examples:
     """Makes the examples of "train", "val", "test" or "all", from `tokenize`.
 
-    Raises ValueError if there are none, or if the model does not know a label.
+    Raises ValueError if there are none, or if the model does not know a label of them.
     """
     split_N = arrays["split"]
     keep_N = split_N == SPLITS.index(split) if split in SPLITS else split_N >= 0
@@ -203,14 +204,15 @@ def make_examples(
     end = tokenizer.end_of_text
     match model:
         case ClassifierConfig():
-            names = arrays["names"].tolist()
+            names = arrays["names"][arrays["labels"][keep_N]].tolist()
             if unknown := sorted(set(names) - set(model.labels)):
+                every = dict.fromkeys([*model.labels, *arrays["names"].tolist()])
                 raise ValueError(
                     f"the label {unknown[0]!r} is not one of the model's "
-                    f"{list(model.labels)}, which are those of the training part"
+                    f"{list(model.labels)}; remove its examples, or train with all "
+                    f"labels: --model.labels {shlex.join(every)}"
                 )
-            ids = np.array([model.labels.index(name) for name in names], np.int32)
-            labels_N = ids[arrays["labels"][keep_N]]
+            labels_N = np.array([model.labels.index(name) for name in names], np.int32)
             return LabelledTexts(texts[0], labels_N, arrays["sources"][keep_N])
         case MaskedLMConfig():
             mask, size = tokenizer.special_id(MASK), tokenizer.vocab_size

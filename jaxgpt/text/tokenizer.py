@@ -234,7 +234,7 @@ class BPETokenizer:
         if (nearest := tokenizer.get_vocab_size()) != vocab_size:
             raise ValueError(
                 f"the text does not yield vocab_size={vocab_size} tokens; the nearest "
-                f"possible is {nearest}"
+                f"possible is --model.vocab-size {nearest} (prepare: --vocab-size)"
             )
         return cls(tokenizer)
 

@@ -103,7 +103,7 @@ TRAIN, TOKENS = f"{SMOKE} --data.path text.txt", f"{SMOKE} --data.path tokens"
 TOKENIZER, BPE = f"{TRAIN} --data.tokenizer", f"{TRAIN} --data.tokenizer bpe"
 RESUME = "train.py --out-dir runs/tiny --resume"
 SENTIMENT = "train.py sentiment --data.tokenizer char --model.vocab-size None"
-CLASSIFY, TRANSLATE = f"{SENTIMENT} --data.path rows.csv", "train.py reverse"
+LABELLED, PAIRS = f"{SENTIMENT} --data.path rows.csv", "train.py reverse"
 LABELS = "text,label\nfine,1\n"
 INIT_FROM = f"{TRAIN} --init-from runs/tiny"
 DISTRIBUTED = f"{SMOKE} --num-processes 2 --process-id"
@@ -174,18 +174,23 @@ CASES = {
          "n-embd"),
     ],
     "Examples to classify or to translate": [
-        ("a CSV without its columns", CLASSIFY, "rows.csv text label",
+        ("a CSV without its columns", LABELLED, "rows.csv text label",
          {"rows.csv": "review;label\nfine;1\n"}),
-        ("a row without its label", CLASSIFY, "rows.csv:3",
+        ("a row without its label", LABELLED, "rows.csv:3",
          {"rows.csv": LABELS + "a\n"}),
-        ("a text with a comma", CLASSIFY, "rows.csv:3",
+        ("a text with a comma", LABELLED, "rows.csv:3",
          {"rows.csv": LABELS + "a,b,1\n"}),
-        ("an open quote", CLASSIFY, "rows.csv:3", {"rows.csv": LABELS + '"a,1\n'}),
-        ("a single label", CLASSIFY, "['1'] two",
+        ("an open quote", LABELLED, "rows.csv:3", {"rows.csv": LABELS + '"a,1\n'}),
+        ("a single label", LABELLED, "['1'] two",
          {"rows.csv": LABELS + "".join(f"{n},1\n" for n in range(99))}),
+        ("labels without one of the corpus", f"{LABELLED} --model.labels 1 2",
+         "'3' labels", {"rows.csv": LABELS + "".join(f"{n},3\n" for n in range(99))}),
+        ("one label", f"{LABELLED} --model.labels 1", "labels ('1',) two"),
+        ("a header of pairs", f"{PAIRS} --data.path rows.tsv", "rows.tsv:1 header",
+         {"rows.tsv": "source\ttarget\na\tb\n"}),
         ("a line that is no JSON", f"{SENTIMENT} --data.path rows.jsonl",
          "rows.jsonl:2", {"rows.jsonl": '{"text": "a", "label": 1}\noops\n'}),
-        ("three columns for two", f"{TRANSLATE} --data.path rows.tsv", "rows.tsv:2 3",
+        ("three columns for two", f"{PAIRS} --data.path rows.tsv", "rows.tsv:2 3",
          {"rows.tsv": "a\tb\nc\td\te\n"}),
         ("a text file", f"{SENTIMENT} --data.path text.txt", "text.txt .csv .jsonl"),
         ("a folder of tokens", f"{SENTIMENT} --data.path tokens", "tokens .csv"),
@@ -195,7 +200,7 @@ CASES = {
         ("languages of another corpus", "train.py reverse --data.languages en-fr",
          "en-fr tatoeba reverse"),
         ("packed examples", f"{SENTIMENT} --data.packing documents", "classifier"),
-        ("starting from a GPT", f"{CLASSIFY} --init-from runs/tiny",
+        ("starting from a GPT", f"{LABELLED} --init-from runs/tiny",
          "runs/tiny classifier gpt"),
     ],
     "The run directory": [

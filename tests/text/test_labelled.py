@@ -26,6 +26,13 @@ def test_csv_and_jsonl_give_texts_and_labels_as_they_are_written(tmp_path):
     assert read(tmp_path, "a.jsonl", "\n".join(lines)) == expected
 
 
+def test_whitespace_around_a_label_is_no_part_of_it(tmp_path):
+    expected = [("a", "pos", ""), (" b", "pos", "")]
+    assert read(tmp_path, "a.csv", "text,label\na,  pos\n b,pos \n") == expected
+    lines = ['{"text": "a", "label": "\\tpos"}', '{"text": " b", "label": "pos "}']
+    assert read(tmp_path, "a.jsonl", "\n".join(lines)) == expected
+
+
 def test_without_labels_only_the_text_counts(tmp_path):
     assert read(tmp_path, "a.csv", "id,text\n1,x\n", needs_label=False) == [("x",)]
     line = json.dumps({"text": "x" * 200_000})  # csv's default limit is 131,072
@@ -48,6 +55,8 @@ def test_texts_of_only_whitespace_are_left_out_and_counted(tmp_path):
         ("a.csv", "text,label\nx,1\ny\n", r"a\.csv:3: "),
         ("a.csv", "text,label\nx,y,1\n", r"a\.csv:2: "),
         ("a.csv", "text,label\nx,\n", r"a\.csv:2: .*label"),
+        ("a.csv", "text,label\nx, \n", r"a\.csv:2: .*label"),
+        ("a.jsonl", '\n{"text": "x", "label": " "}', r"a\.jsonl:2: .*label"),
         ("a.csv", 'text,label\n"x,1\n', r"a\.csv:\d: "),
         ("a.csv", "text,label\n", "empty"),
         ("a.csv", "text,label\nä,1\n".encode("latin-1"), r"a\.csv .*iconv"),

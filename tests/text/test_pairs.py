@@ -32,6 +32,7 @@ def test_tsv_and_jsonl_give_pairs_as_they_are_written_each_once(tmp_path):
         ("a.tsv", "a\tb\na\tb\tc\n", r"a\.tsv:2: .*3"),
         ("a.tsv", "a b\n", r"a\.tsv:1: "),
         ("a.tsv", "\n", "empty"),
+        ("a.tsv", "source\ttarget\na\tb\n", r"a\.tsv:1: .*header"),
         ("a.jsonl", '{"source": "a"}', r"a\.jsonl:1: .*target"),
     ],
 )

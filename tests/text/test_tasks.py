@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from conftest import EXAMPLE_KINDS, changed, examples_config
 
-from jaxgpt.text import tasks, tatoeba
+from jaxgpt.text import labelled, tasks, tatoeba
 from jaxgpt.text.corpus import load_corpus, load_split
 from jaxgpt.text.examples import row_keys
+from jaxgpt.text.tables import split_of
 from jaxgpt.text.tokenizer import END_OF_TEXT, MASK
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -95,6 +96,31 @@ def test_an_unknown_label_and_a_single_label_are_errors(tmp_path):
     path.write_text("text,label\n" + "".join(f"{n},7\n" for n in range(100)))
     with pytest.raises(ValueError, match=r"\['7'\]"):
         load(changed(config, data=data))
+
+
+def test_labels_that_only_another_split_has_can_be_named(tmp_path):
+    config = examples_config(tmp_path, "classifier")
+    path = tmp_path / "labelled.csv"
+    header, *rows = path.read_text().splitlines()
+    _, trained = load(config)
+    for split, where in (("test", 2), ("val", 1)):
+        text = next(
+            text
+            for text in (row.split(",")[0] for row in rows)
+            if split_of(text, labelled._FRACTION) == where
+        )
+        path.write_text("\n".join([header, *rows, f"{text},rare"]))
+        if split == "val":
+            with pytest.raises(ValueError, match=r"'rare'.*labels 7 8 9 rare"):
+                load(config)
+        else:
+            assert load(config)[1].model == trained.model
+        named = changed(config, model={"labels": ("7", "8", "9", "rare")})
+        corpus, _ = load(named)
+        found = load_split(named, split, silent, corpus.tokenizer)
+        assert 3 in found.labels_N
+    with pytest.raises(ValueError, match=r"'9'.*labels 7 8 9"):
+        load(changed(config, model={"labels": ("7", "8")}))
 
 
 def test_characters_that_the_training_part_lacks_are_left_out_of_other_text(tmp_path):
