@@ -31,10 +31,11 @@ def classify(
       run: the result of `load_run`.
       texts: N texts, which may be empty.
       batch_size: texts at once; does not affect the result.
-      log: told how many texts are cut.
+      log: told how many texts are cut, and which characters are left out since a
+        tokenizer of characters does not have them.
 
-    Raises ValueError if the run is no classifier or has no tokenizer, or if a character
-    is not in the vocabulary, and TypeError for values of another type.
+    Raises ValueError if the run is no classifier or has no tokenizer, and TypeError for
+    values of another type.
     """
     texts = check_call(run, texts, batch_size=batch_size)
     model = require_task(run.config, "classification")

@@ -36,6 +36,13 @@ def test_of_a_long_text_the_middle_does_not_count(run):
     assert len(log) == 1
 
 
+def test_characters_that_the_vocabulary_lacks_are_left_out_which_is_told(run):
+    log = []
+    probs_N3 = classify(run, ["Lear", "Le日ar", "日"], log=log.append)
+    np.testing.assert_array_equal(probs_N3, classify(run, ["Lear", "Lear", ""]))
+    assert ["日" in line for line in log] == [True]
+
+
 def test_no_text_has_no_probabilities(run):
     assert classify(run, []).shape == (0, 3)
 

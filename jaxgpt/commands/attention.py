@@ -81,7 +81,7 @@ def attention(
         if target is None:
             (target,) = translate(run, [prompt], beams=1)
         block_size = run.config.model.block_size
-        output = encode_sources([target], tokenizer, block_size, log_line)[0]
+        output = encode_sources([target], tokenizer, block_size, log_line, "targets")[0]
         inputs = [end, *output[:-1]]
         maps = attention_maps(model, run.params, np.array(inputs), ids)
         source, read = texts(ids), texts(inputs)

@@ -26,7 +26,8 @@ def evaluate_pairs(
 ) -> dict[str, Any]:
     """The loss of the targets, and how near the translations come to them.
 
-    Each source is translated once, and all its targets are references. Of the same
+    Each source is translated once, and all its targets are references, as the model
+    reads them: cut to block_size (`load_split` logs how many are). Of the same
     references, `copy_bleu` and `copy_chrf` are the scores of the sources themselves.
 
     Args:

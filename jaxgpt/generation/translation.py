@@ -37,11 +37,11 @@ def translate(
       beams: hypotheses of the beam search for each text; 1 is greedy.
       length_penalty: larger values favour longer outputs; 0 compares probabilities.
       batch_size: texts at once; does not affect the result.
-      log: told how many texts are cut.
+      log: told how many texts are cut, and which characters are left out since a
+        tokenizer of characters does not have them.
 
-    Raises ValueError if an argument is out of range, a character is not in the
-    vocabulary, or the run has no tokenizer or is of another kind of model, and
-    TypeError for values of another type.
+    Raises ValueError if an argument is out of range, or the run has no tokenizer or is
+    of another kind of model, and TypeError for values of another type.
     """
     texts = check_call(run, texts, beams=beams, batch_size=batch_size)
     if not isinstance(length_penalty, int | float):

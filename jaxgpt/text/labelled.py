@@ -20,6 +20,7 @@ from jaxgpt.text.tables import (
     Table,
     check_files,
     digest_files,
+    encode_known,
     read_jsonl,
     read_text,
     splits_of,
@@ -114,11 +115,11 @@ def encode_texts(
 
     Args:
       block_size: most tokens of a text, with the end-of-text token at its start.
-      log: told how many are cut.
+      log: told how many are cut, and which characters are left out.
     """
     room = block_size - 1
     tail = room // 2
-    encoded = tokenizer.encode_batch(texts)
+    encoded = encode_known(texts, tokenizer, log)
     cut = sum(len(ids) > room for ids in encoded)
     if cut and log:
         log(
@@ -135,18 +136,25 @@ def encode_texts(
 
 
 def encode_pieces(
-    texts: Sequence[str], tokenizer: Tokenizer, block_size: int
+    texts: Sequence[str], tokenizer: Tokenizer, block_size: int, log: Log | None = None
 ) -> tuple[Sequences, np.ndarray]:
     """Tokenizes texts, longer ones as several pieces of about equal length.
 
     Returns the pieces, of at most block_size tokens with the end-of-text token at their
-    start, and the index of each one's text [pieces].
+    start, and the index of each one's text [pieces]. Logs how many texts are longer,
+    and which characters are left out.
     """
-    pieces, of_text = [], []
-    for n, ids in enumerate(tokenizer.encode_batch(texts)):
+    pieces, of_text, longer = [], [], 0
+    for n, ids in enumerate(encode_known(texts, tokenizer, log)):
         count = max(1, -(-len(ids) // (block_size - 1)))
         pieces += np.array_split(ids, count)
         of_text += [n] * count
+        longer += count > 1
+    if longer and log:
+        log(
+            f"{longer:,} of {len(texts):,} texts are longer than block_size="
+            f"{block_size}: they become several pieces"
+        )
     end = [tokenizer.end_of_text]
     sequences = Sequences.join(np.concatenate([end, ids]) for ids in pieces)
     return sequences, np.array(of_text)

@@ -19,6 +19,7 @@ from jaxgpt.text.tables import (
     Table,
     check_files,
     digest_files,
+    encode_known,
     read_jsonl,
     read_text,
     splits_of,
@@ -110,16 +111,21 @@ def components(pairs: Sequence[Row]) -> list[str]:
 
 
 def encode_sources(
-    texts: Sequence[str], tokenizer: Tokenizer, block_size: int, log: Log | None = None
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    block_size: int,
+    log: Log | None = None,
+    name: str = "sources",
 ) -> Sequences:
     """Tokenizes sources or targets, cut to block_size with the end-of-text token.
 
     Args:
-      log: told how many are cut.
+      log: told how many are cut, and which characters are left out.
+      name: "sources" or "targets", for the log.
     """
-    encoded = tokenizer.encode_batch(texts)
+    encoded = encode_known(texts, tokenizer, log)
     cut = sum(len(ids) >= block_size for ids in encoded)
     if cut and log:
-        log(f"{cut:,} of {len(texts):,} texts are cut to block_size={block_size}")
+        log(f"{cut:,} of {len(texts):,} {name} are cut to block_size={block_size}")
     end, last = [tokenizer.end_of_text], block_size - 1
     return Sequences.join(np.concatenate([ids[:last], end]) for ids in encoded)

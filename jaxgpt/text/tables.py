@@ -16,7 +16,7 @@ import numpy as np
 from jaxgpt.config import is_token_folder
 from jaxgpt.files import not_utf8
 from jaxgpt.text.scans import scan_once
-from jaxgpt.text.tokenizer import without_surrogates
+from jaxgpt.text.tokenizer import CharTokenizer, Tokenizer, without_surrogates
 
 SPLITS = ("train", "val", "test")
 Row = tuple[str, ...]
@@ -134,3 +134,19 @@ def without_blank(rows: Sequence[Row], texts: int, name: str, log: Log) -> list[
             f"{name}: {blank:,} of {len(rows):,} examples are left out: a text is empty"
         )
     return kept
+
+
+def encode_known(
+    texts: Sequence[str], tokenizer: Tokenizer, log: Log | None
+) -> list[np.ndarray]:
+    """Token ids of each text, without characters that a CharTokenizer does not have."""
+    if isinstance(tokenizer, CharTokenizer):
+        unknown = set("".join(texts)) - set(tokenizer.characters)
+        if unknown and log:
+            log(
+                "left out: characters that the training part does not have, "
+                f"{''.join(sorted(unknown))!r:.80}"
+            )
+        table = dict.fromkeys(map(ord, unknown))
+        texts = [text.translate(table) for text in texts]
+    return tokenizer.encode_batch(texts)

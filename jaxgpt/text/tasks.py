@@ -9,10 +9,9 @@ import json
 import shlex
 import zipfile
 import zlib
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,34 +130,40 @@ def tokenize(table: Table, config: Config, tokenizer: Tokenizer, log: Log) -> Ar
     """Tokenizes a table, unless it is cached; returns what `make_examples` takes.
 
     These are token ids and offsets of each text, the ids of the labels and their names,
-    the sources, and the index of each example's split.
+    the sources, the index of each example's split, and what was logged of the texts,
+    such as how many were cut, which is logged again if they are cached.
     """
     key = _key(table, config, config.model.block_size, tokenizer.to_json())
     path = cache_dir() / "examples" / f"{key}.npz"
     # Missing or damaged; NumPy raises these, and zipfile checks each array.
     damage = OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error
     with suppress(*damage), path.open("rb") as file:
-        return dict(np.load(file))
+        arrays = dict(np.load(file))
+        for line in arrays["log"].tolist():
+            log(line)
+        return arrays
     rows, split_N = table.read()
     log(f"tokenizing {len(rows):,} examples into {path}")
     task, block_size = config.model.task, config.model.block_size
-    texts = [
-        _known_characters(column, tokenizer, log)
-        for column in list(zip(*rows, strict=True))[: _texts(task)]
-    ]
-    sequences, others = [], Arrays()
+    texts = list(zip(*rows, strict=True))[: _texts(task)]
+    sequences, others, lines = [], Arrays(), list[str]()
+    settings = tokenizer, block_size, lambda line: lines.append(f"all splits: {line}")
     if task == "masked-tokens":
-        pieces, of_text = labelled.encode_pieces(texts[0], tokenizer, block_size)
+        pieces, of_text = labelled.encode_pieces(texts[0], *settings)
         sequences, split_N = [pieces], split_N[of_text]
     elif task == "classification":
-        sequences = [labelled.encode_texts(texts[0], tokenizer, block_size, log)]
+        sequences = [labelled.encode_texts(texts[0], *settings)]
         _, labels, sources = zip(*rows, strict=True)
         names, ids = np.unique(labels, return_inverse=True)
         others = {"names": names, "labels": ids, "sources": np.array(sources)}
     else:
-        encode = partial(pairs.encode_sources, tokenizer=tokenizer)
-        sequences = [encode(each, block_size=block_size, log=log) for each in texts]
-    arrays = others | {"split": split_N}
+        sequences = [
+            pairs.encode_sources(each, *settings, name)
+            for each, name in zip(texts, ("sources", "targets"), strict=True)
+        ]
+    for line in lines:
+        log(line)
+    arrays = others | {"split": split_N, "log": np.array(lines, str)}
     for n, each in enumerate(sequences):
         tokens = each.tokens.astype(token_dtype(tokenizer.vocab_size))
         arrays |= {f"tokens{n}": tokens, f"offsets{n}": each.offsets}
@@ -237,20 +242,3 @@ def _key(table: Table, config: Config, *others: object) -> str:
     suffixes = [Path(path).suffix for path in data.path] or data.corpus
     values = _FORMAT, config.model.task, table.sha256, suffixes, *others
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _known_characters(
-    texts: Sequence[str], tokenizer: Tokenizer, log: Log
-) -> Sequence[str]:
-    """The texts without the characters that a character tokenizer does not have."""
-    if not isinstance(tokenizer, CharTokenizer):
-        return texts
-    unknown = set("".join(texts)) - set(tokenizer.characters)
-    if not unknown:
-        return texts
-    log(
-        f"left out: characters that the training part does not have, "
-        f"{''.join(sorted(unknown))!r:.80}"
-    )
-    table = dict.fromkeys(map(ord, unknown))
-    return [text.translate(table) for text in texts]

@@ -41,6 +41,13 @@ def test_numbers_of_another_type_are_named(run, wrong):
         translate(run, ["Lear"], **wrong)
 
 
+def test_characters_that_the_vocabulary_lacks_are_left_out_which_is_told(run):
+    log = []
+    found = translate(run, ["Lear", "Le日ar", "日"], beams=1, log=log.append)
+    assert found[0] == found[1]
+    assert ["日" in line for line in log] == [True]
+
+
 @pytest.mark.parametrize("texts", ["Lear", [3], [b"Lear"]])
 def test_texts_must_be_a_list_of_str(run, texts):
     with pytest.raises(TypeError, match="texts"):

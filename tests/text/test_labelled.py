@@ -82,7 +82,9 @@ def test_of_a_long_text_the_first_and_last_half_are_kept():
 
 
 def test_a_long_text_becomes_pieces_without_a_gap():
-    pieces, of_text = encode_pieces(["abcdefghij", "", "abc"], LETTERS, 5)
+    lines, texts = [], ["abcdefghij", "", "abc"]
+    pieces, of_text = encode_pieces(texts, LETTERS, 5, lines.append)
+    assert "1 of 3" in lines[0]
     assert [LETTERS.decode(ids[1:]) for ids in pieces] == [
         *("abcd", "efg", "hij"),
         *("", "abc"),

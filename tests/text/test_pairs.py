@@ -72,7 +72,7 @@ def test_long_sides_are_cut_and_end_with_the_end_of_text_token():
     sources = encode_sources(["abcd", "abc", ""], letters, 4, lines.append)
     assert [letters.decode(ids[:-1]) for ids in sources] == ["abc", "abc", ""]
     assert {ids[-1] for ids in sources} == {letters.end_of_text}
-    assert "1 of 3" in lines[0]
+    assert "1 of 3 sources" in lines[0]
 
 
 def test_words_to_reverse_are_distinct_and_long_ones_are_in_one_split_only():

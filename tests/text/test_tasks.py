@@ -200,6 +200,19 @@ def test_tokens_come_from_the_cache_unless_it_is_damaged(
                 np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("architecture", EXAMPLE_KINDS)
+def test_how_many_texts_are_cut_is_told_of_cached_tokens_too(tmp_path, architecture):
+    config = changed(examples_config(tmp_path, architecture), model={"block_size": 9})
+    first, again = [], []
+    load_corpus(config, first.append)
+    load_corpus(config, again.append)
+    assert again
+    assert first[-len(again) :] == again
+    if architecture == "seq2seq":
+        assert ["sources" in line for line in again] == [True, False]
+        assert ["targets" in line for line in again] == [False, True]
+
+
 def test_another_block_size_is_not_taken_from_the_cache(tmp_path):
     config = examples_config(tmp_path, "masked-lm")
     longest = int(load(config)[0].train.lengths.max())
