@@ -29,6 +29,7 @@ from jaxgpt.text.tables import (
 from jaxgpt.text.tokenizer import Tokenizer
 
 _KINDS = (".csv", ".jsonl")
+_LONGEST_NAME = 100  # characters of a label or a source
 _FRACTION = 0.1  # of the texts, for each of val and test
 _REVIEW_LABELS = {"0": "negative", "1": "positive"}
 
@@ -71,9 +72,15 @@ def read_labelled(
     for path in paths:
         read = _read_csv if path.suffix.lower() == ".csv" else read_jsonl
         for place, values in read(path, required):
-            if needs_label and not (label := values["label"].strip()):
-                raise ValueError(f"{place}: the label is empty; give one")
-            others = (label, values.get("source") or "") if needs_label else ()
+            others: Row = ()
+            if needs_label:
+                label, source = values["label"].strip(), values.get("source") or ""
+                if not (label.isprintable() and 0 < len(label) <= _LONGEST_NAME):
+                    raise ValueError(
+                        f"{place}: the label {label!r:.40} must have 1 to "
+                        f"{_LONGEST_NAME} printable characters; correct it"
+                    )
+                others = label, source[:_LONGEST_NAME]
             rows.append((values["text"], *others))
     return without_blank(rows, 1, name, log)
 
@@ -85,11 +92,11 @@ def _read_csv(
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     start = 1  # line on which the row begins
     try:
-        header = reader.fieldnames or ()
-        if missing := [name for name in required if name not in header]:
+        header = list(reader.fieldnames or ())
+        if any(header.count(name) != 1 for name in required):
             raise ValueError(
-                f"{path}: the first line must name the columns {', '.join(required)}, "
-                f"separated by commas; it lacks {', '.join(missing)}"
+                f"{path}: the first line must name the columns {' and '.join(required)}"
+                f" once, separated by commas, but it is {', '.join(header)!r:.80}"
             )
         start = reader.line_num + 1
         for row in reader:

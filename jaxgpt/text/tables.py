@@ -100,21 +100,24 @@ def read_jsonl(
     Numbers are kept as written. Raises ValueError with file and line if one lacks a
     required string or number.
     """
-    numbers: Any = dict.fromkeys(("parse_float", "parse_int", "parse_constant"), str)
+    numbers: Any = {"parse_float": str, "parse_int": str, "parse_constant": bool}
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            values = json.loads(line, **numbers)
-            row = {name: values[name] for name in required} | values
-        except (ValueError, TypeError, KeyError, RecursionError):
-            row = {}
-        if not row or not all(isinstance(row[name], str) for name in required):
+            row = json.loads(line, **numbers)
+        except (ValueError, RecursionError):
+            row = None
+        found = row if isinstance(row, dict) else {}
+        if wrong := [n for n in required if not isinstance(found.get(n), str)]:
             fields = ", ".join(f'"{name}": "..."' for name in required)
-            raise ValueError(f"{path}:{number}: a line must be like {{{fields}}}")
+            raise ValueError(
+                f"{path}:{number}: a line must be like {{{fields}}}, but its "
+                f'"{wrong[0]}" is missing or no text'
+            )
         strings = {
             name: without_surrogates(value)
-            for name, value in row.items()
+            for name, value in found.items()
             if isinstance(value, str)
         }
         yield f"{path}:{number}", strings

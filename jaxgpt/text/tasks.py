@@ -106,7 +106,7 @@ def make_tokenizer(table: Table, config: Config, log: Log) -> Tokenizer:
     size = config.model.vocab_size if name == "bpe" else 0
     file_name = f"{_key(table, config)}-{name}-{size}.json"
     path = cache_dir() / "tokenizers" / file_name
-    if path.exists():
+    with suppress(OSError, ValueError):  # it is missing or damaged
         return load_tokenizer(path)
     rows, split_N = table.read()
     texts = [
@@ -115,6 +115,11 @@ def make_tokenizer(table: Table, config: Config, log: Log) -> Tokenizer:
         if SPLITS[split] == "train"
         for text in row[: _texts(config.model.task)]
     ]
+    if not texts:
+        raise ValueError(
+            "the train split has no examples; give more, since each one's hash "
+            "determines its split"
+        )
     tokenizer: Tokenizer
     if name == "char":
         characters = "".join(sorted(set("".join(texts))))

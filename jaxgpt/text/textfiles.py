@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,7 +141,7 @@ def make_tokenizer(
     if name != "bpe":
         return pretrained.find_tokenizer(name, log)
     path = cache_dir() / "tokenizers" / f"{text.sha256}-bpe-{vocab_size}.json"
-    if path.exists():
+    with suppress(OSError, ValueError):  # it is missing or damaged
         return load_tokenizer(path)
     log(f"training a BPE tokenizer of {vocab_size:,} tokens")
     chunks = (chunk for chunks, _ in text.documents("train") for chunk in chunks)

@@ -51,7 +51,9 @@ def test_texts_of_only_whitespace_are_left_out_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "text;label\nx;1\n", r"a\.csv: .*text, label"),
+        ("a.csv", "text;label\nx;1\n", r"a\.csv: .*text;label"),
+        ("a.csv", "text,label,label\nx,1,2\n", r"a\.csv: .*once"),
+        ("a.csv", 'text,label\nx,"1\n2"\n', r"a\.csv:2: .*label"),
         ("a.csv", "text,label\nx,1\ny\n", r"a\.csv:3: "),
         ("a.csv", "text,label\nx,y,1\n", r"a\.csv:2: "),
         ("a.csv", "text,label\nx,\n", r"a\.csv:2: .*label"),
@@ -61,7 +63,8 @@ def test_texts_of_only_whitespace_are_left_out_and_counted(tmp_path):
         ("a.csv", "text,label\n", "empty"),
         ("a.csv", "text,label\nä,1\n".encode("latin-1"), r"a\.csv .*iconv"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "x"}', r"a\.jsonl:2: .*label"),
-        ("a.jsonl", '{"text": "x", "label": null}', r"a\.jsonl:1: "),
+        ("a.jsonl", '{"text": "x", "label": null}', r'a\.jsonl:1: .* its "label"'),
+        ("a.jsonl", '{"text": "x", "label": NaN}', r'a\.jsonl:1: .* its "label"'),
         ("a.jsonl", '["text", "label"]', r"a\.jsonl:1: "),
         ("a.jsonl", "{", r"a\.jsonl:1: "),
     ],
