@@ -181,7 +181,7 @@ def sentiment() -> Config:
         ),
         data=DataConfig(corpus="reviews", tokenizer="bpe", batch_size=32),
         optimizer=OptimizerConfig(learning_rate=5e-3, min_lr=5e-5),
-        train=_train(every=250, max_steps=2000),
+        train=_train(every=500, max_steps=2500, eval_iters=100),
     )
 
 
