@@ -18,6 +18,7 @@ from jaxgpt.text.examples import LabelledTexts
 from jaxgpt.training.evaluation import label_log_probs
 from jaxgpt.training.label_metrics import label_metrics
 
+_MOST_PANELS = 5  # sources in the picture
 _MOST_SHOWN = 20  # labels in the table and with numbers in the picture
 
 
@@ -74,33 +75,46 @@ def show_labels(report: dict[str, Any]) -> None:
 
 
 def draw_confusion(report: dict[str, Any], name: str, path: Path) -> None:
-    """Draws the confusion as a PNG; the colour is the share of each true label.
+    """Draws the confusion as a PNG, of all examples and of each source.
+
+    The colour is the share of each true label.
 
     Args:
       name: of the examples, for the title.
     """
     from matplotlib.figure import Figure  # takes half a second, needed only here
 
-    labels, counts_KK = report["labels"], np.array(report["confusion"])
-    K, totals_K = len(labels), counts_KK.sum(axis=1, keepdims=True)
-    shares_KK = counts_KK / np.maximum(totals_K, 1)
-    side = min(max(3.5, 0.7 * K), 20)  # inches
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares_KK, cmap="Blues", vmin=0, vmax=1)
+    labels, sources = report["labels"], report.get("by_source", {})
+    parts = {"all": report} | (sources if len(sources) <= _MOST_PANELS else {})
+    side = min(max(3.5, 0.7 * len(labels)), 20)  # inches
+    figure = Figure(figsize=(side * len(parts) + 1, side), layout="constrained")
+    panels = figure.subplots(1, len(parts), squeeze=False)[0]
     families, _ = find_fonts(c for c in "".join(labels) if c.isprintable())
     style: dict[str, Any] = {"family": families, "parse_math": False}
+    for axes, (part, found) in zip(panels, parts.items(), strict=True):
+        image = _draw_counts(axes, np.array(found["confusion"]), labels, style)
+        title = f"{part}: accuracy {found['accuracy']:.3f}"
+        axes.set_title(title, fontsize=10, parse_math=False)
+    name = name if len(name) <= 40 else f"\N{HORIZONTAL ELLIPSIS}{name[-39:]}"
+    figure.suptitle(name, fontsize=10, parse_math=False)
+    figure.colorbar(image, ax=panels, label="share of the true label", shrink=0.8)
+    options: dict[str, Any] = {"format": "png", "dpi": 120, "bbox_inches": "tight"}
+    replace_file(path, lambda tmp_path: figure.savefig(tmp_path, **options))
+
+
+def _draw_counts(
+    axes: Any, counts_KK: np.ndarray, labels: list[str], style: dict[str, Any]
+) -> Any:
+    """Draws a confusion matrix, with its numbers if there are few labels."""
+    K, totals_K1 = len(labels), counts_KK.sum(axis=1, keepdims=True)
+    shares_KK = counts_KK / np.maximum(totals_K1, 1)
+    image = axes.imshow(shares_KK, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(K), labels, rotation="vertical" if K > 3 else None, **style)
     axes.set_yticks(range(K), labels, **style)
     axes.set(xlabel="predicted", ylabel="true")
-    name = name if len(name) <= 40 else f"\N{HORIZONTAL ELLIPSIS}{name[-39:]}"
-    title = f"{name}\naccuracy {report['accuracy']:.3f}"
-    axes.set_title(title, fontsize=10, parse_math=False)
     for (row, column), count in np.ndenumerate(counts_KK if K <= _MOST_SHOWN else []):
         share = shares_KK[row, column]
         colour = "white" if share > 0.5 else "black"
         text = f"{count:,}\n{share:.0%}"
         axes.text(column, row, text, ha="center", va="center", color=colour)
-    figure.colorbar(image, label="share of the true label", shrink=0.8)
-    options: dict[str, Any] = {"format": "png", "dpi": 120, "bbox_inches": "tight"}
-    replace_file(path, lambda tmp_path: figure.savefig(tmp_path, **options))
+    return image
