@@ -164,7 +164,10 @@ def reviews_bpe() -> Config:
 
 
 def reviews_mlm() -> Config:
-    """Masked language modelling on movie reviews, for sentiment: not measured yet."""
+    """Masked language modelling on movie reviews: 5 min on 2 CPU cores, val 6.61.
+
+    A run for `sentiment --init-from` to start from.
+    """
     return Config(
         model=MaskedLMConfig(block_size=256, vocab_size=8192, n_layer=1, n_embd=64),
         data=DataConfig(corpus="reviews", tokenizer="bpe", batch_size=32),
@@ -174,7 +177,10 @@ def reviews_mlm() -> Config:
 
 
 def sentiment() -> Config:
-    """Sentiment of movie reviews by an encoder: not measured yet."""
+    """Sentiment of movie reviews by an encoder: 4 min on 2 CPU cores, val 0.45.
+
+    The test split's accuracy is 0.83, and 0.86 for reviews from IMDb.
+    """
     return Config(
         model=ClassifierConfig(
             block_size=256, vocab_size=8192, n_layer=1, n_embd=64, dropout=0.3
@@ -196,7 +202,10 @@ def reverse() -> Config:
 
 
 def translate_de() -> Config:
-    """Translates English into German with an encoder-decoder: not measured yet."""
+    """Translates English to German: 18 min on 2 CPU cores, val 2.70, test BLEU 15.1.
+
+    An encoder-decoder on short sentences of Tatoeba.
+    """
     return Config(
         model=Seq2SeqConfig(
             block_size=48,
