@@ -22,6 +22,7 @@ from jaxgpt.planning.flops import product_flops, step_flops
 from jaxgpt.planning.hlo import collectives
 from jaxgpt.terminal import log_line
 from jaxgpt.text.corpus import known_vocab_size, load_corpus
+from jaxgpt.text.labelled import known_labels
 from jaxgpt.training.objectives import make_objective
 from jaxgpt.training.step import abstract_state, trace_train_steps
 
@@ -102,12 +103,15 @@ def describe(config: Config, topology: str = "") -> Iterator[str]:
 
     Raises ValueError if the step does not fit in the chips' memory.
     """
-    if config.model.vocab_size is None or not getattr(config.model, "labels", True):
-        if vocab_size := known_vocab_size(config):
-            model = replace(config.model, vocab_size=vocab_size)
-            config = replace(config, model=model)
-        else:
-            config = load_corpus(config, log_line)[1]
+    known: dict[str, Any] = {}
+    if config.model.vocab_size is None:
+        known["vocab_size"] = known_vocab_size(config)
+    if not getattr(config.model, "labels", True):
+        known["labels"] = known_labels(config.data)
+    if all(known.values()):
+        config = replace(config, model=replace(config.model, **known))
+    else:
+        config = load_corpus(config, log_line)[1]
     for name, value in _rows(config, topology):
         yield f"{name:19}{value}"
 

@@ -177,8 +177,9 @@ def _load_examples(
     arrays = tasks.tokenize(table, config, tokenizer, log)
     size = model.vocab_size or tokenizer.vocab_size
     model = dataclasses.replace(model, vocab_size=size)
-    if isinstance(model, ClassifierConfig) and not model.labels:
-        model = dataclasses.replace(model, labels=tasks.labels_of(arrays))
+    match model:
+        case ClassifierConfig(labels=()):
+            model = dataclasses.replace(model, labels=tasks.labels_of(arrays))
     data = dataclasses.replace(data, sha256=table.sha256)
     return arrays, tokenizer, dataclasses.replace(config, model=model, data=data)
 

@@ -54,6 +54,11 @@ def open_labelled(data: DataConfig, needs_label: bool, log: Log) -> Table:
     return Table(digest_files(paths) if paths else reviews.SHA256, read)
 
 
+def known_labels(data: DataConfig) -> tuple[str, ...]:
+    """The labels, if they are known without reading the corpus; else none."""
+    return () if data.path else tuple(sorted(_REVIEW_LABELS.values()))
+
+
 def read_labelled(
     paths: Sequence[Path], needs_label: bool, name: str, log: Log
 ) -> list[Row]:
