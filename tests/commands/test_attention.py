@@ -204,6 +204,7 @@ def seq2seq_run(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_an_encoder_decoders_maps_have_the_source_and_its_output_on_their_axes(
     call, seq2seq_run, monkeypatch, tmp_path
 ):

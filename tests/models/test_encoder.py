@@ -10,8 +10,15 @@ from jaxgpt.text.examples import row_keys
 from jaxgpt.training.objectives import Context, make_objective
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("architecture", EXAMPLE_KINDS)
+@pytest.mark.parametrize(
+    ("architecture", "dropout"),
+    [
+        *((architecture, 0.0) for architecture in EXAMPLE_KINDS),
+        ("classifier", 0.3),
+        pytest.param("masked-lm", 0.3, marks=pytest.mark.slow),
+        pytest.param("seq2seq", 0.3, marks=pytest.mark.slow),
+    ],
+)
 def test_padding_changes_neither_losses_nor_gradients(architecture, dropout):
     examples, config = random_examples(architecture, [5, 5, 16])
     config = changed(config, model={"dropout": dropout})
