@@ -163,6 +163,7 @@ def test_a_font_that_is_installed_is_used_for_what_the_first_ones_lack(monkeypat
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 8, "vocab_size": 11}
 
 
+@pytest.mark.slow
 def test_an_encoder_attends_in_both_directions_and_a_decoder_also_to_the_source():
     encoder = build_model(MaskedLMConfig(**SHAPE), "cpu")
     (kind, maps_LHTS), *_ = attention_maps(

@@ -247,8 +247,7 @@ EXAMPLES = {
         TextPairs(TEXTS, TEXTS, end_of_text=0),
     ),
 }
-ENCODERS = [("seq2seq", (2, 2, 2), {})]
-WIDER = [
+ENCODERS = [
     (name, shape, fields)
     for name in EXAMPLES
     for shape, fields in (
@@ -262,7 +261,7 @@ WIDER = [
 
 @pytest.mark.parametrize(
     ("name", "shape", "fields"),
-    [*ENCODERS, *(pytest.param(*each, marks=MORE) for each in WIDER)],
+    [pytest.param(*each, marks=MORE) for each in ENCODERS],
 )
 def test_every_mesh_trains_encoders_as_one_device(name, shape, fields):
     model, examples = EXAMPLES[name]

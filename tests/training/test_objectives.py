@@ -126,13 +126,7 @@ EXAMPLES = [
 @pytest.mark.parametrize(
     ("run", "model", "examples"),
     [
-        pytest.param(
-            run,
-            *each,
-            marks=()
-            if run is in_pmap and each is EXAMPLES[-1]
-            else pytest.mark.devices,
-        )
+        pytest.param(run, *each, marks=pytest.mark.devices)
         for run in (in_shard_map, in_pmap)
         for each in EXAMPLES
     ],
