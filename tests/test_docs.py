@@ -77,8 +77,13 @@ def short_shakespeare(tmp_path, monkeypatch):
 
 @pytest.mark.processes
 @pytest.mark.usefixtures("short_shakespeare")
-def test_every_command_of_the_lectures_page_works(call, tmp_path, monkeypatch):
+def test_every_command_of_the_lectures_page_works(
+    call, untrained, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for preset, kind in {"sentiment": "classifier", "translate-de": "seq2seq"}.items():
+        (tmp_path / "runs" / preset).symlink_to(untrained / kind)
     monkeypatch.setattr(lecture, "RUNGS", lecture.RUNGS[:1])
     monkeypatch.setattr(lecture, "SCALED", lecture.RUNGS[0])
     torch_nanogpt.make(tmp_path / "ckpt.pt")
