@@ -254,22 +254,23 @@ class DataConfig:
     """The text, its tokenizer and the batch size."""
 
     # built-in corpus: Tiny Shakespeare; movie reviews, with a sentiment each; words to
-    # reverse; or sentence pairs of Tatoeba
-    corpus: Literal["tinyshakespeare", "reviews", "reverse", "tatoeba"] = (
+    # reverse; sentence pairs of Tatoeba; or conversations
+    corpus: Literal["tinyshakespeare", "reviews", "reverse", "tatoeba", "chitchat"] = (
         "tinyshakespeare"
     )
     # your own UTF-8 text, JSONL or parquet files, folders of them, or folders of token
     # files (written by `python -m jaxgpt prepare` or by nanoGPT); to classify, CSV or
-    # JSONL of text and label; to translate, TSV or JSONL of source and target
+    # JSONL of text and label; to translate, TSV or JSONL of source and target; with
+    # packing conversations, JSONL of messages
     path: tuple[str, ...] = ()
     # source and target language of the corpus tatoeba
     languages: Literal["en-de", "en-es", "en-fr", "de-en", "es-en", "fr-en"] = "en-de"
-    # share of the training rows drawn from each folder of tokens in path; by default
-    # each folder's share of the tokens
+    # share of the training rows drawn from each folder of tokens, or each file of
+    # conversations, in path; by default each one's share of the tokens
     weights: tuple[float, ...] = ()
-    # what a row holds: block_size tokens from anywhere, or whole documents, each of
-    # which attends only to itself
-    packing: Literal["windows", "documents"] = "windows"
+    # what a row holds: block_size tokens from anywhere; whole documents, each of which
+    # attends only to itself; or whole conversations, of which only answers are learned
+    packing: Literal["windows", "documents", "conversations"] = "windows"
     # char; gpt2; bpe, trained on the corpus with --model.vocab-size tokens; or the path
     # of a tokenizer.json, or of a directory with one or with vocab.json and merges.txt
     tokenizer: str = "char"
@@ -308,7 +309,7 @@ class DataConfig:
         _check(
             len(self.weights) in (0, len(self.path)),
             f"weights={self.weights} are not as many as the {len(self.path)} paths; "
-            "give each folder of --data.path a weight",
+            "give each of --data.path a weight",
         )
         _check(
             all(0 < weight < _FLOAT32_MAX for weight in self.weights),
@@ -446,7 +447,7 @@ class Config:
         )
         _check(
             self.model.packable or self.data.packing == "windows",
-            f"packing={self.data.packing} needs a model that keeps documents apart, "
+            f"packing={self.data.packing} needs a model that keeps them apart, "
             f"but architecture={self.model.architecture} does not; use --data.packing "
             "windows",
         )

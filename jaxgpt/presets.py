@@ -163,6 +163,22 @@ def reviews_bpe() -> Config:
     )
 
 
+def chat_sft() -> Config:
+    """Supervised fine-tuning on conversations, with --init-from RUN, a language model.
+
+    Only the assistant's text is learned. Without --init-from, a model of the shape of
+    reviews-bpe learns from conversations alone.
+    """
+    return Config(
+        model=GPTConfig(block_size=256, vocab_size=4096, n_layer=4, n_embd=192),
+        data=DataConfig(
+            corpus="chitchat", tokenizer="bpe", packing="conversations", batch_size=8
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, min_lr=1e-5),
+        train=_train(every=300, max_steps=1200),
+    )
+
+
 def reviews_mlm() -> Config:
     """Masked language modelling on movie reviews: 5 min on 2 CPU cores, val 6.61.
 
@@ -341,6 +357,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "shakespeare-char-fast": shakespeare_char_fast,
     "shakespeare-char": shakespeare_char,
     "reviews-bpe": reviews_bpe,
+    "chat-sft": chat_sft,
     "reviews-mlm": reviews_mlm,
     "sentiment": sentiment,
     "reverse": reverse,

@@ -10,11 +10,12 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -37,6 +38,7 @@ from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.mesh import host_mesh, single_device_mesh, with_shardings
 from jaxgpt.parallel.processes import any_failed, max_over_processes, wait_for_all
 from jaxgpt.terminal import log_line
+from jaxgpt.text.conversations import CHAT_TOKENS
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
@@ -129,6 +131,7 @@ def load_run(
 def load_initial_params(config: Config, mesh: Mesh) -> Any:
     """Loads the parameters of `train.init_from`, cropped to block_size; None if unset.
 
+    With conversations, the vocabulary grows by their tokens.
     A classifier of other labels, or a masked language model, gives all but the head of
     a new classifier; a line says so. They are sharded over the mesh. Raises ValueError
     that names the first parameter whose shape does not match the config.
@@ -137,6 +140,8 @@ def load_initial_params(config: Config, mesh: Mesh) -> Any:
         return None
     checkpoint = Path(config.train.init_from)
     run = load_run(checkpoint.parent.parent, checkpoint.name, mesh)
+    if config.data.packing == "conversations":
+        run = with_chat_tokens(run)
     params = crop_block_size(run.params, config.model.block_size)
     expected = parameter_shapes(config.model)
     labels = [getattr(each, "labels", ()) for each in (run.config.model, config.model)]
@@ -147,6 +152,46 @@ def load_initial_params(config: Config, mesh: Mesh) -> Any:
         params = {name: params[name] for name in params if name in expected}
     check_shapes(shapes(params), shapes(expected), str(checkpoint))
     return params
+
+
+def with_chat_tokens(run: Run) -> Run:
+    """The run with the special tokens of conversations; new ones begin as the mean row.
+
+    A line says so if there are any.
+    """
+    before = text_tokenizer(run)
+    tokenizer = before.with_special(CHAT_TOKENS)
+    known, size = before.vocab_size, tokenizer.vocab_size
+    if known == size:
+        return run
+    log_line(f"{size - known} new tokens begin as the mean row of the embedding")
+    model = run.config.model
+    model = replace(model, vocab_size=max(model.require_vocab_size(), size))
+    return replace(
+        run,
+        config=replace(run.config, model=model),
+        tokenizer=tokenizer,
+        model=build_model(model, run.model.platform),
+        params=grow_vocabulary(run.params, known, size),
+    )
+
+
+def grow_vocabulary(params: Any, known: int, size: int) -> Any:
+    """Returns the parameters with rows of new tokens, each the mean of the known rows.
+
+    Args:
+      known: number of tokens that were trained; rows beyond them are spare.
+      size: number of tokens with the new ones.
+    """
+
+    def grow(table_VC: jax.Array) -> jax.Array:
+        missing = max(0, size - len(table_VC))
+        grown_VC = jnp.pad(table_VC, ((0, missing), (0, 0)))
+        return grown_VC.at[known:size].set(table_VC[:known].mean(axis=0))
+
+    table_VC = params["wte"]["embedding"]
+    grown_VC = jax.jit(grow, out_shardings=table_VC.sharding)(table_VC)
+    return {**params, "wte": {"embedding": grown_VC}}
 
 
 def crop_block_size(params: Any, block_size: int) -> Any:

@@ -91,12 +91,13 @@ def mixture(
 def predictions(split: Split) -> int:
     """How many predictions an exact evaluation makes, or how many examples it reads.
 
-    Each token of a split is predicted once: all of packed documents.
+    Each token of a split is predicted once: all of packed documents, and the answers
+    of conversations.
     """
     if isinstance(split, Examples):
         return len(split)
     if isinstance(split, PackedDocuments):
-        return len(split.tokens)
+        return split.predictions
     return len(split) - 1
 
 
@@ -152,6 +153,7 @@ def longest_row(config: Config) -> Any:
         case Seq2SeqConfig():
             examples = TextPairs(texts, texts, 0)
         case _:
-            leaves = 3 if config.data.packing == "documents" else 2
-            return (np.zeros((1, T), np.int32),) * leaves  # inputs, targets, segments
+            # Inputs and targets, with segments, with parts.
+            leaves = {"windows": 2, "documents": 3, "conversations": 4}
+            return (np.zeros((1, T), np.int32),) * leaves[config.data.packing]
     return examples.read(one, T, np.ones(1, np.float32), keys)

@@ -19,7 +19,14 @@ from jaxgpt.config import ClassifierConfig, Config, DataConfig, is_token_folder
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
 from jaxgpt.text import pretrained, reverse, reviews, tasks, tinyshakespeare
+from jaxgpt.text.conversations import (
+    conversation_tokenizer,
+    make_rows,
+    open_conversations,
+    tokenize_conversations,
+)
 from jaxgpt.text.documents import find_files, is_records
+from jaxgpt.text.packing import PackedDocuments
 from jaxgpt.text.prepare import UNFINISHED, prepare
 from jaxgpt.text.scans import file_states
 from jaxgpt.text.shards import MANIFEST, SPLITS, Tokens, open_folder
@@ -33,15 +40,16 @@ class Corpus:
 
     Attributes:
       train, val: the splits, as `Tokens`; those of several folders follow each other.
-        `Examples` for tasks other than next-token prediction.
+        `PackedDocuments` of conversations; `Examples` for tasks other than next-token
+        prediction.
       tokenizer: None if token files came without a vocabulary.
-      parts: the train split of each folder, if `data.weights` are given.
+      parts: the train split of each path, if `data.weights` are given.
     """
 
     train: Any
     val: Any
     tokenizer: Tokenizer | None
-    parts: Sequence[Tokens] = ()
+    parts: Sequence[Any] = ()
 
 
 def known_vocab_size(config: Config) -> int | None:
@@ -74,6 +82,11 @@ def load_corpus(
     config.
     """
     tasks.check_corpus(config)
+    if config.data.packing == "conversations":
+        rows, tokenizer, config = _load_conversations(config, log, tokenizer)
+        paths = range(len(config.data.weights))
+        parts_of_paths = [rows("train", path=n) for n in paths]
+        return Corpus(rows("train"), rows("val"), tokenizer, parts_of_paths), config
     if config.model.task != "next-token":
         arrays, tokenizer, config = _load_examples(config, log, tokenizer)
         of_split = partial(tasks.make_examples, arrays, config.model, tokenizer)
@@ -102,8 +115,12 @@ def load_split(
 
     Returns `Tokens`, at least two; "all" of a text is tokenized as a whole; "all" of
     token files and documents is the train split followed by the val split. For other
-    tasks than next-token prediction returns `Examples`, which also have a "test" split.
+    tasks than next-token prediction returns `Examples`, and for conversations packed
+    rows, which also have a "test" split.
     """
+    if config.data.packing == "conversations":
+        rows, _, _ = _load_conversations(config, log, tokenizer)
+        return rows(split)
     if config.model.task != "next-token":
         arrays, tokenizer, config = _load_examples(config, log, tokenizer)
         return tasks.make_examples(arrays, config.model, tokenizer, split)
@@ -165,6 +182,27 @@ def _load(
     return tokens, tokenizer, config
 
 
+def _load_conversations(
+    config: Config, log: Callable[[str], None], tokenizer: Tokenizer | None
+) -> tuple[Callable[..., PackedDocuments], Tokenizer, Config]:
+    """Returns a function from a split to its rows, the tokenizer, and the full config.
+
+    A model that starts from another run gets the rows of new tokens.
+    """
+    model, data = config.model, _with_absolute_paths(config.data)
+    table = open_conversations(data, log)
+    _check_unchanged(data, table.sha256)
+    size = None if config.train.init_from and not tokenizer else model.vocab_size
+    tokenizer = tokenizer or conversation_tokenizer(table, config, log)
+    _check_fits(tokenizer, size)
+    arrays = tokenize_conversations(table, config, tokenizer, log)
+    size = max(model.vocab_size or 0, tokenizer.vocab_size)
+    model = dataclasses.replace(model, vocab_size=size)
+    data = dataclasses.replace(data, sha256=table.sha256)
+    config = dataclasses.replace(config, model=model, data=data)
+    return partial(make_rows, arrays, config, tokenizer, log=log), tokenizer, config
+
+
 def _load_examples(
     config: Config, log: Callable[[str], None], tokenizer: Tokenizer | None
 ) -> tuple[tasks.Arrays, Tokenizer, Config]:
@@ -172,9 +210,17 @@ def _load_examples(
     model, data = config.model, _with_absolute_paths(config.data)
     table = tasks.open_table(model.task, data, log)
     _check_unchanged(data, table.sha256)
-    tokenizer = tokenizer or tasks.make_tokenizer(table, config, log)
+    tokenizer = tokenizer or tasks.make_tokenizer(
+        partial(tasks.training_texts, table, model.task),
+        tasks.special_tokens(model.task),
+        config,
+        log,
+        tasks.key(table, config),
+    )
     _check_fits(tokenizer, model.vocab_size)
-    arrays = tasks.tokenize(table, config, tokenizer, log)
+    key = tasks.key(table, config, model.block_size, tokenizer.to_json())
+    tokenize_table = partial(tasks.tokenize, table, config, tokenizer)
+    arrays = tasks.cached_arrays(key, tokenize_table, log)
     size = model.vocab_size or tokenizer.vocab_size
     model = dataclasses.replace(model, vocab_size=size)
     match model:

@@ -1,4 +1,4 @@
-"""Packing: rows that hold whole documents, each of which is predicted on its own.
+"""Packing: rows of whole documents or conversations, each predicted on its own.
 
 B batch   T time (block_size)   P pieces   R rows
 
@@ -9,7 +9,8 @@ of a row is padding. Source: Ding et al. 2024, "Fewer Truncations Improve Langua
 Modeling", section 3.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,7 +23,7 @@ from jaxgpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
 @dataclass(frozen=True)
 class PackedDocuments:
-    """The documents of a split as rows. Pieces are sorted by row.
+    """The documents or conversations of a split as rows. Pieces are sorted by row.
 
     Attributes:
       tokens: token ids of the split.
@@ -33,6 +34,8 @@ class PackedDocuments:
       lengths_P: predictions in each piece.
       begins_P: whether the piece begins a document.
       offsets_R: index of each row's first piece, and the number of pieces, [R + 1].
+      parts: for each token, the part of the loss that its prediction counts for, u8; 0
+        if it does not count. None if all count, for part 1.
     """
 
     tokens: np.ndarray | Tokens
@@ -43,26 +46,34 @@ class PackedDocuments:
     lengths_P: np.ndarray
     begins_P: np.ndarray
     offsets_R: np.ndarray
+    parts: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.offsets_R) - 1
+
+    @property
+    def predictions(self) -> int:
+        """Number of predictions that count."""
+        if self.parts is None:
+            return len(self.tokens)
+        return int(np.count_nonzero(self.parts))
 
 
 TokenRows = np.ndarray | Tokens | PackedDocuments
 
 
 def as_rows(
-    tokens: np.ndarray | Tokens,
+    tokens: TokenRows,
     config: Config,
     tokenizer: Tokenizer | None,
     log: Callable[[str], None],
 ) -> TokenRows:
-    """The tokens of a split, packed if `data.packing` says so.
+    """The tokens of a split, packed if `data.packing` says so and they are not.
 
     Raises ValueError if they are to be packed and no token ends a document.
     """
-    if config.data.packing == "windows":
+    if config.data.packing == "windows" or isinstance(tokens, PackedDocuments):
         return tokens
     if tokenizer is None or tokenizer.end_of_text is None:
         raise ValueError(
@@ -114,7 +125,7 @@ def get_packed_batch(
     rows: slice | np.ndarray = slice(None),
     *,
     batch_size: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, ...]:
     """Reads some rows of a batch. An epoch has all rows, in an order of its own.
 
     In a mixture, a part skips the rows of its epoch that are drawn from other parts.
@@ -140,12 +151,11 @@ def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows)
 
 
-def read_rows(
-    packed: PackedDocuments, rows_B: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def read_rows(packed: PackedDocuments, rows_B: np.ndarray) -> tuple[np.ndarray, ...]:
     """Reads rows by their index, as inputs, targets and segments, i32 [B, T].
 
     Pieces are segments 1, 2, ... of their row; the padding on the right is segment 0.
+    If the rows have `parts`, those of the targets follow, i32 [B, T].
     """
     shape = len(rows_B), packed.block_size
     position_BT, begins_BT = np.zeros(shape, np.int64), np.zeros(shape, bool)
@@ -164,7 +174,11 @@ def read_rows(
     inputs_BT = packed.tokens[np.maximum(position_BT - 1, 0)]
     inputs_BT = np.where(begins_BT, packed.end_of_text, inputs_BT)
     inputs_BT = np.where(segments_BT > 0, inputs_BT, 0)
-    return inputs_BT.astype(np.int32), targets_BT.astype(np.int32), segments_BT
+    batch = inputs_BT.astype(np.int32), targets_BT.astype(np.int32), segments_BT
+    if packed.parts is None:
+        return batch
+    parts_BT = np.where(segments_BT > 0, packed.parts[position_BT], 0)
+    return *batch, parts_BT.astype(np.int32)
 
 
 def best_fit_decreasing(lengths_P: np.ndarray, capacity: int) -> np.ndarray:
@@ -203,3 +217,58 @@ def best_fit_decreasing(lengths_P: np.ndarray, capacity: int) -> np.ndarray:
             if not left:
                 break
     return rows_P
+
+
+def fill_rows(
+    runs: Sequence[Sequence[int]], systems: Sequence[int], capacity: int
+) -> list[list[tuple[int, int, int]]]:
+    """Cuts runs of exchanges into pieces, and packs these into rows.
+
+    A run that fits a row stays whole. A longer one, the longest first, fills rows with
+    as many exchanges as fit, and a row's rest takes the next exchanges of others, or
+    others that are whole: always those that fit best, so little of a row is padding.
+
+    Args:
+      runs: lengths of the exchanges of each run.
+      systems: length of each run's system turn, with which each piece begins.
+      capacity: of a row; at least a system turn and any exchange of its run.
+
+    Returns pieces of each row: a run, its first exchange, and the one after the last.
+    """
+    totals = [system + sum(run) for run, system in zip(runs, systems, strict=True)]
+    done, available = [0] * len(runs), 0  # bit n: a run's next piece can have length n
+    waiting = [deque[tuple[int, int]]() for _ in range(capacity + 1)]
+
+    def offer(run: int) -> None:
+        nonlocal available
+        if (start := done[run]) < len(runs[run]):
+            length = totals[run]
+            if length > capacity:
+                length = systems[run] + runs[run][start]
+            waiting[length].append((run, start))
+            available |= 1 << length
+
+    def take(run: int, room: int) -> int:
+        start, room = done[run], room - systems[run]
+        while done[run] < len(runs[run]) and runs[run][done[run]] <= room:
+            room -= runs[run][done[run]]
+            done[run] += 1
+        rows[-1].append((run, start, done[run]))
+        offer(run)
+        return room
+
+    rows = list[list[tuple[int, int, int]]]()
+    for run in range(len(runs)):
+        offer(run)
+    for longest in sorted(range(len(runs)), key=totals.__getitem__, reverse=True):
+        while done[longest] < len(runs[longest]):
+            rows.append([])
+            room = take(longest, capacity)
+            while fitting := available & ((2 << room) - 1):
+                length = fitting.bit_length() - 1
+                run, start = waiting[length].popleft()
+                if not waiting[length]:
+                    available ^= 1 << length
+                if done[run] == start:
+                    room = take(run, room)
+    return rows

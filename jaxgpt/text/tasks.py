@@ -9,6 +9,7 @@ import json
 import shlex
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -46,26 +47,29 @@ from jaxgpt.text.tokenizer import (
     token_dtype,
 )
 
-# The built-in corpora of each task.
+# The built-in corpora of each task, and of conversations.
 CORPORA = {
     "next-token": ("tinyshakespeare", "reviews"),
     "classification": ("reviews",),
     "masked-tokens": ("reviews",),
     "translation": ("tatoeba", "reverse"),
+    "conversations": ("chitchat",),
 }
 # To raise when the same files give other rows, splits, labels or tokens than before.
-_FORMAT = 1
+FORMAT = 1
 Arrays = dict[str, Any]
 
 
 def check_corpus(config: Config) -> None:
     """Raises ValueError if settings of the corpus are for another task or corpus."""
     data, task = config.data, config.model.task
-    if not data.path and data.corpus not in CORPORA[task]:
+    kind, of_kind = task, f"architecture={config.model.architecture}"
+    if data.packing == "conversations":
+        kind, of_kind = data.packing, f"packing={data.packing}"
+    if not data.path and data.corpus not in CORPORA[kind]:
         raise ValueError(
-            f"--data.corpus {data.corpus} does not fit architecture="
-            f"{config.model.architecture}; use --data.corpus "
-            f"{' or '.join(CORPORA[task])}, or your own --data.path"
+            f"--data.corpus {data.corpus} does not fit {of_kind}; use --data.corpus "
+            f"{' or '.join(CORPORA[kind])}, or your own --data.path"
         )
     if data.languages != DataConfig().languages and (
         data.path or data.corpus != "tatoeba"
@@ -95,26 +99,40 @@ def open_table(task: str, data: DataConfig, log: Log) -> Table:
     return replace(table, read=cache(table.read))
 
 
-def make_tokenizer(table: Table, config: Config, log: Log) -> Tokenizer:
-    """Makes the tokenizer that `data.tokenizer` names, with the task's special tokens.
+def special_tokens(task: str) -> tuple[str, ...]:
+    """The special tokens that the texts of a task need."""
+    return (END_OF_TEXT, MASK) if task == "masked-tokens" else (END_OF_TEXT,)
 
-    The characters or the BPE are those of the training part.
+
+def training_texts(table: Table, task: str) -> Iterator[str]:
+    """The texts of the training part's examples."""
+    for row, split in zip(*table.read(), strict=True):
+        if SPLITS[split] == "train":
+            yield from row[: _texts(task)]
+
+
+def make_tokenizer(
+    read_texts: Callable[[], Iterable[str]],
+    special: Sequence[str],
+    config: Config,
+    log: Log,
+    key: str,
+) -> Tokenizer:
+    """Makes the tokenizer that `data.tokenizer` names, with special tokens.
+
+    Args:
+      read_texts: returns the training part's texts, to which the characters or the BPE
+        are fitted.
+      key: of these texts; the same ones are fitted once.
     """
-    name, special = config.data.tokenizer, _special_tokens(config.model.task)
+    name = config.data.tokenizer
     if name not in ("char", "bpe"):
         return pretrained.find_tokenizer(name, log).with_special(special)
     size = config.model.vocab_size if name == "bpe" else 0
-    file_name = f"{_key(table, config)}-{name}-{size}.json"
-    path = cache_dir() / "tokenizers" / file_name
+    path = cache_dir() / "tokenizers" / f"{key}-{name}-{size}.json"
     with suppress(OSError, ValueError):  # it is missing or damaged
         return load_tokenizer(path)
-    rows, split_N = table.read()
-    texts = [
-        text
-        for row, split in zip(rows, split_N, strict=True)
-        if SPLITS[split] == "train"
-        for text in row[: _texts(config.model.task)]
-    ]
+    texts = [*read_texts()]
     if not texts:
         raise ValueError(
             "the train split has no examples; give more, since each one's hash "
@@ -131,14 +149,12 @@ def make_tokenizer(table: Table, config: Config, log: Log) -> Tokenizer:
     return tokenizer
 
 
-def tokenize(table: Table, config: Config, tokenizer: Tokenizer, log: Log) -> Arrays:
-    """Tokenizes a table, unless it is cached; returns what `make_examples` takes.
+def cached_arrays(key: str, make: Callable[[Log], Arrays], log: Log) -> Arrays:
+    """Returns `make(log)`, or what it returned before; what it logged is logged again.
 
-    These are token ids and offsets of each text, the ids of the labels and their names,
-    the sources, the index of each example's split, and what was logged of the texts,
-    such as how many were cut, which is logged again if they are cached.
+    Args:
+      key: the digest of all that the arrays depend on.
     """
-    key = _key(table, config, config.model.block_size, tokenizer.to_json())
     path = cache_dir() / "examples" / f"{key}.npz"
     # Missing or damaged; NumPy raises these, and zipfile checks each array.
     damage = OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error
@@ -147,12 +163,32 @@ def tokenize(table: Table, config: Config, tokenizer: Tokenizer, log: Log) -> Ar
         for line in arrays["log"].tolist():
             log(line)
         return arrays
+    log(f"tokenizing into {path}")
+    lines = list[str]()
+    arrays = make(lambda line: lines.append(f"all splits: {line}"))
+    arrays["log"] = np.array(lines, str)
+    for line in lines:
+        log(line)
+
+    def save(tmp_path: Path) -> None:
+        with tmp_path.open("wb") as file:
+            np.savez(file, **arrays)
+
+    replace_file(path, save)
+    return arrays
+
+
+def tokenize(table: Table, config: Config, tokenizer: Tokenizer, log: Log) -> Arrays:
+    """Tokenizes a table; returns what `make_examples` takes.
+
+    These are token ids and offsets of each text, the ids of the labels and their names,
+    the sources and the index of each example's split. Logs such as how many are cut.
+    """
     rows, split_N = table.read()
-    log(f"tokenizing {len(rows):,} examples into {path}")
     task, block_size = config.model.task, config.model.block_size
     texts = list(zip(*rows, strict=True))[: _texts(task)]
-    sequences, others, lines = [], Arrays(), list[str]()
-    settings = tokenizer, block_size, lambda line: lines.append(f"all splits: {line}")
+    sequences, others = [], Arrays()
+    settings = tokenizer, block_size, log
     if task == "masked-tokens":
         pieces, of_text = labelled.encode_pieces(texts[0], *settings)
         sequences, split_N = [pieces], split_N[of_text]
@@ -166,18 +202,10 @@ def tokenize(table: Table, config: Config, tokenizer: Tokenizer, log: Log) -> Ar
             pairs.encode_sources(each, *settings, name)
             for each, name in zip(texts, ("sources", "targets"), strict=True)
         ]
-    for line in lines:
-        log(line)
-    arrays = others | {"split": split_N, "log": np.array(lines, str)}
+    arrays = others | {"split": split_N}
     for n, each in enumerate(sequences):
         tokens = each.tokens.astype(token_dtype(tokenizer.vocab_size))
         arrays |= {f"tokens{n}": tokens, f"offsets{n}": each.offsets}
-
-    def save(tmp_path: Path) -> None:
-        with tmp_path.open("wb") as file:
-            np.savez(file, **arrays)
-
-    replace_file(path, save)
     return arrays
 
 
@@ -232,18 +260,14 @@ def make_examples(
     raise TypeError(f"there are no examples for a {type(model).__name__}")
 
 
-def _special_tokens(task: str) -> tuple[str, ...]:
-    return (END_OF_TEXT, MASK) if task == "masked-tokens" else (END_OF_TEXT,)
-
-
 def _texts(task: str) -> int:
     """How many texts an example has."""
     return 2 if task == "translation" else 1
 
 
-def _key(table: Table, config: Config, *others: object) -> str:
-    """The digest of all that the rows depend on, and of others."""
+def key(table: Table, config: Config, *others: object) -> str:
+    """The digest of all that the tokens of a table depend on."""
     data = config.data
     suffixes = [Path(path).suffix for path in data.path] or data.corpus
-    values = _FORMAT, config.model.task, table.sha256, suffixes, *others
+    values = FORMAT, config.model.task, table.sha256, suffixes, *others
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()

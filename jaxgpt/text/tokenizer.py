@@ -46,6 +46,7 @@ class CharTokenizer:
     Attributes:
       start: replaces an empty prompt: a newline, or else the first character.
       end_of_text: id of END_OF_TEXT, which separates documents; None if there is none.
+      special: the special tokens.
     """
 
     def __init__(self, characters: str, special: Sequence[str] = ()):
@@ -151,6 +152,7 @@ class BPETokenizer:
     Attributes:
       start: replaces an empty prompt: a newline.
       end_of_text: id of END_OF_TEXT, which separates documents; None if there is none.
+      special: the special tokens.
       vocab_size: number of token ids.
     """
 
@@ -172,6 +174,7 @@ class BPETokenizer:
         self.end_of_text = tokenizer.token_to_id(END_OF_TEXT)
         self._tokenizer = tokenizer
         self._added = [token.content for token in added.values()]
+        self.special = tuple(each.content for each in added.values() if each.special)
         if all(token.special for token in added.values()):
             self._added = []  # special tokens alone are ordinary text
         self._bytes = {}

@@ -71,18 +71,20 @@ def next_token(model: nn.Module) -> Objective:
     """Makes the objective of next-token prediction: cross-entropy in nats.
 
     A batch is inputs and targets, i32 [B, T] each, and of packed rows also segments;
-    those of padding are 0. The weight is the number of targets without padding.
+    those of padding are 0. Rows of conversations also have parts, which are 0 where a
+    target does not count. The weight is the number of targets that count.
     """
 
     def objective(
         params: Any, batch: Batch, context: Context
     ) -> tuple[LossSum, dict[str, LossSum]]:
         inputs_BT, targets_BT, segments_BT = (*batch, None)[:3]
+        counted_BT = batch[-1]  # the segments, or the parts
         apply = partial(model.apply, {"params": params}, inputs_BT, **context.options)
         weight, weights_BT = jnp.float32(targets_BT.size), None
         if segments_BT is not None:
             apply = partial(apply, segments_BT=segments_BT)
-            weights_BT = (segments_BT > 0).astype(jnp.float32)
+            weights_BT = (counted_BT > 0).astype(jnp.float32)
             weight = weights_BT.sum()
         if hasattr(model, "hidden"):
             head = model.head(params), targets_BT, model.platform, weights_BT
