@@ -7,6 +7,8 @@ conversations in which nobody answers.
 
 import json
 from collections.abc import Callable
+from itertools import cycle, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +37,21 @@ def _from_package() -> bytes:
 
 def to_jsonl(dataset: dict[str, Any]) -> bytes:
     """Turns the package's conversations into JSONL, equal ones once."""
-    conversations = dict.fromkeys(map(_turns, dataset.values()))
     lines = []
-    for turns in conversations:
-        turns = turns[: len(turns) // 2 * 2]  # the last one is an answer
-        if turns:
-            roles = ("user", "assistant") * (len(turns) // 2)
-            messages = [
-                {"role": role, "content": text}
-                for role, text in zip(roles, turns, strict=True)
-            ]
+    for turns in dict.fromkeys(map(_turns, dataset.values())):
+        answered = turns[: len(turns) // 2 * 2]  # the last one is an answer
+        messages = [
+            {"role": role, "content": text}
+            for role, text in zip(cycle(["user", "assistant"]), answered, strict=False)
+        ]
+        if messages:
             lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return "".join(lines).encode()
 
 
 def _turns(conversation: dict[str, Any]) -> tuple[str, ...]:
     """The texts of each turn; the two people take turns."""
-    texts, before = list[str](), None
-    for message in (each for turn in conversation["messages"] for each in turn):
-        text, sender = " ".join(message["text"].split()), message["sender"]
-        if not text:
-            continue
-        if sender == before:
-            texts[-1] += f" {text}"
-        else:
-            texts.append(text)
-        before = sender
-    return tuple(texts)
+    messages = (each for turn in conversation["messages"] for each in turn)
+    texts = ((each["sender"], " ".join(each["text"].split())) for each in messages)
+    turns = groupby((each for each in texts if each[1]), itemgetter(0))
+    return tuple(" ".join(text for _, text in turn) for _, turn in turns)

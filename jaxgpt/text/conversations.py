@@ -7,19 +7,21 @@ A conversation becomes the tokens
 with any tokenizer; the system turn is optional, and others may follow. The text of a
 message is always text, even where it spells a special token.
 
-T time (block_size)   P pieces
+N conversations   T time (block_size)   P pieces
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxgpt.config import Config, DataConfig
-from jaxgpt.text import chitchat, tasks
+from jaxgpt.text import chitchat
 from jaxgpt.text.packing import PackedDocuments, fill_rows
 from jaxgpt.text.tables import (
     SPLITS,
@@ -29,7 +31,7 @@ from jaxgpt.text.tables import (
     check_files,
     digest_files,
     encode_known,
-    read_text,
+    read_objects,
     splits_of,
 )
 from jaxgpt.text.tokenizer import (
@@ -70,38 +72,36 @@ def check_messages(messages: Any, last: str = "assistant") -> list[Message]:
     Raises ValueError that names the first message that does not fit.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError("messages must be a list with at least one message")
+        raise ValueError(
+            'a conversation must be like {"messages": [{"role": "user", "content": '
+            '"..."}, {"role": "assistant", "content": "..."}]}'
+        )
     found: list[Message] = []
     for number, each in enumerate(messages, 1):
-        role, content = (
-            (each.get("role"), each.get("content"))
-            if isinstance(each, dict)
-            else (None, None)
-        )
+        values = each if isinstance(each, dict) else {}
+        role, content = values.get("role"), values.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(
                 f'message {number} must be like {{"role": "user", "content": "..."}}'
             )
         if role not in ROLES:
             raise ValueError(
-                f"message {number} has the role {role!r:.40}; use "
-                f"{', '.join(ROLES[:-1])} or {ROLES[-1]}"
+                f"message {number} has the role {role!r:.40}; use {', '.join(ROLES)}"
             )
-        before = found[-1].role if found else ""
+        before = found[-1].role if found else "the beginning"
         expected = "assistant" if before == "user" else "user"
-        if role != expected and not (role == "system" and number == 1):
+        if role != expected and (role, number) != ("system", 1):
             raise ValueError(
-                f"message {number} is out of order: it has the role {role}, but "
-                f"{f'after {before} comes' if before else 'a conversation begins with'}"
-                f" {expected}"
+                f"message {number} is out of order: it has the role {role}, but after "
+                f"{before} comes {expected}"
             )
         if not content.strip():
             raise ValueError(f"message {number}, of the {role}, is empty; remove it")
         found.append(Message(role, without_surrogates(content)))
     if found[-1].role != last:
         raise ValueError(
-            f"the last message is the {found[-1].role}'s, not the {last}'s; "
-            + ("add an answer, or remove it" if last == "assistant" else "add one")
+            f"the last message is the {found[-1].role}'s, but must be the {last}'s; "
+            "add one, or remove it"
         )
     return found
 
@@ -111,44 +111,34 @@ def read_conversations(path: Path) -> Iterator[list[Message]]:
 
     Raises ValueError with file and line if one is no conversation.
     """
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    for place, values in read_objects(path):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        try:
-            if not isinstance(row, dict) or "messages" not in row:
-                raise ValueError(
-                    'a line must be like {"messages": [{"role": "user", "content": '
-                    '"..."}, {"role": "assistant", "content": "..."}]}'
-                )
-            yield check_messages(row["messages"])
+            yield check_messages(values.get("messages"))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+            raise ValueError(f"{place}: {error}") from error
 
 
 def open_conversations(data: DataConfig, log: Log) -> Table:
     """Finds a corpus of conversations, without reading it.
 
-    A row is the index of its path, then the roles and the texts of a conversation.
-    Raises OSError or ValueError if the files can't be used or fetched.
+    A row is the index of its path, then the texts of a conversation: an odd number of
+    them if it begins with a system turn. Raises OSError or ValueError if the files
+    can't be used or fetched.
     """
     paths = check_files(data.path, (".jsonl", ".json"))
     files = paths or [chitchat.find_conversations(log)]
 
     def read() -> tuple[list[Row], np.ndarray]:
-        rows: list[Row] = [
-            (str(n), *(text for message in conversation for text in message))
-            for n, path in enumerate(files)
-            for conversation in read_conversations(path)
-        ]
+        rows, keys = list[Row](), list[str]()
+        for n, path in enumerate(files):
+            for conversation in read_conversations(path):
+                rows.append((str(n), *(message.content for message in conversation)))
+                keys.append(json.dumps([*chain(*conversation)]))
         if not rows:
             raise ValueError(f"{', '.join(map(str, files))}: there is no conversation")
-        return rows, splits_of([json.dumps(row[1:]) for row in rows], _FRACTION)
+        return rows, splits_of(keys, _FRACTION)
 
-    return Table(digest_files(paths) if paths else chitchat.SHA256, cache(read))
+    return Table(digest_files(paths) if paths else chitchat.SHA256, read)
 
 
 def encode_turns(
@@ -159,140 +149,110 @@ def encode_turns(
     Args:
       log: told which characters the tokenizer does not have; they are left out.
     """
-    role_ids = {role: tokenizer.special_id(f"<|{role}|>") for role in ROLES}
-    end = tokenizer.special_id(END_OF_TURN)
+    ids = {token: [tokenizer.special_id(token)] for token in CHAT_TOKENS}
+    begins = {role: np.array(ids[f"<|{role}|>"], np.int32) for role in ROLES}
+    end = np.array(ids[END_OF_TURN], np.int32)
     texts = encode_known([each.content for each in messages], tokenizer, log)
     return [
-        np.array([role_ids[message.role], *ids, end], np.int32)
-        for message, ids in zip(messages, texts, strict=True)
+        np.concatenate([begins[message.role], text, end])
+        for message, text in zip(messages, texts, strict=True)
     ]
 
 
-def conversation_tokenizer(table: Table, config: Config, log: Log) -> Tokenizer:
-    """Makes the tokenizer that `data.tokenizer` names, with the chat's tokens.
+def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, log: Log) -> dict[str, Any]:
+    """Tokenizes rows of `open_conversations`; returns what `make_rows` takes.
 
-    The characters or the BPE are those of the training part.
+    These are all tokens and their parts, the offset of each turn, the index of each
+    conversation's first turn, and of its path. Logs how many messages spell a special
+    token.
     """
-    read_texts = partial(_training_texts, table)
-    key = tasks.key(table, config)
-    return tasks.make_tokenizer(read_texts, CHAT_TOKENS, config, log, key)
-
-
-def _training_texts(table: Table) -> Iterator[str]:
-    rows, split_N = table.read()
-    for row, split in zip(rows, split_N, strict=True):
-        if SPLITS[split] == "train":
-            yield from row[2::2]
-
-
-def tokenize_conversations(
-    table: Table, config: Config, tokenizer: Tokenizer, log: Log
-) -> tasks.Arrays:
-    """Tokenizes a table, unless it is cached; returns what `make_rows` takes.
-
-    These are all tokens and their parts; the start and length of each exchange (a
-    user's turn and its answer) and its conversation; and of each conversation the
-    length of its system turn (0 if there is none), its split and the index of its path.
-    Logs how many messages spell a special token.
-    """
-    key = tasks.key(table, config, tokenizer.to_json())
-    return tasks.cached_arrays(key, partial(_tokenize, table, tokenizer), log)
-
-
-def _tokenize(table: Table, tokenizer: Tokenizer, log: Log) -> tasks.Arrays:
-    rows, split_N = table.read()
-    texts = [[*map(Message, row[1::2], row[2::2])] for row in rows]
-    messages = [message for each in texts for message in each]
-    spelling = sum(
-        any(token in message.content for token in tokenizer.special)
-        for message in messages
-    )
-    if spelling:
+    messages = [
+        Message(role, text)
+        for _, *texts in rows
+        for role, text in zip(
+            ROLES[: len(texts) % 2] + ROLES[1:] * (len(texts) // 2), texts, strict=True
+        )
+    ]
+    special = re.compile("|".join(map(re.escape, tokenizer.special)))
+    if spelling := sum(special.search(each.content) is not None for each in messages):
         log(f"{spelling:,} messages spell a special token, which is text there")
     turns = encode_turns(messages, tokenizer, log)
-    parts = [np.full(len(ids), CONTEXT, np.uint8) for ids in turns]
-    for message, of_turn in zip(messages, parts, strict=True):
-        if message.role == "assistant":
-            of_turn[1:-1], of_turn[-1] = ANSWER, ANSWER_END
-    lengths = np.array([*map(len, turns)])
-    starts, conversation = np.cumsum(lengths) - lengths, np.arange(len(rows))
-    conversation = np.repeat(conversation, [*map(len, texts)])
-    users = np.flatnonzero([message.role == "user" for message in messages])
-    begin_N = starts[np.searchsorted(conversation, np.arange(len(rows)))]
-    first_N = users[np.searchsorted(conversation[users], np.arange(len(rows)))]
+    offsets = np.cumsum([0, *map(len, turns)])
+    answers = np.array([each.role == "assistant" for each in messages])
+    parts = np.repeat(np.where(answers, ANSWER, CONTEXT), np.diff(offsets))
+    parts[offsets[:-1][answers]] = CONTEXT  # the token of the role
+    parts[offsets[1:][answers] - 1] = ANSWER_END
     return {
         "tokens": np.concatenate(turns).astype(token_dtype(tokenizer.vocab_size)),
-        "parts": np.concatenate(parts),
-        "starts": starts[users],
-        "lengths": lengths[users] + lengths[users + 1],
-        "conversation": conversation[users],
-        "begin": begin_N,
-        "system": starts[first_N] - begin_N,
-        "split": split_N,
+        "parts": parts.astype(np.uint8),
+        "offsets": offsets,
+        "first": np.cumsum([0, *(len(row) - 1 for row in rows)]),
         "path": np.array([int(row[0]) for row in rows]),
     }
 
 
 def make_rows(
-    arrays: tasks.Arrays,
+    arrays: dict[str, Any],
     config: Config,
     tokenizer: Tokenizer,
-    split: str,
     log: Log,
+    split: str,
     path: int | None = None,
 ) -> PackedDocuments:
     """Packs the conversations of "train", "val", "test" or "all" into rows.
 
-    Those longer than block_size are cut where an exchange ends, and each piece begins
-    with the system turn. An exchange that does not fit alone is left out. Logs how many
-    there are of both.
+    Those longer than block_size are cut between exchanges (a user's turn and its
+    answer), and each piece begins with the system turn. An exchange that does not fit
+    alone is left out. Logs how many there are of both.
 
     Args:
-      arrays: of `tokenize_conversations`.
+      arrays: of `tokenize`, with the index of each conversation's split.
       path: index of the only path to take; None takes all.
 
     Raises ValueError if there are none.
     """
-    T, starts, lengths = config.model.block_size, arrays["starts"], arrays["lengths"]
-    of_exchange, begin_N, system_N = (
-        arrays[name] for name in ("conversation", "begin", "system")
-    )
-    keep_N = np.ones(len(system_N), bool)
-    if split in SPLITS:
-        keep_N = arrays["split"] == SPLITS.index(split)
+    T, name = config.model.block_size, f"the {split} split"
+    split_N = arrays["split"]
+    keep_N = split_N == SPLITS.index(split) if split in SPLITS else split_N >= 0
     if path is not None:
+        name += f" of {config.data.path[path]}"
         keep_N &= arrays["path"] == path
-    keep = keep_N[of_exchange]
-    fits = system_N[of_exchange] + lengths <= T
-    exchanges = np.flatnonzero(keep & fits)
-    if not len(exchanges):
-        name = "" if path is None else f" of {config.data.path[path]}"
+    offsets, first = arrays["offsets"].tolist(), arrays["first"].tolist()
+    runs, systems, cut, left_out = list[list[slice]](), list[slice](), 0, 0
+    for n in np.flatnonzero(keep_N):
+        begin, end = first[n], first[n + 1]
+        user = begin + (end - begin) % 2  # the first one's turn
+        system = slice(offsets[begin], offsets[user])
+        exchanges = [slice(offsets[i], offsets[i + 2]) for i in range(user, end, 2)]
+        cut += offsets[end] - offsets[begin] > T
+        for fits, group in groupby(exchanges, partial(_fit, T, system)):
+            run = [*group]
+            if fits:
+                runs.append(run)
+                systems.append(system)
+            else:
+                left_out += len(run)
+    if not runs:
         raise ValueError(
-            f"the {split} split{name} has no conversation that fits block_size={T}; "
-            "give more, since each one's hash determines its split, or raise "
-            "--model.block-size"
+            f"{name} has no conversation that fits block_size={T}; give more, since "
+            "each one's hash determines its split, or raise --model.block-size"
         )
-    follows = (np.diff(exchanges) == 1) & (np.diff(of_exchange[exchanges]) == 0)
-    runs = np.split(exchanges, np.flatnonzero(~follows) + 1)
-    systems = [int(system_N[of_exchange[run[0]]]) for run in runs]
-    rows = fill_rows([lengths[run].tolist() for run in runs], systems, T)
+    lengths = [[*map(_length, run)] for run in runs]
+    rows = fill_rows(lengths, [*map(_length, systems)], T)
     slices, lengths_P = list[slice](), list[int]()
-    for run, start, stop in (piece for row in rows for piece in row):
-        first, last = runs[run][start], runs[run][stop - 1]
-        begin, system = begin_N[of_exchange[first]], systems[run]
-        end = starts[last] + lengths[last]
-        slices += slice(begin, begin + system), slice(starts[first], end)
-        lengths_P.append(int(end - starts[first]) + system)
-    count = np.count_nonzero(keep_N)
-    total_N = system_N + np.bincount(of_exchange, lengths, len(system_N))
-    if cut := int((keep_N & (total_N > T)).sum()):
+    for run_number, start, stop in chain(*rows):
+        run = runs[run_number][start:stop]
+        piece = systems[run_number], slice(run[0].start, run[-1].stop)
+        slices += piece
+        lengths_P.append(sum(map(_length, piece)))
+    if cut:
         log(
-            f"{cut:,} of {count:,} conversations are longer than block_size={T}: they "
-            f"are cut at turns; {(keep & ~fits).sum():,} exchanges that do not fit "
-            "alone are left out"
+            f"{cut:,} of {keep_N.sum():,} conversations are longer than block_size={T}:"
+            f" they are cut at turns; {left_out:,} exchanges that do not fit alone are "
+            "left out"
         )
     log(
-        f"packed {count:,} conversations of the {split} split into {len(rows):,} rows, "
+        f"packed {keep_N.sum():,} conversations of {name} into {len(rows):,} rows, "
         f"{sum(lengths_P) / (len(rows) * T):.1%} full"
     )
     return PackedDocuments(
@@ -306,3 +266,11 @@ def make_rows(
         np.cumsum([0, *map(len, rows)]),
         np.concatenate([arrays["parts"][each] for each in slices]),
     )
+
+
+def _length(tokens: slice) -> int:
+    return int(tokens.stop - tokens.start)
+
+
+def _fit(block_size: int, *turns: slice) -> bool:
+    return sum(map(_length, turns)) <= block_size

@@ -19,14 +19,8 @@ from jaxgpt.config import ClassifierConfig, Config, DataConfig, is_token_folder
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
 from jaxgpt.text import pretrained, reverse, reviews, tasks, tinyshakespeare
-from jaxgpt.text.conversations import (
-    conversation_tokenizer,
-    make_rows,
-    open_conversations,
-    tokenize_conversations,
-)
+from jaxgpt.text.conversations import make_rows
 from jaxgpt.text.documents import find_files, is_records
-from jaxgpt.text.packing import PackedDocuments
 from jaxgpt.text.prepare import UNFINISHED, prepare
 from jaxgpt.text.scans import file_states
 from jaxgpt.text.shards import MANIFEST, SPLITS, Tokens, open_folder
@@ -82,15 +76,10 @@ def load_corpus(
     config.
     """
     tasks.check_corpus(config)
-    if config.data.packing == "conversations":
-        rows, tokenizer, config = _load_conversations(config, log, tokenizer)
-        paths = range(len(config.data.weights))
-        parts_of_paths = [rows("train", path=n) for n in paths]
-        return Corpus(rows("train"), rows("val"), tokenizer, parts_of_paths), config
-    if config.model.task != "next-token":
-        arrays, tokenizer, config = _load_examples(config, log, tokenizer)
-        of_split = partial(tasks.make_examples, arrays, config.model, tokenizer)
-        return Corpus(of_split("train"), of_split("val"), tokenizer), config
+    if tasks.kind_of(config) != "next-token":
+        of_split, tokenizer, config = _load_examples(config, log, tokenizer)
+        parts = [of_split("train", path=n) for n in range(len(config.data.weights))]
+        return Corpus(of_split("train"), of_split("val"), tokenizer, parts), config
     folders, tokenizer, config = _load(config, SPLITS, log, tokenizer)
     train, val = (Tokens.join([each[split] for each in folders]) for split in SPLITS)
     parts = [each["train"] for each in folders] if config.data.weights else []
@@ -118,12 +107,9 @@ def load_split(
     tasks than next-token prediction returns `Examples`, and for conversations packed
     rows, which also have a "test" split.
     """
-    if config.data.packing == "conversations":
-        rows, _, _ = _load_conversations(config, log, tokenizer)
-        return rows(split)
-    if config.model.task != "next-token":
-        arrays, tokenizer, config = _load_examples(config, log, tokenizer)
-        return tasks.make_examples(arrays, config.model, tokenizer, split)
+    if tasks.kind_of(config) != "next-token":
+        of_split, _, _ = _load_examples(config, log, tokenizer)
+        return of_split(split)
     wanted = ("all",) if split == "all" else SPLITS
     folders, _, _ = _load(config, wanted, log, tokenizer)
     names = [split] if split in folders[0] else SPLITS
@@ -182,52 +168,34 @@ def _load(
     return tokens, tokenizer, config
 
 
-def _load_conversations(
-    config: Config, log: Callable[[str], None], tokenizer: Tokenizer | None
-) -> tuple[Callable[..., PackedDocuments], Tokenizer, Config]:
-    """Returns a function from a split to its rows, the tokenizer, and the full config.
-
-    A model that starts from another run gets the rows of new tokens.
-    """
-    model, data = config.model, _with_absolute_paths(config.data)
-    table = open_conversations(data, log)
-    _check_unchanged(data, table.sha256)
-    size = None if config.train.init_from and not tokenizer else model.vocab_size
-    tokenizer = tokenizer or conversation_tokenizer(table, config, log)
-    _check_fits(tokenizer, size)
-    arrays = tokenize_conversations(table, config, tokenizer, log)
-    size = max(model.vocab_size or 0, tokenizer.vocab_size)
-    model = dataclasses.replace(model, vocab_size=size)
-    data = dataclasses.replace(data, sha256=table.sha256)
-    config = dataclasses.replace(config, model=model, data=data)
-    return partial(make_rows, arrays, config, tokenizer, log=log), tokenizer, config
-
-
 def _load_examples(
     config: Config, log: Callable[[str], None], tokenizer: Tokenizer | None
-) -> tuple[tasks.Arrays, Tokenizer, Config]:
-    """Returns the arrays of all splits, the tokenizer, and the full config."""
-    model, data = config.model, _with_absolute_paths(config.data)
-    table = tasks.open_table(model.task, data, log)
+) -> tuple[Callable[..., Any], Tokenizer, Config]:
+    """Returns a function from a split to its examples, the tokenizer, the full config.
+
+    Examples of conversations are packed rows, and a model for them that starts from
+    another run gets rows for the new tokens.
+    """
+    model, data, kind = config.model, config.data, tasks.kind_of(config)
+    data = _with_absolute_paths(data)
+    table = tasks.open_table(kind, data, log)
     _check_unchanged(data, table.sha256)
-    tokenizer = tokenizer or tasks.make_tokenizer(
-        partial(tasks.training_texts, table, model.task),
-        tasks.special_tokens(model.task),
-        config,
-        log,
-        tasks.key(table, config),
-    )
-    _check_fits(tokenizer, model.vocab_size)
-    key = tasks.key(table, config, model.block_size, tokenizer.to_json())
-    tokenize_table = partial(tasks.tokenize, table, config, tokenizer)
-    arrays = tasks.cached_arrays(key, tokenize_table, log)
-    size = model.vocab_size or tokenizer.vocab_size
+    size = model.vocab_size
+    if kind == "conversations" and config.train.init_from and not tokenizer:
+        size = None  # the tokenizer's, which may have more tokens
+    tokenizer = tokenizer or tasks.make_tokenizer(table, config, log)
+    _check_fits(tokenizer, size)
+    arrays = tasks.tokenize(table, config, tokenizer, log)
+    size = max(model.vocab_size or 0, tokenizer.vocab_size)
     model = dataclasses.replace(model, vocab_size=size)
     match model:
         case ClassifierConfig(labels=()):
             model = dataclasses.replace(model, labels=tasks.labels_of(arrays))
     data = dataclasses.replace(data, sha256=table.sha256)
-    return arrays, tokenizer, dataclasses.replace(config, model=model, data=data)
+    config = dataclasses.replace(config, model=model, data=data)
+    if kind == "conversations":
+        return partial(make_rows, arrays, config, tokenizer, log), tokenizer, config
+    return partial(tasks.make_examples, arrays, model, tokenizer), tokenizer, config
 
 
 def _with_absolute_paths(data: DataConfig) -> DataConfig:

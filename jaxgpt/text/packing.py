@@ -9,7 +9,6 @@ of a row is padding. Source: Ding et al. 2024, "Fewer Truncations Improve Langua
 Modeling", section 3.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -225,8 +224,8 @@ def fill_rows(
     """Cuts runs of exchanges into pieces, and packs these into rows.
 
     A run that fits a row stays whole. A longer one, the longest first, fills rows with
-    as many exchanges as fit, and a row's rest takes the next exchanges of others, or
-    others that are whole: always those that fit best, so little of a row is padding.
+    as many exchanges as fit. What is left of a row takes the next exchanges of other
+    runs, or whole runs: always those that fit best, so little of a row is padding.
 
     Args:
       runs: lengths of the exchanges of each run.
@@ -236,39 +235,30 @@ def fill_rows(
     Returns pieces of each row: a run, its first exchange, and the one after the last.
     """
     totals = [system + sum(run) for run, system in zip(runs, systems, strict=True)]
-    done, available = [0] * len(runs), 0  # bit n: a run's next piece can have length n
-    waiting = [deque[tuple[int, int]]() for _ in range(capacity + 1)]
+    done, rows = [0] * len(runs), list[list[tuple[int, int, int]]]()
+    # By the least length of its next piece: a run, and the exchange it begins with.
+    waiting = [list[tuple[int, int]]() for _ in range(capacity + 1)]
 
-    def offer(run: int) -> None:
-        nonlocal available
-        if (start := done[run]) < len(runs[run]):
-            length = totals[run]
-            if length > capacity:
-                length = systems[run] + runs[run][start]
-            waiting[length].append((run, start))
-            available |= 1 << length
+    def wait(run: int) -> None:
+        if done[run] < len(runs[run]):
+            least = systems[run] + runs[run][done[run]]
+            length = totals[run] if totals[run] <= capacity else least
+            waiting[length].append((run, done[run]))
 
-    def take(run: int, room: int) -> int:
-        start, room = done[run], room - systems[run]
-        while done[run] < len(runs[run]) and runs[run][done[run]] <= room:
-            room -= runs[run][done[run]]
-            done[run] += 1
-        rows[-1].append((run, start, done[run]))
-        offer(run)
-        return room
-
-    rows = list[list[tuple[int, int, int]]]()
     for run in range(len(runs)):
-        offer(run)
+        wait(run)
     for longest in sorted(range(len(runs)), key=totals.__getitem__, reverse=True):
         while done[longest] < len(runs[longest]):
             rows.append([])
-            room = take(longest, capacity)
-            while fitting := available & ((2 << room) - 1):
-                length = fitting.bit_length() - 1
-                run, start = waiting[length].popleft()
-                if not waiting[length]:
-                    available ^= 1 << length
-                if done[run] == start:
-                    room = take(run, room)
+            room, fitting = capacity, [(longest, done[longest])]
+            while fitting:
+                run, start = fitting.pop()
+                if start == done[run]:  # else a row began with it
+                    room -= systems[run]
+                    while done[run] < len(runs[run]) and runs[run][done[run]] <= room:
+                        room -= runs[run][done[run]]
+                        done[run] += 1
+                    rows[-1].append((run, start, done[run]))
+                    wait(run)
+                fitting = next(filter(None, reversed(waiting[: room + 1])), [])
     return rows

@@ -7,6 +7,7 @@ A row is (text, label, source) to classify, (text,) for masked language modellin
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,19 @@ def read_text(path: Path) -> str:
         raise not_utf8(path, error) from error
 
 
+def read_objects(path: Path, **options: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields "FILE:LINE" and the object of each line of JSONL that is not blank.
+
+    It is empty if the line is no object. The options are those of `json.loads`.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            row = None
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line, **options)
+            yield f"{path}:{number}", row if isinstance(row, dict) else {}
+
+
 def read_jsonl(
     path: Path, required: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, str]]]:
@@ -101,18 +115,11 @@ def read_jsonl(
     required string or number.
     """
     numbers: Any = {"parse_float": str, "parse_int": str, "parse_constant": bool}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, **numbers)
-        except (ValueError, RecursionError):
-            row = None
-        found = row if isinstance(row, dict) else {}
+    for place, found in read_objects(path, **numbers):
         if wrong := [n for n in required if not isinstance(found.get(n), str)]:
             fields = ", ".join(f'"{name}": "..."' for name in required)
             raise ValueError(
-                f"{path}:{number}: a line must be like {{{fields}}}, but its "
+                f"{place}: a line must be like {{{fields}}}, but its "
                 f'"{wrong[0]}" is missing or no text'
             )
         strings = {
@@ -120,7 +127,7 @@ def read_jsonl(
             for name, value in found.items()
             if isinstance(value, str)
         }
-        yield f"{path}:{number}", strings
+        yield place, strings
 
 
 def without_blank(rows: Sequence[Row], texts: int, name: str, log: Log) -> list[Row]:

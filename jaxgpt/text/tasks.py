@@ -9,7 +9,6 @@ import json
 import shlex
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -28,7 +27,7 @@ from jaxgpt.config import (
 )
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
-from jaxgpt.text import labelled, pairs, pretrained
+from jaxgpt.text import conversations, labelled, pairs, pretrained
 from jaxgpt.text.examples import (
     Examples,
     LabelledTexts,
@@ -56,19 +55,32 @@ CORPORA = {
     "conversations": ("chitchat",),
 }
 # To raise when the same files give other rows, splits, labels or tokens than before.
-FORMAT = 1
+_FORMAT = 1
 Arrays = dict[str, Any]
+# Where a kind of corpus differs: its special tokens, and which strings of a row it
+# reads as text.
+_SPECIAL = {
+    "masked-tokens": (END_OF_TEXT, MASK),
+    "conversations": conversations.CHAT_TOKENS,
+}
+_TEXTS = {"translation": slice(2), "conversations": slice(1, None)}
+
+
+def kind_of(config: Config) -> str:
+    """What a corpus holds: "conversations", or else what the model's task needs."""
+    is_chat = config.data.packing == "conversations"
+    return "conversations" if is_chat else config.model.task
 
 
 def check_corpus(config: Config) -> None:
     """Raises ValueError if settings of the corpus are for another task or corpus."""
-    data, task = config.data, config.model.task
-    kind, of_kind = task, f"architecture={config.model.architecture}"
-    if data.packing == "conversations":
-        kind, of_kind = data.packing, f"packing={data.packing}"
+    data, task, kind = config.data, config.model.task, kind_of(config)
     if not data.path and data.corpus not in CORPORA[kind]:
+        setting = f"architecture={config.model.architecture}"
+        if kind == "conversations":
+            setting = f"packing={kind}"
         raise ValueError(
-            f"--data.corpus {data.corpus} does not fit {of_kind}; use --data.corpus "
+            f"--data.corpus {data.corpus} does not fit {setting}; use --data.corpus "
             f"{' or '.join(CORPORA[kind])}, or your own --data.path"
         )
     if data.languages != DataConfig().languages and (
@@ -90,49 +102,38 @@ def check_corpus(config: Config) -> None:
         )
 
 
-def open_table(task: str, data: DataConfig, log: Log) -> Table:
-    """Finds the corpus of a task; raises OSError or ValueError if it can't be used."""
-    if task == "translation":
+def open_table(kind: str, data: DataConfig, log: Log) -> Table:
+    """Finds a corpus of a kind; raises OSError or ValueError if it can't be used."""
+    if kind == "translation":
         table = pairs.open_pairs(data, log)
+    elif kind == "conversations":
+        table = conversations.open_conversations(data, log)
     else:
-        table = labelled.open_labelled(data, task == "classification", log)
+        table = labelled.open_labelled(data, kind == "classification", log)
     return replace(table, read=cache(table.read))
 
 
-def special_tokens(task: str) -> tuple[str, ...]:
-    """The special tokens that the texts of a task need."""
-    return (END_OF_TEXT, MASK) if task == "masked-tokens" else (END_OF_TEXT,)
+def make_tokenizer(table: Table, config: Config, log: Log) -> Tokenizer:
+    """Makes the tokenizer that `data.tokenizer` names, with the special tokens needed.
 
-
-def training_texts(table: Table, task: str) -> Iterator[str]:
-    """The texts of the training part's examples."""
-    for row, split in zip(*table.read(), strict=True):
-        if SPLITS[split] == "train":
-            yield from row[: _texts(task)]
-
-
-def make_tokenizer(
-    read_texts: Callable[[], Iterable[str]],
-    special: Sequence[str],
-    config: Config,
-    log: Log,
-    key: str,
-) -> Tokenizer:
-    """Makes the tokenizer that `data.tokenizer` names, with special tokens.
-
-    Args:
-      read_texts: returns the training part's texts, to which the characters or the BPE
-        are fitted.
-      key: of these texts; the same ones are fitted once.
+    The characters or the BPE are those of the training part.
     """
-    name = config.data.tokenizer
+    name, kind = config.data.tokenizer, kind_of(config)
+    special = _SPECIAL.get(kind, (END_OF_TEXT,))
     if name not in ("char", "bpe"):
         return pretrained.find_tokenizer(name, log).with_special(special)
     size = config.model.vocab_size if name == "bpe" else 0
-    path = cache_dir() / "tokenizers" / f"{key}-{name}-{size}.json"
+    file_name = f"{_key(table, config)}-{name}-{size}.json"
+    path = cache_dir() / "tokenizers" / file_name
     with suppress(OSError, ValueError):  # it is missing or damaged
         return load_tokenizer(path)
-    texts = [*read_texts()]
+    rows, split_N = table.read()
+    texts = [
+        text
+        for row, split in zip(rows, split_N, strict=True)
+        if SPLITS[split] == "train"
+        for text in row[_TEXTS.get(kind, slice(1))]
+    ]
     if not texts:
         raise ValueError(
             "the train split has no examples; give more, since each one's hash "
@@ -149,12 +150,14 @@ def make_tokenizer(
     return tokenizer
 
 
-def cached_arrays(key: str, make: Callable[[Log], Arrays], log: Log) -> Arrays:
-    """Returns `make(log)`, or what it returned before; what it logged is logged again.
+def tokenize(table: Table, config: Config, tokenizer: Tokenizer, log: Log) -> Arrays:
+    """Tokenizes a table, unless it is cached; returns arrays for `make_examples`.
 
-    Args:
-      key: the digest of all that the arrays depend on.
+    These are token ids and offsets of each text, the ids of the labels and their names,
+    the sources, the index of each example's split, and what was logged of the texts,
+    such as how many were cut, which is logged again if they are cached.
     """
+    key = _key(table, config, config.model.block_size, tokenizer.to_json())
     path = cache_dir() / "examples" / f"{key}.npz"
     # Missing or damaged; NumPy raises these, and zipfile checks each array.
     damage = OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error
@@ -163,36 +166,18 @@ def cached_arrays(key: str, make: Callable[[Log], Arrays], log: Log) -> Arrays:
         for line in arrays["log"].tolist():
             log(line)
         return arrays
-    log(f"tokenizing into {path}")
-    lines = list[str]()
-    arrays = make(lambda line: lines.append(f"all splits: {line}"))
-    arrays["log"] = np.array(lines, str)
-    for line in lines:
-        log(line)
-
-    def save(tmp_path: Path) -> None:
-        with tmp_path.open("wb") as file:
-            np.savez(file, **arrays)
-
-    replace_file(path, save)
-    return arrays
-
-
-def tokenize(table: Table, config: Config, tokenizer: Tokenizer, log: Log) -> Arrays:
-    """Tokenizes a table; returns what `make_examples` takes.
-
-    These are token ids and offsets of each text, the ids of the labels and their names,
-    the sources and the index of each example's split. Logs such as how many are cut.
-    """
     rows, split_N = table.read()
-    task, block_size = config.model.task, config.model.block_size
-    texts = list(zip(*rows, strict=True))[: _texts(task)]
-    sequences, others = [], Arrays()
-    settings = tokenizer, block_size, log
-    if task == "masked-tokens":
+    log(f"tokenizing {len(rows):,} examples into {path}")
+    kind, block_size = kind_of(config), config.model.block_size
+    sequences, others, lines = [], Arrays(), list[str]()
+    settings = tokenizer, block_size, lambda line: lines.append(f"all splits: {line}")
+    texts = [] if kind == "conversations" else list(zip(*rows, strict=True))
+    if kind == "conversations":
+        others = conversations.tokenize(rows, tokenizer, settings[-1])
+    elif kind == "masked-tokens":
         pieces, of_text = labelled.encode_pieces(texts[0], *settings)
         sequences, split_N = [pieces], split_N[of_text]
-    elif task == "classification":
+    elif kind == "classification":
         sequences = [labelled.encode_texts(texts[0], *settings)]
         _, labels, sources = zip(*rows, strict=True)
         names, ids = np.unique(labels, return_inverse=True)
@@ -202,10 +187,18 @@ def tokenize(table: Table, config: Config, tokenizer: Tokenizer, log: Log) -> Ar
             pairs.encode_sources(each, *settings, name)
             for each, name in zip(texts, ("sources", "targets"), strict=True)
         ]
-    arrays = others | {"split": split_N}
+    for line in lines:
+        log(line)
+    arrays = others | {"split": split_N, "log": np.array(lines, str)}
     for n, each in enumerate(sequences):
         tokens = each.tokens.astype(token_dtype(tokenizer.vocab_size))
         arrays |= {f"tokens{n}": tokens, f"offsets{n}": each.offsets}
+
+    def save(tmp_path: Path) -> None:
+        with tmp_path.open("wb") as file:
+            np.savez(file, **arrays)
+
+    replace_file(path, save)
     return arrays
 
 
@@ -237,7 +230,7 @@ def make_examples(
         )
     texts = [
         Sequences(arrays[f"tokens{n}"], arrays[f"offsets{n}"]).select(keep_N)
-        for n in range(_texts(model.task))
+        for n in range(2 if model.task == "translation" else 1)
     ]
     end = tokenizer.end_of_text
     match model:
@@ -260,14 +253,9 @@ def make_examples(
     raise TypeError(f"there are no examples for a {type(model).__name__}")
 
 
-def _texts(task: str) -> int:
-    """How many texts an example has."""
-    return 2 if task == "translation" else 1
-
-
-def key(table: Table, config: Config, *others: object) -> str:
-    """The digest of all that the tokens of a table depend on."""
+def _key(table: Table, config: Config, *others: object) -> str:
+    """The digest of all that the rows depend on, and of others."""
     data = config.data
     suffixes = [Path(path).suffix for path in data.path] or data.corpus
-    values = FORMAT, config.model.task, table.sha256, suffixes, *others
+    values = _FORMAT, kind_of(config), table.sha256, suffixes, *others
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
