@@ -156,6 +156,31 @@ def examples_config(folder, architecture, tokenizer="char"):
     )
 
 
+def conversations_config(folder, name="chats", count=60):
+    """TINY's config for conversations of characters, in a file that it writes.
+
+    Every third one has a system turn; the longest do not fit a row.
+    """
+    rng, lines = np.random.default_rng(len(name)), []
+    for n in range(count):
+        texts = ["".join(rng.choice(list("abcdefgh"), 3)) for _ in range(2 + n % 9)]
+        roles = ["user", "assistant"] * (len(texts) // 2)
+        roles = roles if n % 3 else ["system", *roles]
+        pairs = zip(roles, texts, strict=False)
+        messages = [{"role": role, "content": text} for role, text in pairs]
+        if messages[-1]["role"] == "assistant":
+            lines.append(json.dumps({"messages": messages}))
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(lines))
+    return changed(
+        TINY,
+        model={"n_layer": 1, "block_size": 32, "vocab_size": None},
+        data={"path": (str(path),), "packing": "conversations"},
+        train={"log_interval": 1},
+        mesh={"data": 1},
+    )
+
+
 def random_examples(architecture, lengths):
     """Examples of random tokens below 11, and TINY's config for them.
 

@@ -12,6 +12,7 @@ from jaxgpt.text.batches import training_source
 from jaxgpt.text.packing import (
     as_rows,
     best_fit_decreasing,
+    fill_rows,
     get_packed_batch,
     pack_documents,
     read_rows,
@@ -73,6 +74,32 @@ def test_rows_are_as_full_as_when_pieces_are_placed_one_by_one(lengths):
     rows_P = best_fit_decreasing(np.array(lengths), 12)
     found = 12 - np.bincount(rows_P, lengths).astype(int)
     assert sorted(found.tolist()) == sorted(free)
+
+
+RUNS = st.lists(st.tuples(st.integers(0, 4), LENGTHS), max_size=20)
+
+
+@given(RUNS, st.integers(13, 40))
+def test_rows_have_each_exchange_once_in_order_and_what_fits_stays_whole(of, capacity):
+    systems, runs = [each[0] for each in of], [each[1] for each in of]
+    rows, found = fill_rows(runs, systems, capacity), [[] for _ in runs]
+    for row in rows:
+        assert row
+        for run, start, stop in row:
+            found[run] += range(start, stop)
+            if systems[run] + sum(runs[run]) <= capacity:
+                assert (start, stop) == (0, len(runs[run]))
+        taken = [systems[run] + sum(runs[run][a:b]) for run, a, b in row]
+        assert sum(taken) <= capacity
+    assert found == [[*range(len(run))] for run in runs]
+
+
+def test_at_most_3_percent_of_rows_of_conversations_are_padding():
+    rng = np.random.default_rng(0)
+    counts = rng.geometric(1 / 17, 1000)  # exchanges of a conversation, as in chitchat
+    runs = [rng.integers(10, 90, size).tolist() for size in counts]
+    rows = fill_rows(runs, [0] * len(runs), 256)
+    assert sum(map(sum, runs)) / (256 * len(rows)) > 0.97
 
 
 PACKED = pack_documents(np.concatenate(documents(range(1, 40))), END, 16)

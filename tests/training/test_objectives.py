@@ -159,15 +159,29 @@ def test_a_program_for_8_devices_trains_like_one_device(initial, config):
     jax.tree.map(close, one, eight)
 
 
-def test_a_batch_of_weight_0_changes_nothing_and_is_not_a_skipped_step(initial):
-    step = jax.jit(make_train_step(objective, ADAMW, CONFIG))
-    before, first = step(initial, BATCH)
-    after, metrics = step(before, make_batch([0] * B))
+def make_chats(counts):
+    """Rows of one conversation each, of which the first `counts[row]` targets count."""
+    batch = make_batch(counts)
+    inputs_BT, targets_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+    return inputs_BT, targets_BT, np.ones((B, T), np.int32), 1 * (batch["counts"] > 0)
+
+
+@pytest.mark.parametrize("make", [make_batch, make_chats])
+def test_a_batch_of_weight_0_changes_nothing_and_is_not_a_skipped_step(initial, make):
+    of_kind, config = objective, CONFIG
+    if make is make_chats:
+        config = changed(TINY, model={"n_layer": 1}, mesh={"data": 1})
+        model = build_model(config.model, "cpu")
+        of_kind = make_objective(model)
+        initial = jax.device_get(create_state(model, config, mesh_of(config)))
+    step = jax.jit(make_train_step(of_kind, ADAMW, config))
+    before, first = step(initial, make([row % (T + 1) for row in range(B)]))
+    after, metrics = step(before, make([0] * B))
     assert (after.step, after.skipped) == (before.step + 1, 0)
     assert metrics["tokens"] == 0
     assert np.isnan(metrics["loss"])
     unchanged = (before.params, before.opt_state), (after.params, after.opt_state)
     jax.tree.map(np.testing.assert_array_equal, *unchanged)
-    _, later = step(after, BATCH)
+    _, later = step(after, make([1] * B))
     assert later["learning_rate"] == metrics["learning_rate"]  # as no update was made
     assert later["learning_rate"] > first["learning_rate"]

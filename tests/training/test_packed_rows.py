@@ -3,6 +3,7 @@
 B batch   T time   P pieces, each alone in a row   V vocab
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -26,6 +27,8 @@ LENGTHS = [30, 200, 7, 1, 44, 80, 79, 21, 66, 13, 5, 81]
 TEXTS = [np.append(RNG.integers(END, size=n - 1), END) for n in LENGTHS]
 TOKENS = np.concatenate(TEXTS).astype(np.uint16)
 PACKED = pack_documents(TOKENS, END, T)
+# The same rows, of which only some predictions count, as in those of conversations.
+CHATS = dataclasses.replace(PACKED, parts=RNG.integers(3, size=len(TOKENS)))
 BATCH = read_rows(PACKED, np.arange(len(PACKED)))
 
 
@@ -37,35 +40,38 @@ def model_and_params():
     return model, jax.tree.map(lambda a: 8 * a if a.ndim > 2 else a, params)
 
 
-def loss_alone(model, params):
+def loss_alone(packed, model, params):
     """The mean loss of the documents, each piece of which has a row for itself."""
-    pieces = [
-        (np.append(END, text)[start : start + T + 1])
-        for text in TEXTS
-        for start in range(0, len(text), T)
-    ]
-    rows = np.stack([np.pad(piece, (0, T + 1 - len(piece))) for piece in pieces])
-    counted_PT = np.arange(T) < np.array([[len(piece) - 1] for piece in pieces])
+    counted = np.ones(len(TOKENS)) if packed.parts is None else packed.parts > 0
+    counted_PT, rows = [], []
+    for text, of in zip(TEXTS, np.split(counted, np.cumsum(LENGTHS)[:-1]), strict=True):
+        for start in range(0, len(text), T):
+            piece = np.append(END, text)[start : start + T + 1]
+            rows.append(np.pad(piece, (0, T + 1 - len(piece))))
+            counted_PT.append(np.pad(of[start : start + T], (0, T + 1 - len(piece))))
+    rows, counted_PT = np.stack(rows), np.stack(counted_PT)
     losses_PT = cross_entropy(logits_of(model, params, rows[:, :-1]), rows[:, 1:])
-    assert counted_PT.sum() == sum(LENGTHS)
-    return (losses_PT * counted_PT).sum() / sum(LENGTHS)
+    assert counted_PT.sum() == packed.predictions
+    return (losses_PT * counted_PT).sum() / counted_PT.sum()
 
 
+@pytest.mark.parametrize("packed", [PACKED, CHATS], ids=["documents", "chats"])
 def test_packed_rows_have_the_losses_and_gradients_of_their_documents_alone(
-    model_and_params,
+    model_and_params, packed
 ):
     model, params = model_and_params
-    assert (BATCH[2] == 0).any()  # there is padding
+    batch = read_rows(packed, np.arange(len(packed)))
+    assert (batch[2] == 0).any()  # there is padding
 
     def packed_loss(params):
         loss, _ = next_token(model)(
-            params, BATCH, Context(None, np.arange(len(PACKED)))
+            params, batch, Context(None, np.arange(len(packed)))
         )
         return loss.mean()
 
     (loss, grads), (expected, expected_grads) = (
         jax.jit(jax.value_and_grad(function))(params)
-        for function in (packed_loss, partial(loss_alone, model))
+        for function in (packed_loss, partial(loss_alone, packed, model))
     )
     assert loss == pytest.approx(float(expected), abs=2e-5)
     jax.tree.map(
@@ -92,13 +98,14 @@ def test_a_changed_token_changes_later_logits_of_its_document_and_no_others(
     np.testing.assert_array_equal(np.any(before != after, axis=(0, 2)), expected_T)
 
 
-def test_the_exact_loss_is_that_of_the_documents_alone(model_and_params):
+@pytest.mark.parametrize("packed", [PACKED, CHATS], ids=["documents", "chats"])
+def test_the_exact_loss_is_that_of_the_documents_alone(model_and_params, packed):
     model, params = model_and_params
     mesh, done = mesh_of(CONFIG), []
-    evaluate = partial(evaluate_exactly, make_losses_step(model, mesh), params, PACKED)
+    evaluate = partial(evaluate_exactly, make_losses_step(model, mesh), params, packed)
     exact = evaluate(CONFIG, mesh, advance=done.append)
-    assert exact.tokens == sum(done) == sum(LENGTHS)
-    expected = float(jax.jit(partial(loss_alone, model))(params))
+    assert exact.tokens == sum(done) == packed.predictions
+    expected = float(jax.jit(partial(loss_alone, packed, model))(params))
     assert exact.nats_per_token == pytest.approx(expected, abs=2e-5)
     assert 0 < exact.standard_error < expected
     with pytest.raises(ValueError, match=r"stride=3 .*packing=documents"):
