@@ -34,13 +34,21 @@ from jaxgpt.text.corpus import load_corpus
 from jaxgpt.text.pretrained import save_nanogpt_meta
 
 DOCS = ROOT / "docs"
-README, PRESETS_PAGE, SCALING, PYTORCH, LECTURE, DATA = (
+README, PRESETS_PAGE, SCALING, PYTORCH, LECTURE, DATA, CHAT = (
     (DOCS / name).with_suffix(".md").read_text(encoding="utf-8")
-    for name in ("../README", "presets", "scaling", "pytorch", "lecture", "data")
+    for name in (
+        "../README",
+        "presets",
+        "scaling",
+        "pytorch",
+        "lecture",
+        "data",
+        "chat",
+    )
 )
 RESULTS = json.loads((DOCS / "lecture.json").read_text(encoding="utf-8"))
 TRAIN = re.findall(
-    r"python train\.py(?! --help)([^#`\n]*)", README + SCALING + LECTURE + DATA
+    r"python train\.py(?! --help)([^#`\n]*)", README + SCALING + LECTURE + DATA + CHAT
 )
 
 SHORTER = {
@@ -105,7 +113,9 @@ def test_every_command_of_the_lectures_page_works(
 
 @pytest.mark.parametrize("flags", sorted(set(TRAIN)))
 def test_every_train_command_is_valid(tiny_run, flags):
-    parse_arguments(shlex.split(re.sub(r"\bDIR\b|runs/gpt2\b", str(tiny_run), flags)))
+    parse_arguments(
+        shlex.split(re.sub(r"\bDIR\b|runs/(gpt2|reviews-bpe)\b", str(tiny_run), flags))
+    )
 
 
 def test_every_prepare_command_is_valid(call, monkeypatch):

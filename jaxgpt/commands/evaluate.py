@@ -20,12 +20,20 @@ from jaxgpt.commands.evaluate_labels import (
 from jaxgpt.commands.evaluate_translation import evaluate_pairs
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.parallel.mesh import make_mesh
-from jaxgpt.run import CONFUSION, Run, load_config, load_run, text_tokenizer
+from jaxgpt.run import (
+    CONFUSION,
+    Run,
+    load_config,
+    load_run,
+    text_tokenizer,
+    with_chat_tokens,
+)
 from jaxgpt.terminal import log_line, progress
 from jaxgpt.text.batches import predictions
+from jaxgpt.text.conversations import ANSWER
 from jaxgpt.text.corpus import load_split
 from jaxgpt.text.examples import Examples
-from jaxgpt.text.packing import as_rows
+from jaxgpt.text.packing import PackedDocuments, as_rows
 from jaxgpt.text.shards import Tokens
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.evaluation import (
@@ -33,6 +41,8 @@ from jaxgpt.training.evaluation import (
     evaluate_examples,
     make_eval_step,
     make_losses_step,
+    sum_packed_rows,
+    summarize,
 )
 from jaxgpt.training.objectives import make_objective
 
@@ -46,6 +56,7 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 16,
     data_path: tuple[str, ...] = (),
+    packing: Literal["windows", "documents", "conversations"] | None = None,
     beams: int | None = None,
     length_penalty: float | None = None,
     json: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -58,6 +69,10 @@ def evaluate(
     by the characters or bytes they stand for; a token that ends a document adds to the
     loss but is no text.
 
+    Of conversations, it reports the loss of the assistant's text and of its end, per
+    token, and per byte of the text alone. A model that has not learned the tokens of
+    conversations gets them first, as --init-from does.
+
     Of a classifier, it reports the loss per example, accuracy, F1, calibration error
     and confusion matrix, which confusion.png in the run directory shows too; of a
     masked language model, the loss and accuracy of the masked tokens. Of an
@@ -67,12 +82,14 @@ def evaluate(
     Args:
         run_dir: run directory written by train.py
         checkpoint: best (lowest val loss), latest, or a step
-        split: train or val, as for training; test, if the run has examples; all; auto:
-            val, but all if data_path has text or documents, so that a file is scored
-            as a whole
+        split: train or val, as for training; test, of examples and conversations; all;
+            auto: val, but all if data_path has no tokens, so that a file is scored as a
+            whole
         stride: slide windows by N tokens, counting the last N; no overlap by default
         batch_size: windows per batch, over all devices; does not affect the result
         data_path: other text than the run's: files, folders, or folders of tokens
+        packing: as --data.packing of train.py; by default the run's; conversations
+            without data_path are those of the corpus chitchat
         beams: of the beam search for translations; 4 by default
         length_penalty: of that search; 0.6 by default
         json: print one JSON object
@@ -80,15 +97,16 @@ def evaluate(
     """
     config = load_config(run_dir)
     task, architecture = config.model.task, config.model.architecture
-    if task == "next-token" and split == "test":
+    packing = packing or config.data.packing
+    if task == "next-token" and packing != "conversations" and split == "test":
         raise ValueError(
-            f"--split test is for runs with examples, but architecture={architecture} "
-            "was trained on a text, which has a train and a val split; use --split val"
+            f"--split test is for examples and conversations, but packing={packing} "
+            "reads a text, which has a train and a val split; use --split val"
         )
-    if task != "next-token" and stride is not None:
+    if stride is not None and (task != "next-token" or packing == "conversations"):
         raise ValueError(
             f"--stride {stride} is for windows of a text, but architecture="
-            f"{architecture} reads examples; omit it"
+            f"{architecture} with packing={packing} reads examples; omit it"
         )
     search: dict[str, Any] = {"beams": beams, "length_penalty": length_penalty}
     search = {name: value for name, value in search.items() if value is not None}
@@ -100,14 +118,21 @@ def evaluate(
     data = dataclasses.replace(
         config.data, batch_size=batch_size, gradient_accumulation_steps=1
     )
+    if data_path or packing != data.packing:
+        data = dataclasses.replace(data, weights=(), sha256="", packing=packing)
     if data_path:
-        data = dataclasses.replace(data, path=data_path, weights=(), sha256="")
+        data = dataclasses.replace(data, path=data_path)
+    elif packing == "conversations" != config.data.packing:
+        data = dataclasses.replace(data, path=(), corpus="chitchat")
     # The mesh is for this machine's devices, not for those that trained the run.
     config = dataclasses.replace(config, data=data, mesh=mesh)
     devices = make_mesh(config, log_line)
     run = load_run(run_dir, checkpoint, devices)
     if not data.has_tokens:
         text_tokenizer(run)
+    if packing == "conversations":
+        run = with_chat_tokens(run)
+        config = dataclasses.replace(config, model=run.config.model)
     if split == "auto":
         split = "all" if data_path and not data.has_tokens else "val"
     text = ", ".join(data.path) or data.corpus
@@ -116,10 +141,12 @@ def evaluate(
     found = load_split(config, split, log_line, run.tokenizer)
     measure: dict[str, Callable[..., dict[str, Any]]] = {
         "next-token": partial(_evaluate_tokens, stride=stride),
+        "conversations": _evaluate_answers,
         "classification": evaluate_labels,
         "translation": partial(evaluate_pairs, **search),
     }
-    of_task = measure.get(task, _evaluate_examples)
+    kind = packing if packing == "conversations" else task
+    of_task = measure.get(kind, _evaluate_examples)
     report = {"split": split, **of_task(run, found, config, devices)}
     if json:
         print(dumps(report))
@@ -155,6 +182,29 @@ def _evaluate_tokens(
     for unit, size in zip(("character", "byte"), sizes, strict=True):
         report[f"bits_per_{unit}"] = bits / size if size else None
     return report
+
+
+def _evaluate_answers(
+    run: Run, rows: PackedDocuments, config: Config, mesh: Mesh
+) -> dict[str, Any]:
+    """The exact loss of the assistant's turns, and of their text alone per byte."""
+    eval_step = make_losses_step(run.model, mesh)
+    with progress("evaluating", predictions(rows)) as advance:
+        sums_R2 = sum_packed_rows(eval_step, run.params, rows, config, mesh, advance)
+    result = summarize(sums_R2.sum(axis=1), rows.part_counts.sum(axis=1))
+    decode, size = text_tokenizer(run).decode_bytes, run.model.config.vocab_size
+    bytes_V = np.array([len(decode([id_])) for id_ in range(size)])
+    sizes = np.where(rows.parts == ANSWER, bytes_V[np.asarray(rows.tokens)], 0)
+    sizes_R = np.add.reduceat(sizes, rows.starts_P[rows.offsets_R[:-1]])
+    of_text = summarize(sums_R2[:, 0], sizes_R)
+    return {
+        "answers": int(rows.part_counts[:, 1].sum()),
+        **dataclasses.asdict(result),
+        "perplexity": math.exp(result.nats_per_token),
+        "bytes": of_text.tokens,
+        "nats_per_byte": of_text.nats_per_token,
+        "standard_error_per_byte": of_text.standard_error,
+    }
 
 
 def _evaluate_examples(

@@ -11,7 +11,7 @@ Modeling", section 3.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -51,12 +51,16 @@ class PackedDocuments:
         """Number of rows."""
         return len(self.offsets_R) - 1
 
-    @property
-    def predictions(self) -> int:
-        """Number of predictions that count."""
+    @cached_property
+    def part_counts(self) -> np.ndarray:
+        """Number of predictions of part 1 and of part 2 in each row, i64 [R, 2]."""
         if self.parts is None:
-            return len(self.tokens)
-        return int(np.count_nonzero(self.parts))
+            counts_P2 = self.lengths_P[:, None] * np.array([1, 0])
+        else:
+            before = np.zeros((len(self.parts) + 1, 2), np.int64)
+            np.cumsum(self.parts[:, None] == np.array([1, 2]), axis=0, out=before[1:])
+            counts_P2 = before[self.starts_P + self.lengths_P] - before[self.starts_P]
+        return np.add.reduceat(counts_P2, self.offsets_R[:-1], dtype=np.int64)
 
 
 TokenRows = np.ndarray | Tokens | PackedDocuments

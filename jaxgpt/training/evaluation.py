@@ -55,17 +55,17 @@ def make_eval_step(objective: Objective, mesh: Mesh) -> EvalStep:
 def make_losses_step(model: nn.Module, mesh: Mesh) -> EvalStep:
     """Makes the `EvalStep` of next-token losses in nats, summed over parts of each row.
 
-    A batch is inputs and targets, i32 [N, B, T], and ranges, i32 [N, B, 3]: the first
-    sum is of positions from ranges[..., 0] up to ranges[..., 1], the second from there
-    up to ranges[..., 2]. The result is f32 [N, B, 2]. There is no dropout. Batches of
-    packed rows also have segments, i32 [N, B, T].
+    A batch is inputs and targets, i32 [N, B, T], and parts, i8 [N, B, T]: the first sum
+    is of the positions where they are 1, the second of those where they are 2. The
+    result is f32 [N, B, 2]. There is no dropout. Batches of packed rows also have
+    segments, i32 [N, B, T].
     """
 
     def sum_losses(params: Any, batches: Batch) -> jax.Array:
         return jax.lax.map(partial(sums, params), batches)
 
     def sums(params: Any, batch: Batch) -> jax.Array:
-        inputs_BT, targets_BT, ranges_B3, segments_BT = (*batch, None)[:4]
+        inputs_BT, targets_BT, parts_BT, segments_BT = (*batch, None)[:4]
         apply = partial(model.apply, {"params": params})
         if segments_BT is not None:
             apply = partial(apply, segments_BT=segments_BT)
@@ -74,10 +74,8 @@ def make_losses_step(model: nn.Module, mesh: Mesh) -> EvalStep:
             loss_BT = ops.head_losses(x_BTC, head_VC, targets_BT, model.platform)
         else:
             loss_BT = ops.cross_entropy(apply(inputs_BT), targets_BT)
-        position_T = jnp.arange(loss_BT.shape[1])
-        begin_B2T, end_B2T = ranges_B3[:, :2, None], ranges_B3[:, 1:, None]
-        counted_B2T = (begin_B2T <= position_T) & (position_T < end_B2T)
-        return jnp.where(counted_B2T, loss_BT[:, None], 0).sum(axis=2)
+        in_part_B2T = parts_BT[:, None] == jnp.array([1, 2])[:, None]
+        return jnp.where(in_part_B2T, loss_BT[:, None], 0).sum(axis=2)
 
     return _compile(sum_losses, mesh)
 
@@ -193,7 +191,8 @@ def evaluate_exactly(
 ) -> Evaluation:
     """The loss on a split, with each of its `predictions` made exactly once.
 
-    Of packed documents, every token is predicted, in the rows of an epoch. Of tokens,
+    Of packed documents, every token is predicted, in the rows of an epoch, and of
+    conversations those of answers. Of tokens,
     windows of block_size predictions start every `stride` tokens. Only the last
     `stride` predictions of a window count, and all of the first window, so that each
     has more than block_size - stride tokens of context, except at the start of the
@@ -202,37 +201,28 @@ def evaluate_exactly(
     Args:
       eval_step: the result of `make_losses_step`.
       params: the model's parameters.
-      split: token ids [tokens], at least two, or packed documents.
+      split: token ids [tokens], at least two, or packed documents or conversations.
       config: gives block_size and the number of rows per batch.
       mesh: the mesh of `eval_step`.
       stride: block_size by default, so that windows do not overlap.
       advance: called with the number of predictions in each dispatch, to show
         progress.
 
-    Raises ValueError if `stride` is not from 1 to block_size, or given for packed
-    documents, and FloatingPointError if the loss is not finite.
+    Raises ValueError if `stride` is not from 1 to block_size, or given for packed rows,
+    and FloatingPointError if the loss is not finite.
     """
     T, count = config.model.block_size, predictions(split)
     if stride is not None and not 1 <= stride <= T:
         raise ValueError(f"stride={stride} must be from 1 to block_size={T}")
-    sum_rows = partial(_sum_rows, eval_step, params, config, mesh, advance)
+    every = eval_step, params, config, mesh, advance
     if isinstance(split, PackedDocuments):
         if stride is not None:
             raise ValueError(
-                f"stride={stride} slides windows, but the run has packing=documents, "
-                "which predicts each document on its own; omit it"
+                f"stride={stride} slides windows, but packing={config.data.packing} "
+                "predicts each document or conversation on its own; omit it"
             )
-        sizes_R = np.add.reduceat(split.lengths_P, split.offsets_R[:-1], dtype=np.int64)
-        stops_R = np.cumsum(sizes_R)
-
-        def read_packed(row_B: np.ndarray) -> Batch:
-            """Reads packed rows, and the ranges that are not padding."""
-            inputs_BT, targets_BT, segments_BT = read_rows(split, row_B)
-            ranges_B3 = sizes_R[row_B][:, None] * np.array([0, 1, 1])
-            return inputs_BT, targets_BT, ranges_B3, segments_BT
-
-        sums_R2 = sum_rows(read_packed, len(split), lambda rows: stops_R[rows - 1])
-        return _summary(sums_R2[:, 0], sizes_R)
+        sums_R2 = sum_packed_rows(eval_step, params, split, config, mesh, advance)
+        return summarize(sums_R2.sum(axis=1), split.part_counts.sum(axis=1))
     stride = stride or T
     windows = 1 + -(-max(count - T, 0) // stride)
 
@@ -240,24 +230,47 @@ def evaluate_exactly(
         return np.where(window > 0, window * stride + T - stride, 0)
 
     def read_windows(window_B: np.ndarray) -> Batch:
-        """Reads windows and the ranges that count, cut where a segment of T begins."""
-        start_B, first_B = window_B * stride, first_counted(window_B)
-        end_B = np.minimum(start_B + T, count)
-        cut_B = np.minimum((first_B // T + 1) * T, end_B)
-        ranges_B3 = np.stack([first_B, cut_B, end_B], axis=1) - start_B[:, None]
-        positions = np.minimum(start_B[:, None] + np.arange(T + 1), count)
-        text = split[positions].astype(np.int32)
-        return text[:, :-1], text[:, 1:], ranges_B3
+        """Reads windows; what counts is cut into parts where a segment of T begins."""
+        first_B1 = first_counted(window_B)[:, None]
+        position_BT = (window_B * stride)[:, None] + np.arange(T + 1)
+        parts_BT = np.where(position_BT < (first_B1 // T + 1) * T, 1, 2)
+        parts_BT *= (first_B1 <= position_BT) & (position_BT < count)
+        text = split[np.minimum(position_BT, count)].astype(np.int32)
+        return text[:, :-1], text[:, 1:], parts_BT[:, :-1].astype(np.int8)
 
     def predicted(rows: int) -> int:
         return min(T + (rows - 1) * stride, count)
 
-    sums_W2 = sum_rows(read_windows, windows, predicted)
+    sums_W2 = _sum_rows(*every, read_windows, windows, predicted)
     segment_W = first_counted(np.arange(windows)) // T
     sums = np.zeros(-(-count // T) + 1)  # of each segment, and after the last
     np.add.at(sums, segment_W, sums_W2[:, 0])
     np.add.at(sums, segment_W + 1, sums_W2[:, 1])
-    return _summary(sums[:-1], np.minimum(T, count - T * np.arange(len(sums) - 1)))
+    return summarize(sums[:-1], np.minimum(T, count - T * np.arange(len(sums) - 1)))
+
+
+def sum_packed_rows(
+    eval_step: EvalStep,
+    params: Any,
+    packed: PackedDocuments,
+    config: Config,
+    mesh: Mesh,
+    advance: Callable[[int], object] = lambda predictions: None,
+) -> np.ndarray:
+    """The losses of packed rows in nats, summed over each of their parts, f32 [R, 2].
+
+    Takes the arguments of `evaluate_exactly`.
+    """
+    stops_R = np.cumsum(packed.part_counts.sum(axis=1))
+
+    def read(row_B: np.ndarray) -> Batch:
+        """Reads rows; where there are no parts, all but padding is part 1."""
+        inputs_BT, targets_BT, segments_BT, *rest = read_rows(packed, row_B)
+        parts_BT = rest[0] if rest else segments_BT > 0
+        return inputs_BT, targets_BT, parts_BT.astype(np.int8), segments_BT
+
+    every = eval_step, params, config, mesh, advance
+    return _sum_rows(*every, read, len(packed), lambda rows: stops_R[rows - 1])
 
 
 def read_examples(
@@ -414,18 +427,17 @@ def _sum_rows(
 ) -> np.ndarray:
     """The sums of losses of each row, f32 [rows, 2]; see `make_losses_step`.
 
-    `read` maps indices of rows to inputs, targets, ranges and, if packed, segments.
+    `read` maps indices of rows to inputs, targets, parts and, if packed, segments.
     `predicted` is the number of predictions in the first so many rows.
     """
     B = config.data.microbatch_size
     size = B * evaluations_per_call(config, mesh, -(-rows // B))
 
     def source(step: int, part: slice | np.ndarray) -> Batch:
-        """Rows after the last repeat it; their ranges are empty."""
+        """Rows after the last repeat it, but nothing in them counts."""
         row_B = np.arange(step * B, (step + 1) * B)[part]
-        inputs_BT, targets_BT, ranges_B3, *rest = read(np.minimum(row_B, rows - 1))
-        ranges_B3 = np.where(row_B[:, None] < rows, ranges_B3, 0).astype(np.int32)
-        return inputs_BT, targets_BT, ranges_B3, *rest
+        inputs_BT, targets_BT, parts_BT, *rest = read(np.minimum(row_B, rows - 1))
+        return inputs_BT, targets_BT, parts_BT * (row_B < rows)[:, None], *rest
 
     def dispatches() -> Iterator[tuple[int, Batch]]:
         done = 0
@@ -438,7 +450,7 @@ def _sum_rows(
     return found.reshape(-1, 2)[:rows]
 
 
-def _summary(sums: np.ndarray, sizes: np.ndarray) -> Evaluation:
+def summarize(sums: np.ndarray, sizes: np.ndarray) -> Evaluation:
     """Mean and standard error of losses, given sums of them and how many are in each.
 
     The sizes differ, so the variance is that of a ratio estimator.

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from jaxgpt import BPETokenizer, classify, load_run
 from jaxgpt.commands import evaluate as evaluate_module
 from jaxgpt.commands.evaluate import count_text
 from jaxgpt.ops import cross_entropy
-from jaxgpt.run import TOKENIZER, save_config
+from jaxgpt.run import TOKENIZER, save_config, with_chat_tokens
 from jaxgpt.text.batches import EVAL_SEED
 from jaxgpt.text.corpus import load_corpus, load_split
 from jaxgpt.text.examples import row_keys
@@ -145,6 +146,44 @@ def test_documents_are_scored_as_a_whole_by_the_runs_tokenizer(call, tmp_path):
     report = json.loads(call("jaxgpt", *flags, "--json").out)
     ids = [id_ for text in texts for id_ in tokenizer.encode(text)]
     assert (report["split"], report["tokens"]) == ("all", len(ids) + 30 - 1)
+
+
+def test_the_loss_of_conversations_is_of_answers_alone(call, untrained, tmp_path):
+    """By a model that has not learned the chat's tokens: each is the mean row."""
+    conversations = [["a ruler", "Lear."], ["a tale", "of winter", "Lear", "Romeo"]]
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for texts in conversations:
+            roles = itertools.cycle(("user", "assistant"))
+            pairs = zip(roles, texts, strict=False)
+            messages = [{"role": role, "content": text} for role, text in pairs]
+            print(json.dumps({"messages": messages}), file=file)
+    words = "--packing", "conversations", "--data-path", tmp_path / "a.jsonl", "--json"
+    out = call("jaxgpt", "evaluate", "--run-dir", untrained / "gpt", *words).out
+    report, run = json.loads(out), with_chat_tokens(load_run(untrained / "gpt"))
+    of_text, of_ends = [], []
+    for texts in conversations:
+        tokens, is_text, is_end = [run.tokenizer.end_of_text], [], []
+        for i, text in enumerate(texts):
+            role = ("<|user|>", "<|assistant|>")[i % 2]
+            ids = run.tokenizer.encode_prompt(f"{role}{text}<|end|>").tolist()
+            tokens += ids
+            is_text += [False, *[i % 2 == 1] * (len(ids) - 2), False]
+            is_end += [*[False] * (len(ids) - 1), i % 2 == 1]
+        logits_BTV = logits_of(run.model, run.params, np.array([tokens[:-1]]))
+        losses = np.array(cross_entropy(logits_BTV, np.array([tokens[1:]]))[0])
+        of_text += losses[is_text].tolist()
+        of_ends += losses[is_end].tolist()
+    both = of_text + of_ends
+    assert (report["answers"], report["tokens"], report["bytes"]) == (3, 22, 19)
+    assert report["nats_per_token"] == pytest.approx(np.mean(both), abs=1e-5)
+    assert report["nats_per_byte"] == pytest.approx(np.mean(of_text), abs=1e-5)
+    table_VC = np.array(run.params["wte"]["embedding"])
+    known_VC = table_VC[: load_run(untrained / "gpt").tokenizer.vocab_size]
+    np.testing.assert_allclose(
+        table_VC[len(known_VC) :],
+        np.broadcast_to(known_VC.mean(0), (4, table_VC.shape[1])),
+        rtol=1e-5,
+    )
 
 
 def test_bits_are_unknown_without_a_tokenizer(call, tiny_run, tmp_path):

@@ -85,9 +85,9 @@ def traced_evaluation(model, params, block_size):
     eval_step = make_losses_step(model, single_device_mesh())
     jitted = inspect.getclosurevars(eval_step).nonlocals["jitted"]
     tokens_NBT = jax.ShapeDtypeStruct((1, B, block_size), jnp.int32)
-    ranges_NB3 = jax.ShapeDtypeStruct((1, B, 3), jnp.int32)
+    parts_NBT = jax.ShapeDtypeStruct((1, B, block_size), jnp.int8)
     with activation_sharding(single_device_mesh()):
-        return jitted.trace(params, (tokens_NBT, tokens_NBT, ranges_NB3))
+        return jitted.trace(params, (tokens_NBT, tokens_NBT, parts_NBT))
 
 
 @pytest.fixture(scope="module")
