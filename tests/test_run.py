@@ -1,5 +1,6 @@
 import json
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -15,9 +16,11 @@ from conftest import (
     save_params,
 )
 
-from jaxgpt import CharTokenizer, load_run, run
+from jaxgpt import BPETokenizer, CharTokenizer, load_run, run
 from jaxgpt.models import build_model
 from jaxgpt.parallel.mesh import single_device_mesh
+from jaxgpt.text.conversations import CHAT_TOKENS
+from jaxgpt.text.tokenizer import END_OF_TEXT
 from jaxgpt.training.checkpoint import open_checkpoints, save_state
 from jaxgpt.training.step import create_state
 
@@ -137,6 +140,58 @@ def untrained(folder, **model):
     with open_checkpoints(folder / "checkpoints") as checkpoints:
         save_params(checkpoints, 0, params)
     return changed(config, train={"init_from": str(folder / "checkpoints/0")}), params
+
+
+@pytest.mark.parametrize(
+    ("spare", "special", "rows"),
+    [(0, (), 5), (0, (END_OF_TEXT,), 4), (2, (END_OF_TEXT,), 2), (50, (), 0)],
+)
+def test_tokens_of_conversations_begin_as_the_mean_row(spare, special, rows):
+    tokenizer = CharTokenizer("abcdefghijk").with_special(special)
+    if spare:  # as nanoGPT has them, which only BPE can
+        tokenizer = BPETokenizer.train(["to be or not to be"], 259)
+    known = tokenizer.vocab_size
+    config = changed(TINY, model={"n_layer": 1, "vocab_size": known + spare})
+    model = build_model(config.model, "cpu")
+    params = jax.device_put(random_params(model))
+    grown = run.with_chat_tokens(run.Run(config, tokenizer, model, params, 0))
+    before, after = (each["wte"]["embedding"] for each in (params, grown.params))
+    assert len(after) == len(before) + rows == grown.config.model.vocab_size
+    new = len({*CHAT_TOKENS} - {*tokenizer.special})
+    np.testing.assert_array_equal(after[:known], before[:known])
+    mean = np.broadcast_to(before[:known].mean(axis=0), (new, 16))
+    np.testing.assert_allclose(after[known : known + new], mean, atol=1e-6)
+    np.testing.assert_array_equal(after[known + new :], before[known + new :])
+    assert all(grown.params[name] is params[name] for name in params if name != "wte")
+    assert grown.tokenizer.special[-4:] == CHAT_TOKENS[-4:]
+    assert logits_of(grown.model, grown.params, ONE_ROW).shape[-1] == len(after)
+    assert run.with_chat_tokens(grown) is grown
+
+
+def test_a_run_without_a_tokenizer_cant_learn_conversations(tmp_path):
+    config, _ = untrained(tmp_path)
+    config = changed(config, data={"packing": "conversations"})
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        run.load_initial_params(config, single_device_mesh())
+
+
+@pytest.mark.devices
+def test_the_vocabulary_grows_on_a_mesh_as_on_one_device(tmp_path):
+    config, params = untrained(tmp_path)
+    run.save_config(tmp_path, config, TOKENIZER)
+    model = {"vocab_size": 11 + 5, "block_size": 5}
+    config = changed(config, model=model, data={"packing": "conversations"})
+    mesh = mesh_of(changed(config, mesh={"data": 1, "fsdp": 4}))
+    many = run.load_initial_params(config, mesh)
+    one = run.load_initial_params(config, single_device_mesh())
+    assert len(many["wte"]["embedding"].sharding.device_set) == 4
+    shard = many["wte"]["embedding"].addressable_shards[0].data
+    assert shard.shape == (16, 4)
+    close = partial(np.testing.assert_allclose, rtol=0, atol=1e-6)
+    jax.tree.map(close, jax.device_get(many), jax.device_get(one))
+    cropped = run.crop_block_size(params, 5)
+    kept = {**many, "wte": 0}, {**cropped, "wte": 0}
+    jax.tree.map(np.testing.assert_array_equal, *kept)
 
 
 @pytest.mark.parametrize(

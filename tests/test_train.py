@@ -12,6 +12,7 @@ from conftest import (
     TINY,
     changed,
     contents,
+    conversations_config,
     examples_config,
     finish,
     losses,
@@ -23,6 +24,7 @@ from jaxgpt import exits, load_run
 from jaxgpt.parallel.defaults import steps_in_next_call
 from jaxgpt.run import crop_block_size, find_checkpoint, load_config
 from jaxgpt.start import cache_dir
+from jaxgpt.text.conversations import CHAT_TOKENS
 from jaxgpt.training import checkpoint
 from jaxgpt.training.monitor import read_rows
 
@@ -115,14 +117,20 @@ def tales(trained):
     return changed(load_config(trained), model={"vocab_size": None})
 
 
+KINDS = [*EXAMPLE_KINDS, "conversations"]
+
+
 @pytest.mark.parametrize(
     "architecture",
-    ["gpt", *(pytest.param(kind, marks=pytest.mark.slow) for kind in EXAMPLE_KINDS)],
+    ["gpt", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)],
 )
 def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(
     trained, tales, tmp_path, monkeypatch, architecture
 ):
-    if architecture != "gpt":
+    if architecture == "conversations":
+        trained, tales = tmp_path / "whole", conversations_config(tmp_path)
+        run(tales, trained)
+    elif architecture != "gpt":
         trained, tales = tmp_path / "whole", examples_config(tmp_path, architecture)
         run(tales, trained)
 
@@ -310,3 +318,30 @@ def test_a_fine_tuned_run_resumes_and_needs_its_base_only_before_a_checkpoint(
     assert_same_run(stopped, tuned)
     shutil.rmtree(run_dir)
     assert resume(tuned) == 0
+
+
+@pytest.mark.slow
+def test_a_text_run_learns_conversations_then_others_with_the_same_tokens(
+    run_dir, tmp_path, call
+):
+    """Through the command line: a text run, SFT, its resumption, a second SFT."""
+    for name in ("first", "second"):
+        conversations_config(tmp_path, name)
+
+    def flags(start, name):
+        shape = "--data.packing", "conversations", "--train.max-steps", "4"
+        path = "--data.path", tmp_path / f"{name}.jsonl", "--out-dir", tmp_path / name
+        return "train.py", "smoke", "--init-from", start, *path, *shape
+
+    base = load_run(run_dir)
+    err = call(*flags(run_dir, "first")).err
+    assert f"python -m jaxgpt chat --run-dir {tmp_path / 'first'}" in err
+    first = load_run(tmp_path / "first", "latest")
+    assert first.tokenizer.special == CHAT_TOKENS
+    assert first.config.model.vocab_size == base.tokenizer.vocab_size + 5
+    resume(tmp_path / "first", train={"max_steps": 6})
+    assert load_run(tmp_path / "first", "latest").step == 6
+    err = call(*flags(tmp_path / "first", "second")).err
+    assert "mean row" not in err
+    second = load_run(tmp_path / "second", "latest")
+    assert second.tokenizer.to_json() == first.tokenizer.to_json()

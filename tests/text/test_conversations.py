@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import BPETokenizer, CharTokenizer
-from jaxgpt.text.batches import training_source
+from jaxgpt.text.batches import predictions, training_source
 from jaxgpt.text.conversations import (
     CHAT_TOKENS,
     ROLES,
@@ -188,7 +188,7 @@ def test_a_row_is_as_spelled_out_by_hand():
     assert inputs[0].tolist() == [start, *first[:-1], start, *second[:-1], 0, 0]
     assert segments[0].tolist() == [1] * 12 + [2] * 6 + [0] * 2
     assert parts[0].tolist() == [0] * 9 + [1, 1, 2] + [0] * 4 + [1, 2] + [0] * 2
-    assert packed.predictions == 5
+    assert predictions(packed) == 5
 
 
 def test_long_conversations_are_cut_at_turns_and_exchanges_too_long_are_left_out():

@@ -14,7 +14,7 @@ from conftest import TINY, changed, logits_of, mesh_of, train_on
 from jaxgpt.models import build_model
 from jaxgpt.ops import cross_entropy
 from jaxgpt.parallel.feeding import batch_shapes, read_batches
-from jaxgpt.text.batches import training_source
+from jaxgpt.text.batches import predictions, training_source
 from jaxgpt.text.packing import pack_documents, read_rows
 from jaxgpt.training.evaluation import evaluate_exactly, make_losses_step
 from jaxgpt.training.objectives import Context, next_token
@@ -51,7 +51,7 @@ def loss_alone(packed, model, params):
             counted_PT.append(np.pad(of[start : start + T], (0, T + 1 - len(piece))))
     rows, counted_PT = np.stack(rows), np.stack(counted_PT)
     losses_PT = cross_entropy(logits_of(model, params, rows[:, :-1]), rows[:, 1:])
-    assert counted_PT.sum() == packed.predictions
+    assert counted_PT.sum() == predictions(packed)
     return (losses_PT * counted_PT).sum() / counted_PT.sum()
 
 
@@ -104,7 +104,7 @@ def test_the_exact_loss_is_that_of_the_documents_alone(model_and_params, packed)
     mesh, done = mesh_of(CONFIG), []
     evaluate = partial(evaluate_exactly, make_losses_step(model, mesh), params, packed)
     exact = evaluate(CONFIG, mesh, advance=done.append)
-    assert exact.tokens == sum(done) == packed.predictions
+    assert exact.tokens == sum(done) == predictions(packed)
     expected = float(jax.jit(partial(loss_alone, packed, model))(params))
     assert exact.nats_per_token == pytest.approx(expected, abs=2e-5)
     assert 0 < exact.standard_error < expected
