@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SamplingConfig,
         TrainConfig,
     )
+    from jaxgpt.generation.chat import chat
     from jaxgpt.generation.stream import generate
     from jaxgpt.generation.translation import translate
     from jaxgpt.models import GPT, Bigram
@@ -29,6 +30,7 @@ _CONFIGS = "Bigram Data GPT Lecture Mesh Optimizer Sampling Train"
 _MODULES = {
     **dict.fromkeys(["Config", *(f"{c}Config" for c in _CONFIGS.split())], "config"),
     "classify": "classification",
+    "chat": "generation.chat",
     "generate": "generation.stream",
     "translate": "generation.translation",
     **dict.fromkeys(["GPT", "Bigram"], "models"),

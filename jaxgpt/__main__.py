@@ -9,6 +9,7 @@ from jaxgpt import exits, start
 from jaxgpt.cli import parse_flags
 from jaxgpt.commands.attention import attention
 from jaxgpt.commands.cache import cache
+from jaxgpt.commands.chat import chat
 from jaxgpt.commands.classify import classify
 from jaxgpt.commands.compare import compare
 from jaxgpt.commands.convert import export, import_
@@ -21,6 +22,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "classify": classify,
     "translate": translate,
+    "chat": chat,
     "lecture": lecture,
     "attention": attention,
     "import": import_,

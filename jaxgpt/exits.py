@@ -45,8 +45,11 @@ class _Interrupts:
     first = 0  # number of the first signal, 0 if there was none
     deferred = False  # whether to only record the first signal
     raised = False  # whether it raised; a later error may be the consequence
+    repeated = False  # whether each SIGINT raises KeyboardInterrupt, and none counts
 
     def __call__(self, number: int, frame: object) -> None:
+        if self.repeated and number == signal.SIGINT:
+            raise KeyboardInterrupt
         if not self.first:
             self.first, self.raised = number, not self.deferred
             if self.raised:
@@ -67,6 +70,20 @@ def deferred_interrupts() -> Iterator[Callable[[], int]]:
         yield lambda: _interrupts.first
     finally:
         _interrupts.deferred = False
+
+
+@contextmanager
+def repeated_interrupts() -> Iterator[Callable[[], int]]:
+    """Raises KeyboardInterrupt at every SIGINT (Ctrl-C); the script can go on.
+
+    Yields a function that returns the number of another signal that came, or 0: that
+    one also raises KeyboardInterrupt, but to end the script.
+    """
+    _interrupts.repeated = True
+    try:
+        yield lambda: _interrupts.first
+    finally:
+        _interrupts.repeated = False
 
 
 def in_background(function: Callable[[], T]) -> Future[T]:
@@ -108,6 +125,8 @@ def _watch(receiver: socket.socket, terminals: list[int]) -> None:
     """
     first = 0.0
     while number := int.from_bytes(receiver.recv(1)):
+        if number == signal.SIGINT and _interrupts.repeated:
+            continue
         if number == _HANGUP:  # writes to the terminal now fail
             for terminal in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)

@@ -43,6 +43,7 @@ from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.feeding import batch_shapes
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import save_config
+from jaxgpt.text.conversations import CHAT_TOKENS
 from jaxgpt.text.examples import LabelledTexts, MaskedTexts, Sequences, TextPairs
 from jaxgpt.text.tokenizer import END_OF_TEXT, MASK
 from jaxgpt.training import checkpoint
@@ -378,16 +379,21 @@ def untrained(make_once):
     """A folder with a run of each kind of model, named after its architecture.
 
     Its parameters are random, its tokens characters; labels are no, perhaps and yes.
+    `chat` is a GPT with the special tokens of conversations.
     """
-    characters = "".join(sorted(set(TEXT)))
-    tokenizer = CharTokenizer(characters, [END_OF_TEXT, MASK])
+    characters = CharTokenizer("".join(sorted(set(TEXT))))
     of_kind = {"classifier": {"labels": ("no", "perhaps", "yes")}}
     corpora = {"seq2seq": "tatoeba", "classifier": "reviews", "masked-lm": "reviews"}
 
     def make(folder):
-        for kind in ("gpt", "layer-norm", "bigram", *corpora):
-            fields = {"architecture": kind, "vocab_size": tokenizer.vocab_size}
+        for kind in ("gpt", "layer-norm", "bigram", "chat", *corpora):
             data = {"corpus": corpora.get(kind, "tinyshakespeare")}
+            special, architecture = (END_OF_TEXT, MASK), kind
+            if kind == "chat":
+                data = {"corpus": "chitchat", "packing": "conversations"}
+                special, architecture = CHAT_TOKENS, "gpt"
+            tokenizer = characters.with_special(special)
+            fields = {"architecture": architecture, "vocab_size": tokenizer.vocab_size}
             fields |= of_kind.get(kind, {})
             config = changed(TINY, model=fields | {"block_size": 64}, data=data)
             with open_checkpoints(folder / kind / "checkpoints") as checkpoints:

@@ -22,7 +22,7 @@ def given_texts(arguments: Sequence[str], most: int) -> Iterator[list[str]]:
             yield [*arguments[start : start + most]]
         return
     if sys.stdin is None:
-        raise ValueError("stdin is closed; give texts as arguments")
+        raise ValueError("stdin is closed; redirect it, as in `< FILE`")
     if sys.stdin.isatty():
         log_line("type a text, then Enter; Ctrl-D ends")
     lines: Queue[bytes | None] = Queue(_LINES)

@@ -226,11 +226,7 @@ def generate_tokens(
     """
     sampling = sampling or SamplingConfig()
     V, T = model.config.vocab_size, model.config.block_size
-    if sampling.top_k is not None and sampling.top_k > V:
-        raise ValueError(f"top_k={sampling.top_k} is above vocab_size={V}; lower it")
-    check_seed(seed)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    check_sampling(V, max_new_tokens, sampling, seed)
     for prompt in prompts:
         if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < V:
             raise ValueError(f"a prompt needs token ids from 0 to {V - 1}: {prompt}")
@@ -263,6 +259,19 @@ def generate_tokens(
         drawn += count
         if end_tokens:
             active_B = ~np.asarray(state.finished_B)
+
+
+def check_sampling(
+    vocab_size: int, max_new_tokens: int, sampling: SamplingConfig, seed: int
+) -> None:
+    """Raises ValueError if an argument of `generate_tokens` is out of range."""
+    if sampling.top_k is not None and sampling.top_k > vocab_size:
+        raise ValueError(
+            f"top_k={sampling.top_k} is above vocab_size={vocab_size}; lower it"
+        )
+    check_seed(seed)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
 
 
 def _shard_rows(

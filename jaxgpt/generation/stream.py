@@ -2,11 +2,14 @@
 
 import codecs
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
 
 from jaxgpt.config import SamplingConfig
 from jaxgpt.generation.decode import generate_tokens
 from jaxgpt.run import Run, check_call, prompt_tokens, require_task, text_tokenizer
+from jaxgpt.text.tokenizer import Tokenizer
 
 
 def generate(
@@ -82,7 +85,7 @@ def stream_text(
     require_task(run.config, "next-token")
     tokenizer, (_, ids) = text_tokenizer(run), prompt_tokens(run, prompt)
     tokenizer.encode(stop)  # raises if a character is unknown: it could never match
-    end = tokenizer.end_of_text
+    ends = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
     drawn_tokens = generate_tokens(
         run.model,
         run.params,
@@ -90,8 +93,25 @@ def stream_text(
         max_new_tokens,
         sampling,
         seed,
-        () if end is None else (end,),
+        ends,
     )
+    yield from decode_stream(tokenizer, drawn_tokens, num_samples, ends, stop)
+
+
+def decode_stream(
+    tokenizer: Tokenizer,
+    drawn_tokens: Iterable[tuple[np.ndarray, np.ndarray]],
+    num_samples: int,
+    ends: Sequence[int],
+    stop: str = "",
+) -> Iterator[list[str]]:
+    """Decodes tokens as they are drawn; yields the new text of each sample.
+
+    Args:
+      drawn_tokens: of `generate_tokens`.
+      ends: a sample ends before the first of these tokens.
+      stop: a sample ends before the first occurrence of this text; empty disables it.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")
     decoders = [decoder("replace") for _ in range(num_samples)]
     pending, done = [""] * num_samples, [False] * num_samples
@@ -100,7 +120,9 @@ def stream_text(
         for row, utf8 in enumerate(decoders):
             if done[row]:
                 continue
-            drawn = list(itertools.takewhile(lambda token: token != end, tokens[row]))
+            drawn = list(
+                itertools.takewhile(lambda token: token not in ends, tokens[row])
+            )
             text = pending[row] + utf8.decode(tokenizer.decode_bytes(drawn))
             texts[row], pending[row], stopped = _split_at_stop(text, stop)
             if stopped:
