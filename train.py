@@ -17,7 +17,8 @@ import jax
 from jaxgpt import exits, start
 from jaxgpt.classification import classify
 from jaxgpt.cli import parse_arguments, read_options
-from jaxgpt.config import Config, training_contradictions
+from jaxgpt.config import Config, SamplingConfig, training_contradictions
+from jaxgpt.generation.chat import answer
 from jaxgpt.generation.stream import generate
 from jaxgpt.generation.translation import translate
 from jaxgpt.models import build_model
@@ -45,9 +46,11 @@ from jaxgpt.run import (
 )
 from jaxgpt.terminal import log_line
 from jaxgpt.text.batches import evaluation_source, predictions, training_source
+from jaxgpt.text.conversations import END_OF_TURN, Message
 from jaxgpt.text.corpus import load_corpus, load_split
 from jaxgpt.text.examples import bucket_lengths
 from jaxgpt.text.packing import as_rows
+from jaxgpt.text.tasks import kind_of
 from jaxgpt.training import checkpoint, evaluation
 from jaxgpt.training.diagnosis import diagnose_non_finite
 from jaxgpt.training.loggers import check_installed
@@ -62,11 +65,12 @@ from jaxgpt.training.step import (
 )
 
 STARTED = time.monotonic()
-# What to do with a run, by its model's task.
+# What to do with a run, by its kind of corpus.
 _NEXT = {
     "next-token": "sample with: python generate.py --run-dir {}",
     "classification": "classify with: python -m jaxgpt classify --run-dir {} TEXT",
     "masked-tokens": "fine-tune with: python train.py sentiment --init-from {}",
+    "conversations": "chat with: python -m jaxgpt chat --run-dir {}",
     "translation": "translate with: python -m jaxgpt translate --run-dir {} TEXT",
 }
 
@@ -101,15 +105,15 @@ def main() -> None:
         log_line(f"stopped; resume with: {resume_command}")
         sys.exit(128 + signal)
     saved = load_config(run_dir)
-    log_line(_NEXT[saved.model.task].format(quoted_dir))
+    log_line(_NEXT[kind_of(saved)].format(quoted_dir))
     if not processes.several_processes():
         mesh = model_mesh(saved, dataclasses.replace(saved.mesh, data=1))
         show_sample(load_run(run_dir, mesh=mesh))
 
 
 def show_sample(run: Run) -> None:
-    """Prints a text by the model, or what it makes of three validation examples."""
-    tokenizer, task = run.tokenizer, run.config.model.task
+    """Prints a text by the model, or what it makes of a few validation examples."""
+    tokenizer, task = run.tokenizer, kind_of(run.config)
     if tokenizer is None or task == "masked-tokens":
         return
     log_line(f"sample from the best checkpoint (step {run.step}):")
@@ -117,6 +121,12 @@ def show_sample(run: Run) -> None:
         print(generate(run, "", max_new_tokens=400)[0])
         return
     examples = load_split(run.config, "val", log_line, tokenizer)
+    if task == "conversations":
+        before = tokenizer.decode(examples.tokens[: (examples.parts > 0).argmax()])
+        text = before.rpartition("<|user|>")[-1].partition(END_OF_TURN)[0]
+        message, sampling = Message("user", text), SamplingConfig()
+        print(text, "".join(answer(run, [message], 400, sampling, 1337)), sep="\n")
+        return
     first = range(min(3, len(examples)))
     if task == "classification":
         texts = [tokenizer.decode(examples.texts[i][1:]) for i in first]

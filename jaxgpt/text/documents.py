@@ -337,6 +337,8 @@ def _parse_line(where: str, line: bytes, field: str) -> Document:
     if not isinstance(values, dict) or field not in values:
         names = ", ".join(values) if isinstance(values, dict) else "no object"
         detail = f"there is no field {field!r}, but {names:.200}"
+        if "messages" in names:
+            detail += ", as train.py reads with --data.packing conversations"
         return Document(0, where, problem="no text", detail=detail)
     return _document(0, where, values[field])
 

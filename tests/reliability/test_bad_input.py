@@ -105,6 +105,12 @@ RESUME = "train.py --out-dir runs/tiny --resume"
 SENTIMENT = "train.py sentiment --data.tokenizer char --model.vocab-size None"
 LABELLED, PAIRS = f"{SENTIMENT} --data.path rows.csv", "train.py reverse"
 LABELS = "text,label\nfine,1\n"
+CHAT = f"{SMOKE} --data.packing conversations"
+CHATS = f"{CHAT} --data.path a.jsonl"
+CONVERSATION = (
+    '{"messages": [{"role": "user", "content": "Hi"}, '
+    '{"role": "assistant", "content": "Lo"}]}\n'
+)
 INIT_FROM = f"{TRAIN} --init-from runs/tiny"
 DISTRIBUTED = f"{SMOKE} --num-processes 2 --process-id"
 ADDRESS = "--coordinator-address host:1"
@@ -202,6 +208,40 @@ CASES = {
         ("packed examples", f"{SENTIMENT} --data.packing documents", "classifier"),
         ("starting from a GPT", f"{LABELLED} --init-from runs/tiny",
          "runs/tiny classifier gpt"),
+    ],
+    "Conversations": [
+        ("a line that is no conversation", CHATS, "a.jsonl:1 messages",
+         {"a.jsonl": '{"text": "a"}\n'}),
+        ("roles out of order", CHATS, "a.jsonl:2 user assistant",
+         {"a.jsonl": CONVERSATION + CONVERSATION.replace("assistant", "user")}),
+        ("an unknown role", CHATS, "a.jsonl:1 'bot' assistant",
+         {"a.jsonl": CONVERSATION.replace("assistant", "bot")}),
+        ("an empty answer", CHATS, "a.jsonl:1 assistant empty",
+         {"a.jsonl": CONVERSATION.replace("Lo", " ")}),
+        ("content that is no text", CHATS, "a.jsonl:1 content",
+         {"a.jsonl": CONVERSATION.replace('"Lo"', "1")}),
+        ("no answer at the end", CHATS, "a.jsonl:1 user assistant",
+         {"a.jsonl": '{"messages": [{"role": "user", "content": "Hi"}]}\n'}),
+        ("an empty file of conversations", CHATS, "a.jsonl", {"a.jsonl": "\n"}),
+        ("conversations in a text file", f"{CHAT} --data.path text.txt",
+         "text.txt .jsonl"),
+        ("conversations in a folder of tokens", f"{CHATS} tokens", "tokens .jsonl",
+         {"a.jsonl": CONVERSATION}),
+        ("conversations that are read as documents", f"{SMOKE} --data.path a.jsonl",
+         "a.jsonl:1 text --data.packing conversations", {"a.jsonl": CONVERSATION}),
+        ("conversations that are prepared", f"{PREPARE} a.jsonl",
+         "a.jsonl:1 text --data.packing conversations", {"a.jsonl": CONVERSATION}),
+        ("too few conversations", CHATS, "split block_size=32",
+         {"a.jsonl": CONVERSATION}),
+        ("another corpus of conversations", f"{CHAT} --data.corpus reviews",
+         "reviews packing=conversations chitchat"),
+        ("weights of the built-in conversations",
+         f"{CHAT} --data.corpus chitchat --data.weights 1", "weights=(1.0,) 0"),
+        ("conversations for an encoder", f"{SENTIMENT} --data.packing conversations",
+         "packing=conversations classifier"),
+        ("conversations for a run without a tokenizer",
+         f"{CHATS} --init-from runs/imported --model.block-size 8", "runs/imported",
+         {"a.jsonl": CONVERSATION}),
     ],
     "The run directory": [
         ("it has a run", f"{TRAIN} --out-dir runs/tiny", "runs/tiny --overwrite"),
