@@ -157,14 +157,14 @@ def examples_config(folder, architecture, tokenizer="char"):
     )
 
 
-def conversations_config(folder, name="chats", count=60):
+def conversations_config(folder, name="chats", size=3):
     """TINY's config for conversations of characters, in a file that it writes.
 
     Every third one has a system turn; the longest do not fit a row.
     """
     rng, lines = np.random.default_rng(len(name)), []
-    for n in range(count):
-        texts = ["".join(rng.choice(list("abcdefgh"), 3)) for _ in range(2 + n % 9)]
+    for n in range(60):
+        texts = ["".join(rng.choice(list("abcdefgh"), size)) for _ in range(2 + n % 9)]
         roles = ["user", "assistant"] * (len(texts) // 2)
         roles = roles if n % 3 else ["system", *roles]
         pairs = zip(roles, texts, strict=False)

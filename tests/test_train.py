@@ -326,7 +326,7 @@ def test_a_text_run_learns_conversations_then_others_with_the_same_tokens(
 ):
     """Through the command line: a text run, SFT, its resumption, a second SFT."""
     for name in ("first", "second"):
-        conversations_config(tmp_path, name)
+        conversations_config(tmp_path, name, size=1)
 
     def flags(start, name):
         shape = "--data.packing", "conversations", "--train.max-steps", "4"
