@@ -90,8 +90,10 @@ def test_every_command_of_the_lectures_page_works(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for preset, kind in {"sentiment": "classifier", "translate-de": "seq2seq"}.items():
+    kinds = {"sentiment": "classifier", "translate-de": "seq2seq", "chat-sft": "chat"}
+    for preset, kind in kinds.items():
         (tmp_path / "runs" / preset).symlink_to(untrained / kind)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Lear\n")))
     monkeypatch.setattr(lecture, "RUNGS", lecture.RUNGS[:1])
     monkeypatch.setattr(lecture, "SCALED", lecture.RUNGS[0])
     torch_nanogpt.make(tmp_path / "ckpt.pt")
