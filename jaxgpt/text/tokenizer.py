@@ -174,7 +174,8 @@ class BPETokenizer:
         self.end_of_text = tokenizer.token_to_id(END_OF_TEXT)
         self._tokenizer = tokenizer
         self._added = [token.content for token in added.values()]
-        self.special = tuple(each.content for each in added.values() if each.special)
+        self._special = {each.content: i for i, each in added.items() if each.special}
+        self.special = tuple(self._special)
         if all(token.special for token in added.values()):
             self._added = []  # special tokens alone are ordinary text
         self._bytes = {}
@@ -272,7 +273,7 @@ class BPETokenizer:
 
     def special_id(self, token: str) -> int:
         """The id of a special token."""
-        return self._tokenizer.get_vocab()[token]
+        return self._special[token]
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, i32 [tokens]; unpaired surrogates become U+FFFD."""
