@@ -43,7 +43,7 @@ def write_encoder(
         settings | {"dtype": "float32", "tie_word_embeddings": True},
         tokenizer,
         config.block_size,
-        special=special | {"pad_token": END_OF_TEXT},
+        tokenizer_settings=special | {"pad_token": END_OF_TEXT},
         template=template,
         generation=generation,
     )

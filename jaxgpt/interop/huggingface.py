@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from jaxgpt.config import GPTConfig, ModelConfig
 from jaxgpt.files import replace_file
 from jaxgpt.interop import state_dict
+from jaxgpt.text.conversations import CHAT_TEMPLATE, END_OF_TURN, is_chat_tokenizer
 from jaxgpt.text.fetch import download
 from jaxgpt.text.pretrained import tokenizer_in
 from jaxgpt.text.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
@@ -43,6 +44,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.
 _OF_ANOTHER_MODEL = (
     *(_INDEX, "model-*-of-*.safetensors", _GENERATION, *_TOKENIZER_FILES),
     *("tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
 
 
@@ -121,16 +123,27 @@ def write_huggingface(
 ) -> None:
     """Writes a directory for transformers' AutoModelForCausalLM and AutoTokenizer.
 
-    A GPT without biases gets biases of zero, since GPT-2 always has biases. The folder
-    is created if needed. Raises ValueError if the model is not a GPT.
+    A GPT without biases gets biases of zero, since GPT-2 always has biases. With the
+    special tokens of conversations, there is a chat template, and `generate` stops
+    where a turn ends. The folder is created if needed. Raises ValueError if the model
+    is not a GPT.
     """
     config = state_dict.check_gpt(config, "GPT-2")
     tensors = state_dict.to_state_dict(params, config, out_in=False)
     with_biases = dataclasses.replace(config, bias=True)
     for name, shape in state_dict.torch_shapes(with_biases).items():
         tensors.setdefault(name, np.zeros(shape, np.float32))
-    settings = gpt2_settings(config, tokenizer.end_of_text if tokenizer else None)
-    write_model(folder, tensors, settings, tokenizer, config.block_size)
+    end = tokenizer.end_of_text if tokenizer else None
+    settings, chat, generation = gpt2_settings(config, end), dict[str, str](), None
+    if tokenizer and is_chat_tokenizer(tokenizer):
+        chat = {"chat_template": CHAT_TEMPLATE}
+        ends = [end, tokenizer.special_id(END_OF_TURN)]
+        generation = {"bos_token_id": end, "pad_token_id": end, "eos_token_id": ends}
+    write_model(
+        *(folder, tensors, settings, tokenizer, config.block_size),
+        tokenizer_settings=chat,
+        generation=generation,
+    )
 
 
 def write_model(
@@ -139,7 +152,7 @@ def write_model(
     settings: dict[str, Any],
     tokenizer: Tokenizer | None,
     block_size: int,
-    special: dict[str, str] | None = None,
+    tokenizer_settings: dict[str, str] | None = None,
     template: str = "",
     generation: dict[str, Any] | None = None,
 ) -> None:
@@ -151,7 +164,7 @@ def write_model(
       settings: the content of config.json.
       tokenizer: None writes none.
       block_size: the most tokens of a text.
-      special: more special tokens of the tokenizer, by transformers' name.
+      tokenizer_settings: more of tokenizer_config.json, such as special tokens.
       template: special tokens to add to each text, which is `$A`.
       generation: the content of generation_config.json, if any.
     """
@@ -164,7 +177,8 @@ def write_model(
     for path in (path for name in _OF_ANOTHER_MODEL for path in folder.glob(name)):
         path.unlink()
     if tokenizer:
-        _write_tokenizer(folder, tokenizer, block_size, special or {}, template)
+        more = tokenizer_settings or {}
+        _write_tokenizer(folder, tokenizer, block_size, more, template)
     if generation:
         _write_text(folder / _GENERATION, json.dumps(generation, indent=2) + "\n")
     _write_text(folder / _CONFIG, json.dumps(settings, indent=2) + "\n")
@@ -246,7 +260,7 @@ def _write_tokenizer(
     folder: Path,
     tokenizer: Tokenizer,
     block_size: int,
-    special: dict[str, str],
+    more: dict[str, str],
     template: str,
 ) -> None:
     settings: dict[str, Any] = {
@@ -267,17 +281,21 @@ def _write_tokenizer(
             single=template, special_tokens=[(END_OF_TEXT, tokenizer.end_of_text)]
         )
         content = with_template.to_str()
-    settings |= special
+    settings |= more
     _write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2))
     _write_text(folder / "tokenizer.json", content)
 
 
 def _characters_as_words(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
-    """The character tokenizer as a word-level one, in which a character is a word."""
+    """The character tokenizer as a word-level one, in which a character is a word.
+
+    Characters that it does not have are left out.
+    """
     ids = {character: i for i, character in enumerate(tokenizer.characters)}
     words = tokenizers.Tokenizer(models.WordLevel(ids))
-    any_character = tokenizers.Regex(r"[\s\S]")
-    words.pre_tokenizer = pre_tokenizers.Split(any_character, "isolated")
+    known = "".join(rf"\x{{{ord(character):x}}}" for character in ids)
+    pattern = tokenizers.Regex(f"[{known}]")
+    words.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
     words.decoder = decoders.Fuse()
     words.add_special_tokens(list(tokenizer.special))  # with the next ids
     return words

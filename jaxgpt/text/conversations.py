@@ -44,6 +44,18 @@ from jaxgpt.text.tokenizer import (
 ROLES = ("system", "user", "assistant")
 END_OF_TURN = "<|end|>"
 CHAT_TOKENS = (END_OF_TEXT, *(f"<|{role}|>" for role in ROLES), END_OF_TURN)
+# The format in Jinja, for transformers, where the text of a message is parsed.
+CHAT_TEMPLATE = """
+{{- "<|endoftext|>" -}}
+{%- for message in messages -%}
+  {%- set turn = loop.index0 - (messages[0].role == "system") | int -%}
+  {%- if turn >= 0 and message.role != ["user", "assistant"][turn % 2] -%}
+    {{- raise_exception("after a system message, user and assistant take turns") -}}
+  {%- endif -%}
+  {{- "<|" + message.role + "|>" + message.content + "<|end|>" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|assistant|>" -}}{%- endif -%}
+"""
 # What a prediction counts as, in `PackedDocuments.parts`.
 CONTEXT, ANSWER, ANSWER_END = range(3)
 _FRACTION = 0.05  # of the conversations, for each of val and test
