@@ -110,3 +110,17 @@ def test_prompts_begin_a_document_as_in_training(packed_run, call):
         assert spelt.tolist() == ids
         out, _ = call("generate.py", "--run-dir", packed_run, f"--prompt={prompt}")
         assert out == f"{prompt}{generate(run, prompt)[0]}\n"
+
+
+def test_prompts_begin_a_conversation_and_may_have_its_tokens(untrained, call):
+    run, prompt = load_run(untrained / "chat"), "<|user|>Puck<|end|><|assistant|>"
+    characters, special = (
+        run.tokenizer.encode("Puck").tolist(),
+        run.tokenizer.special_id,
+    )
+    turn = [special("<|user|>"), *characters, special("<|end|>")]
+    ids = [special("<|endoftext|>"), *turn, special("<|assistant|>")]
+    assert prompt_tokens(run, prompt)[1].tolist() == ids
+    flags = ["--run-dir", untrained / "chat", "--prompt", prompt]
+    out, _ = call("generate.py", *flags, "--max-new-tokens", 9)
+    assert out == f"{prompt}{generate(run, prompt, max_new_tokens=9)[0]}\n"

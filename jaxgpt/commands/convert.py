@@ -23,6 +23,7 @@ from jaxgpt.run import (
 )
 from jaxgpt.terminal import log_line
 from jaxgpt.text import pretrained, tinyshakespeare
+from jaxgpt.text.conversations import is_chat_tokenizer
 from jaxgpt.text.tokenizer import CharTokenizer, Tokenizer, fits
 from jaxgpt.training.checkpoint import CHECKPOINTS, open_checkpoints, save_state
 from jaxgpt.training.step import TrainState
@@ -76,6 +77,8 @@ def import_(
     if found:
         tokenizer_path = str(run_dir.resolve() / TOKENIZER)
         data = dataclasses.replace(config.data, tokenizer=tokenizer_path)
+        if is_chat_tokenizer(found):  # so prompts and texts are read as in training
+            data = dataclasses.replace(data, packing="conversations", corpus="chitchat")
         config = dataclasses.replace(config, data=data)
     with claim_run(run_dir, resume=False, overwrite=overwrite):
         with temporary(run_dir / "import") as tmp_path:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxgpt import BPETokenizer, CharTokenizer, load_run
 from jaxgpt.commands import convert
-from jaxgpt.run import load_config, save_config
+from jaxgpt.run import load_config, prompt_tokens, save_config
+from jaxgpt.text.conversations import is_chat_tokenizer
 from jaxgpt.text.pretrained import save_nanogpt_meta
 from jaxgpt.text.tinyshakespeare import SHA256
 from jaxgpt.training.monitor import read_rows
@@ -153,10 +154,27 @@ def test_an_exported_run_has_the_same_logits_in_transformers(call, tiny_run, tmp
     assert contents(again) == contents(folder)
 
 
+@pytest.mark.parametrize("format", ["nanogpt", "huggingface"])
+def test_a_run_of_conversations_is_still_one_after_export_and_import(
+    call, untrained, tmp_path, format
+):
+    target, meta = tmp_path / "exported", ["--meta", tmp_path / "meta.pkl"]
+    call("jaxgpt", "export", format, untrained / "chat", target)
+    meta = meta if format == "nanogpt" else []
+    call("jaxgpt", "import", format, target, tmp_path / "back", *meta)
+    before, after = map(load_run, (untrained / "chat", tmp_path / "back"))
+    assert after.tokenizer.to_json() == before.tokenizer.to_json()
+    assert is_chat_tokenizer(after.tokenizer)
+    ids = [prompt_tokens(run, "Puck")[1].tolist() for run in (before, after)]
+    assert ids[0] == ids[1]
+
+
 def test_an_export_removes_the_files_of_the_model_it_replaces(call, tiny_run, tmp_path):
     folder = tmp_path / "out"
     torch_gpt2.make(folder, max_shard_size="10KB")
-    names = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "README.md")
+    names = ["special_tokens_map.json", "added_tokens.json", "vocab.json", "README.md"]
+    names += ["chat_template.jinja", "additional_chat_templates/tools.jinja"]
+    (folder / "additional_chat_templates").mkdir()
     for name in names:
         (folder / name).write_text("{}")
     call("jaxgpt", "export", "huggingface", tiny_run, folder, "--overwrite")
