@@ -27,8 +27,8 @@ class Arguments:
     run_dir: Path  # run directory written by train.py
     checkpoint: str = "best"  # best (lowest val loss), latest, or a step
     # text to continue, or FILE:PATH to read it from a file; by default a newline, or
-    # nothing if the run has packing=documents; use --prompt=TEXT if the text begins
-    # with a dash
+    # nothing if the run has packing=documents or conversations; use --prompt=TEXT if
+    # the text begins with a dash
     prompt: str = ""
     max_new_tokens: int = 500  # tokens to generate for each sample
     num_samples: int = 1  # samples; the first is printed live, then the others

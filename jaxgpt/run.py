@@ -284,8 +284,9 @@ def text_tokenizer(run: Run) -> Tokenizer:
 def prompt_tokens(run: Run, prompt: str) -> tuple[str, np.ndarray]:
     """The prompt that the text continues, and its token ids, i32, at least one.
 
-    An empty prompt becomes the tokenizer's `start`. If the run has packing=documents,
-    it stays empty: the end-of-text token comes before every prompt, as in training.
+    An empty prompt becomes the tokenizer's `start`. If the run has packing=documents or
+    conversations, it stays empty: the end-of-text token comes before every prompt, as
+    in training. Special tokens in a prompt are tokens.
 
     Raises ValueError if a character is unknown, or if the run has no tokenizer.
     """
