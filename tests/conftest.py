@@ -379,7 +379,8 @@ def untrained(make_once):
     """A folder with a run of each kind of model, named after its architecture.
 
     Its parameters are random, its tokens characters; labels are no, perhaps and yes.
-    `chat` is a GPT with the special tokens of conversations.
+    `chat` is a GPT with the special tokens of conversations, which have a logit of 0:
+    its greedy answers never end.
     """
     characters = CharTokenizer("".join(sorted(set(TEXT))))
     of_kind = {"classifier": {"labels": ("no", "perhaps", "yes")}}
@@ -398,6 +399,8 @@ def untrained(make_once):
             config = changed(TINY, model=fields | {"block_size": 64}, data=data)
             with open_checkpoints(folder / kind / "checkpoints") as checkpoints:
                 params = random_params(build_model(config.model, "cpu"), std=0.2)
+                if kind == "chat":
+                    params["wte"]["embedding"][-len(special) :] = 0
                 save_params(checkpoints, 8, params)
             save_config(folder / kind, config, tokenizer)
 

@@ -20,6 +20,7 @@ SERVES = {
     "jaxgpt evaluate --run-dir {} --beams 2": {"seq2seq"},
     "jaxgpt classify --run-dir {} Lear": {"classifier"},
     "jaxgpt translate --run-dir {} Lear": {"seq2seq"},
+    "jaxgpt chat --run-dir {}": LANGUAGE_MODELS,
     "jaxgpt attention --run-dir {} --prompt Lear": {"gpt", "layer-norm", *OTHERS},
     "jaxgpt compare --run-dir {}": {"gpt", *OTHERS},
     "jaxgpt export nanogpt {} new": {"gpt"},
@@ -106,7 +107,7 @@ def test_a_run_of_another_kind_is_refused_with_its_kind(
         with pytest.raises(ValueError, match=rf"\b{kind}\b") as refused:
             call(*shlex.split(command.format(untrained / kind)))
         assert "\n" not in str(refused.value)
-        if command.split()[1] in ("--run-dir", "classify", "translate"):
+        if command.split()[1] in ("--run-dir", "classify", "translate", "chat"):
             assert INSTEAD[kind] in str(refused.value)
     assert not list(tmp_path.iterdir())
 

@@ -151,20 +151,20 @@ def _message(role: str, text: str, tokenizer: Tokenizer) -> Message:
 
 def _save(path: str, messages: list[Message]) -> None:
     """Appends a line for `read_conversations`; leaves out empty answers' exchanges."""
-    empty = [not each.content.strip() for each in messages]  # only answers can be
-    omit = [
-        here or after for here, after in zip(empty, [*empty[1:], False], strict=True)
-    ]
-    kept = [each._asdict() for each, out in zip(messages, omit, strict=True) if not out]
-    if any(empty):
-        log_line(f"left out: {sum(empty)} messages whose answer is empty")
+    odd = len(messages) % 2  # if there is a system message
+    kept, turns = messages[:odd], iter(messages[odd:])
+    for asked, answered in zip(turns, turns, strict=True):
+        kept += [asked, answered] if answered.content.strip() else []
+    if len(kept) < len(messages):
+        log_line(f"left out {(len(messages) - len(kept)) // 2} empty answers")
     if not path or len(kept) < 2:
         return log_line("/save needs a FILE, and an answer to save")
-    saved = json.dumps({"messages": kept}, ensure_ascii=False).encode() + b"\n"
+    saved = json.dumps({"messages": [*map(Message._asdict, kept)]}, ensure_ascii=False)
     try:
         with Path(path).expanduser().open("a+b") as file:
             file.seek(max(0, file.tell() - 1))
-            file.write(saved if file.read() in (b"", b"\n") else b"\n" + saved)
+            before = b"" if file.read() in (b"", b"\n") else b"\n"
+            file.write(before + saved.encode() + b"\n")
         log_line(f"saved in {path}")
     except (OSError, RuntimeError, ValueError) as error:
         log_line(f"not saved: {error}")

@@ -118,6 +118,7 @@ GENERATE = "generate.py --run-dir runs/tiny"
 EVALUATE = "-m jaxgpt evaluate --run-dir runs/tiny"
 CLASSIFIER = "-m jaxgpt evaluate --run-dir runs/classifier"
 CLASSIFY = "-m jaxgpt classify --run-dir runs/classifier"
+CHAT = "-m jaxgpt chat --run-dir runs/chat"
 TRANSLATE = "-m jaxgpt translate --run-dir runs/seq2seq"
 ATTENTION = "-m jaxgpt attention --run-dir runs/tiny"
 COMPARE, LECTURE = "-m jaxgpt compare", "-m jaxgpt lecture"
@@ -396,6 +397,18 @@ CASES = {
         ("no tokenizer", f"{TRANSLATE} Lear", "tokenizer.json",
          {"runs/seq2seq/tokenizer.json": remove}),
     ],
+    "chat": [
+        ("a run without the tokens of conversations",
+         "-m jaxgpt chat --run-dir runs/tiny", "<|end|> chat-sft"),
+        ("no run", "-m jaxgpt chat --run-dir runs", "runs config.json"),
+        ("a classifier", "-m jaxgpt chat --run-dir runs/classifier", "jaxgpt classify"),
+        ("no tokenizer", CHAT, "tokenizer.json",
+         {"runs/chat/tokenizer.json": remove}),
+        ("an empty system message", f"{CHAT} --system ' '", "--system"),
+        ("no tokens", f"{CHAT} --max-new-tokens 0", "max_new_tokens=0"),
+        ("a top-k above the vocabulary", f"{CHAT} --top-k 99", "top_k=99 =38"),
+        ("a negative seed", f"{CHAT} --seed -1", "seed=-1"),
+    ],
     "evaluate, attention, compare, lecture": [
         ("a stride of 0", f"{EVALUATE} --stride 0", "stride=0"),
         ("a stride above the block size", f"{EVALUATE} --stride 9", "stride=9 =8"),
@@ -512,7 +525,7 @@ def shelf(tiny_run, untrained, bigram, tmp_path_factory):
     here = tmp_path_factory.mktemp("shelf")
     tiny = here / "runs" / "tiny"
     shutil.copytree(tiny_run, tiny, ignore=shutil.ignore_patterns("*.png"))
-    for kind in ("classifier", "seq2seq"):
+    for kind in ("chat", "classifier", "seq2seq"):
         shutil.copytree(untrained / kind, here / "runs" / kind)
     change(tiny / "config.json", {"data": {"path": ["text.txt"]}})
     (here / "text.txt").write_text("To be, or not to be.\n" * 40)
