@@ -19,6 +19,8 @@ PARTS = {
     "tinyshakespeare.txt": "Tiny Shakespeare",
     "reviews.jsonl": "movie reviews",
     "tatoeba.tsv": "sentence pairs of Tatoeba",
+    "chitchat.jsonl": "everyday conversations",
+    "chat_history": "lines typed in chats",
     "xla": "compiled programs",
 }
 

@@ -30,7 +30,6 @@ _HELP = """\
 /retry        draw the last answer again
 /save FILE    append the conversation to a file, as --data.path of chat-sft reads it
 Ctrl-C stops an answer; Ctrl-D ends. A line that begins with a space is no command."""
-_SURVIVED = (MemoryError, RuntimeError, ValueError)  # of an answer, on a terminal
 _DEFAULT_SAMPLING = SamplingConfig()
 
 
@@ -93,10 +92,13 @@ def chat(
                     _respond(line, messages, tokenizer, draw)
                 except StopIteration:
                     return 0
-                except (*_SURVIVED, KeyboardInterrupt) as error:
+                except KeyboardInterrupt:
                     if not terminal or ending_signal():
                         raise
-                    log_line(f"\nerror: {error}" * isinstance(error, _SURVIVED))
+                except (MemoryError, RuntimeError, ValueError) as error:
+                    if not terminal:
+                        raise
+                    log_line(f"\nerror: {error}")
                 print(flush=True)
                 while notices:
                     log_line(notices.pop(0))
