@@ -174,7 +174,7 @@ def chat_sft() -> Config:
         data=DataConfig(
             corpus="chitchat", tokenizer="bpe", packing="conversations", batch_size=8
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, min_lr=1e-5),
+        optimizer=OptimizerConfig(learning_rate=3e-3, min_lr=3e-5),
         train=_train(every=300, max_steps=1200),
     )
 
