@@ -101,8 +101,8 @@ def evaluate(
     if task == "next-token" and packing != "conversations" and split == "test":
         raise ValueError(
             f"--split test is for examples and conversations, but architecture="
-            f"{architecture} with packing={packing} reads a text, which has a train and "
-            "a val split; use --split val"
+            f"{architecture} with packing={packing} reads a text, which has train and "
+            "val; use --split val"
         )
     if stride is not None and (task != "next-token" or packing == "conversations"):
         raise ValueError(
