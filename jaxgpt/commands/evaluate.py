@@ -30,7 +30,7 @@ from jaxgpt.run import (
 )
 from jaxgpt.terminal import log_line, progress
 from jaxgpt.text.batches import predictions
-from jaxgpt.text.conversations import ANSWER
+from jaxgpt.text.conversations import ANSWER, ANSWER_END
 from jaxgpt.text.corpus import load_split
 from jaxgpt.text.examples import Examples
 from jaxgpt.text.packing import PackedDocuments, as_rows
@@ -41,7 +41,7 @@ from jaxgpt.training.evaluation import (
     evaluate_examples,
     make_eval_step,
     make_losses_step,
-    sum_packed_rows,
+    packed_losses,
     summarize,
 )
 from jaxgpt.training.objectives import make_objective
@@ -123,7 +123,7 @@ def evaluate(
         data = dataclasses.replace(data, weights=(), sha256="", packing=packing)
     if data_path:
         data = dataclasses.replace(data, path=data_path)
-    elif packing == "conversations" != config.data.packing:
+    elif packing == "conversations" and packing != config.data.packing:
         data = dataclasses.replace(data, path=(), corpus="chitchat")
     # The mesh is for this machine's devices, not for those that trained the run.
     config = dataclasses.replace(config, data=data, mesh=mesh)
@@ -188,18 +188,28 @@ def _evaluate_tokens(
 def _evaluate_answers(
     run: Run, rows: PackedDocuments, config: Config, mesh: Mesh
 ) -> dict[str, Any]:
-    """The exact loss of the assistant's turns, and of their text alone per byte."""
-    eval_step = make_losses_step(run.model, mesh)
+    """The exact loss of the assistant's turns, and of their text alone per byte.
+
+    The standard errors are from the variance between conversations.
+    """
+    eval_step = make_losses_step(run.model, mesh, summed=False)
     with progress("evaluating", predictions(rows)) as advance:
-        sums_R2 = sum_packed_rows(eval_step, run.params, rows, config, mesh, advance)
-    result = summarize(sums_R2.sum(axis=1), rows.part_counts.sum(axis=1))
+        losses_RT = packed_losses(eval_step, run.params, rows, config, mesh, advance)
+    lengths_R = np.add.reduceat(rows.lengths_P, rows.offsets_R[:-1])
+    losses = losses_RT[np.arange(rows.block_size) < lengths_R[:, None]]
     decode, size = text_tokenizer(run).decode_bytes, run.model.config.vocab_size
     bytes_V = np.array([len(decode([id_])) for id_ in range(size)])
-    sizes = np.where(rows.parts == ANSWER, bytes_V[np.asarray(rows.tokens)], 0)
-    sizes_R = np.add.reduceat(sizes, rows.starts_P[rows.offsets_R[:-1]])
-    of_text = summarize(sums_R2[:, 0], sizes_R)
+    parts, tokens, of_piece = map(
+        np.asarray, (rows.parts, rows.tokens, rows.conversations_P)
+    )
+    names, conversation_P = np.unique(of_piece, return_inverse=True)
+    sums = partial(np.bincount, np.repeat(conversation_P, rows.lengths_P))
+    result = summarize(sums(losses), sums(parts > 0))
+    is_text = parts == ANSWER
+    of_text = summarize(sums(losses * is_text), sums(bytes_V[tokens] * is_text))
     return {
-        "answers": int(rows.part_counts[:, 1].sum()),
+        "conversations": len(names),
+        "answers": int((parts == ANSWER_END).sum()),
         **dataclasses.asdict(result),
         "perplexity": math.exp(result.nats_per_token),
         "bytes": of_text.tokens,

@@ -97,7 +97,7 @@ def predictions(split: Split) -> int:
     if isinstance(split, Examples):
         return len(split)
     if isinstance(split, PackedDocuments):
-        return int(split.part_counts.sum())
+        return int(split.counts.sum())
     return len(split) - 1
 
 

@@ -13,7 +13,6 @@ N conversations   T time (block_size)   P pieces
 import json
 import re
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,33 +229,37 @@ def make_rows(
         name += f" of {config.data.path[path]}"
         keep_N &= arrays["path"] == path
     offsets, first = arrays["offsets"].tolist(), arrays["first"].tolist()
-    runs, systems, cut, left_out = list[list[slice]](), list[slice](), 0, 0
-    for n in np.flatnonzero(keep_N):
+    # Exchanges that follow each other and fit, with their conversation and system turn.
+    stretches, cut, left_out = list[tuple[int, slice, list[slice]]](), 0, 0
+    for n in np.flatnonzero(keep_N).tolist():
         begin, end = first[n], first[n + 1]
         user = begin + (end - begin) % 2  # the first one's turn
         system = slice(offsets[begin], offsets[user])
         exchanges = [slice(offsets[i], offsets[i + 2]) for i in range(user, end, 2)]
         cut += offsets[end] - offsets[begin] > T
-        for fits, group in groupby(exchanges, partial(_fit, T, system)):
-            run = [*group]
+        room = T - _length(system)
+        for fits, group in groupby(exchanges, lambda each: _length(each) <= room):  # noqa: B023
             if fits:
-                runs.append(run)
-                systems.append(system)
+                stretches.append((n, system, [*group]))
             else:
-                left_out += len(run)
-    if not runs:
+                left_out += len([*group])
+    if not stretches:
         raise ValueError(
             f"{name} has no conversation that fits block_size={T}; give more, since "
             "each one's hash determines its split, or raise --model.block-size"
         )
-    lengths = [[*map(_length, run)] for run in runs]
-    rows = fill_rows(lengths, [*map(_length, systems)], T)
-    slices, lengths_P = list[slice](), list[int]()
-    for run_number, start, stop in chain(*rows):
-        run = runs[run_number][start:stop]
-        piece = systems[run_number], slice(run[0].start, run[-1].stop)
-        slices += piece
-        lengths_P.append(sum(map(_length, piece)))
+    rows = fill_rows(
+        [[*map(_length, exchanges)] for _, _, exchanges in stretches],
+        [_length(system) for _, system, _ in stretches],
+        T,
+    )
+    slices, lengths_P, conversations_P = list[slice](), list[int](), list[int]()
+    for number, start, stop in chain(*rows):
+        n, system, exchanges = stretches[number]
+        piece = slice(exchanges[start].start, exchanges[stop - 1].stop)
+        slices += system, piece
+        lengths_P.append(_length(system) + _length(piece))
+        conversations_P.append(n)
     if cut:
         log(
             f"{cut:,} of {keep_N.sum():,} conversations are longer than block_size={T}:"
@@ -277,12 +280,9 @@ def make_rows(
         np.ones(len(lengths_P), bool),
         np.cumsum([0, *map(len, rows)]),
         np.concatenate([arrays["parts"][each] for each in slices]),
+        np.array(conversations_P),
     )
 
 
 def _length(tokens: slice) -> int:
     return int(tokens.stop - tokens.start)
-
-
-def _fit(block_size: int, *turns: slice) -> bool:
-    return sum(map(_length, turns)) <= block_size

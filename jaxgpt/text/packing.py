@@ -33,8 +33,9 @@ class PackedDocuments:
       lengths_P: predictions in each piece.
       begins_P: whether the piece begins a document.
       offsets_R: index of each row's first piece, and the number of pieces, [R + 1].
-      parts: for each token, the part of the loss that its prediction counts for, u8; 0
-        if it does not count. None if all count, for part 1.
+      parts: of conversations, whose tokens are in the order of the pieces: what each
+        token's prediction counts as, u8; 0 if it does not count. Else None: all count.
+      conversations_P: of conversations, the index of each piece's.
     """
 
     tokens: np.ndarray | Tokens
@@ -46,21 +47,19 @@ class PackedDocuments:
     begins_P: np.ndarray
     offsets_R: np.ndarray
     parts: np.ndarray | None = None
+    conversations_P: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.offsets_R) - 1
 
     @cached_property
-    def part_counts(self) -> np.ndarray:
-        """Number of predictions of part 1 and of part 2 in each row, i64 [R, 2]."""
-        if self.parts is None:
-            counts_P2 = self.lengths_P[:, None] * np.array([1, 0])
-        else:
-            before = np.zeros((len(self.parts) + 1, 2), np.int64)
-            np.cumsum(self.parts[:, None] == np.array([1, 2]), axis=0, out=before[1:])
-            counts_P2 = before[self.starts_P + self.lengths_P] - before[self.starts_P]
-        return np.add.reduceat(counts_P2, self.offsets_R[:-1], dtype=np.int64)
+    def counts(self) -> np.ndarray:
+        """Number of predictions in each row that count, i64 [R]."""
+        counts_P = self.lengths_P
+        if self.parts is not None:
+            counts_P = np.add.reduceat(self.parts > 0, self.starts_P, dtype=np.int64)
+        return np.add.reduceat(counts_P, self.offsets_R[:-1], dtype=np.int64)
 
 
 TokenRows = np.ndarray | Tokens | PackedDocuments
@@ -229,7 +228,8 @@ def fill_rows(
 
     A run that fits a row stays whole. A longer one, the longest first, fills rows with
     as many exchanges as fit. What is left of a row takes the next exchanges of other
-    runs, or whole runs: always those that fit best, so little of a row is padding.
+    runs, or whole runs, always those that fit best, until less than a sixteenth is
+    left: to fill it too would take more exchanges from those before them.
 
     Args:
       runs: lengths of the exchanges of each run.
@@ -240,7 +240,7 @@ def fill_rows(
     """
     totals = [system + sum(run) for run, system in zip(runs, systems, strict=True)]
     done, rows = [0] * len(runs), list[list[tuple[int, int, int]]]()
-    # By the least length of its next piece: a run, and the exchange it begins with.
+    # Runs, each with the exchange its next piece begins with, by the length it needs.
     waiting = [list[tuple[int, int]]() for _ in range(capacity + 1)]
 
     def wait(run: int) -> None:
@@ -264,5 +264,6 @@ def fill_rows(
                         done[run] += 1
                     rows[-1].append((run, start, done[run]))
                     wait(run)
-                fitting = next(filter(None, reversed(waiting[: room + 1])), [])
+                best = filter(None, reversed(waiting[: room + 1]))
+                fitting = next(best, []) if 16 * room >= capacity else []
     return rows

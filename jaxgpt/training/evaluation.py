@@ -52,32 +52,36 @@ def make_eval_step(objective: Objective, mesh: Mesh) -> EvalStep:
     return _compile(evaluate_batches, mesh)
 
 
-def make_losses_step(model: nn.Module, mesh: Mesh) -> EvalStep:
-    """Makes the `EvalStep` of next-token losses in nats, summed over parts of each row.
+def make_losses_step(model: nn.Module, mesh: Mesh, summed: bool = True) -> EvalStep:
+    """Makes the `EvalStep` of next-token losses in nats, without dropout.
 
-    A batch is inputs and targets, i32 [N, B, T], and parts, i8 [N, B, T]: the first sum
-    is of the positions where they are 1, the second of those where they are 2. The
-    result is f32 [N, B, 2]. There is no dropout. Batches of packed rows also have
-    segments, i32 [N, B, T].
+    A batch is inputs and targets, i32 [N, B, T], of packed rows also segments, i32, and
+    at last parts, i8. The result is f32 [N, B, 2]: the sums over the positions of each
+    row where parts is 1, and where it is 2.
+
+    Args:
+      summed: if False, the result is each loss, f32 [N, B, T], or 0 where parts is 0.
     """
 
-    def sum_losses(params: Any, batches: Batch) -> jax.Array:
-        return jax.lax.map(partial(sums, params), batches)
-
-    def sums(params: Any, batch: Batch) -> jax.Array:
-        inputs_BT, targets_BT, parts_BT, segments_BT = (*batch, None)[:4]
+    def losses_of(params: Any, batch: Batch) -> jax.Array:
+        inputs_BT, targets_BT, *segments, parts_BT = batch
         apply = partial(model.apply, {"params": params})
-        if segments_BT is not None:
-            apply = partial(apply, segments_BT=segments_BT)
+        if segments:
+            apply = partial(apply, segments_BT=segments[0])
         if hasattr(model, "hidden"):
             x_BTC, head_VC = apply(inputs_BT, method="hidden"), model.head(params)
             loss_BT = ops.head_losses(x_BTC, head_VC, targets_BT, model.platform)
         else:
             loss_BT = ops.cross_entropy(apply(inputs_BT), targets_BT)
+        if not summed:
+            return jnp.where(parts_BT > 0, loss_BT, 0)
         in_part_B2T = parts_BT[:, None] == jnp.array([1, 2])[:, None]
         return jnp.where(in_part_B2T, loss_BT[:, None], 0).sum(axis=2)
 
-    return _compile(sum_losses, mesh)
+    def losses(params: Any, batches: Batch) -> jax.Array:
+        return jax.lax.map(partial(losses_of, params), batches)
+
+    return _compile(losses, mesh)
 
 
 def _compile(function: EvalStep, mesh: Mesh) -> EvalStep:
@@ -214,15 +218,14 @@ def evaluate_exactly(
     T, count = config.model.block_size, predictions(split)
     if stride is not None and not 1 <= stride <= T:
         raise ValueError(f"stride={stride} must be from 1 to block_size={T}")
-    every = eval_step, params, config, mesh, advance
     if isinstance(split, PackedDocuments):
         if stride is not None:
             raise ValueError(
                 f"stride={stride} slides windows, but packing={config.data.packing} "
                 "predicts each document or conversation on its own; omit it"
             )
-        sums_R2 = sum_packed_rows(eval_step, params, split, config, mesh, advance)
-        return summarize(sums_R2.sum(axis=1), split.part_counts.sum(axis=1))
+        sums_R2 = packed_losses(eval_step, params, split, config, mesh, advance)
+        return summarize(sums_R2[:, 0], split.counts)
     stride = stride or T
     windows = 1 + -(-max(count - T, 0) // stride)
 
@@ -241,7 +244,9 @@ def evaluate_exactly(
     def predicted(rows: int) -> int:
         return min(T + (rows - 1) * stride, count)
 
-    sums_W2 = _sum_rows(*every, read_windows, windows, predicted)
+    sums_W2 = _evaluate_rows(
+        eval_step, params, config, mesh, advance, read_windows, windows, predicted
+    )
     segment_W = first_counted(np.arange(windows)) // T
     sums = np.zeros(-(-count // T) + 1)  # of each segment, and after the last
     np.add.at(sums, segment_W, sums_W2[:, 0])
@@ -249,7 +254,7 @@ def evaluate_exactly(
     return summarize(sums[:-1], np.minimum(T, count - T * np.arange(len(sums) - 1)))
 
 
-def sum_packed_rows(
+def packed_losses(
     eval_step: EvalStep,
     params: Any,
     packed: PackedDocuments,
@@ -257,20 +262,22 @@ def sum_packed_rows(
     mesh: Mesh,
     advance: Callable[[int], object] = lambda predictions: None,
 ) -> np.ndarray:
-    """The losses of packed rows in nats, summed over each of their parts, f32 [R, 2].
+    """The losses of packed rows in nats: what `make_losses_step` returns, f32 [R, ...].
 
-    Takes the arguments of `evaluate_exactly`.
+    What counts is part 1. Takes the arguments of `evaluate_exactly`.
     """
-    stops_R = np.cumsum(packed.part_counts.sum(axis=1))
+    stops_R = np.cumsum(packed.counts)
 
     def read(row_B: np.ndarray) -> Batch:
-        """Reads rows; where there are no parts, all but padding is part 1."""
-        inputs_BT, targets_BT, segments_BT, *rest = read_rows(packed, row_B)
-        parts_BT = rest[0] if rest else segments_BT > 0
-        return inputs_BT, targets_BT, parts_BT.astype(np.int8), segments_BT
+        """Reads rows; of documents, all but the padding counts."""
+        inputs_BT, targets_BT, segments_BT, *parts = read_rows(packed, row_B)
+        counted_BT = (parts or [segments_BT])[0] > 0
+        return inputs_BT, targets_BT, segments_BT, counted_BT.astype(np.int8)
 
-    every = eval_step, params, config, mesh, advance
-    return _sum_rows(*every, read, len(packed), lambda rows: stops_R[rows - 1])
+    return _evaluate_rows(
+        *(eval_step, params, config, mesh, advance),
+        *(read, len(packed), lambda rows: stops_R[rows - 1]),
+    )
 
 
 def read_examples(
@@ -415,7 +422,7 @@ def _check_finite(loss: float) -> None:
         )
 
 
-def _sum_rows(
+def _evaluate_rows(
     eval_step: EvalStep,
     params: Any,
     config: Config,
@@ -425,9 +432,9 @@ def _sum_rows(
     rows: int,
     predicted: Callable[[int], int],
 ) -> np.ndarray:
-    """The sums of losses of each row, f32 [rows, 2]; see `make_losses_step`.
+    """What `make_losses_step` returns of each row, f32 [rows, ...].
 
-    `read` maps indices of rows to inputs, targets, parts and, if packed, segments.
+    `read` maps indices of rows to its batches.
     `predicted` is the number of predictions in the first so many rows.
     """
     B = config.data.microbatch_size
@@ -436,8 +443,8 @@ def _sum_rows(
     def source(step: int, part: slice | np.ndarray) -> Batch:
         """Rows after the last repeat it, but nothing in them counts."""
         row_B = np.arange(step * B, (step + 1) * B)[part]
-        inputs_BT, targets_BT, parts_BT, *rest = read(np.minimum(row_B, rows - 1))
-        return inputs_BT, targets_BT, parts_BT * (row_B < rows)[:, None], *rest
+        *batch, parts_BT = read(np.minimum(row_B, rows - 1))
+        return *batch, parts_BT * (row_B < rows)[:, None]
 
     def dispatches() -> Iterator[tuple[int, Batch]]:
         done = 0
@@ -447,7 +454,7 @@ def _sum_rows(
             yield done - before, read_batches(source, steps, B, mesh)
 
     found = np.concatenate(_results(eval_step, params, dispatches(), advance))
-    return found.reshape(-1, 2)[:rows]
+    return found.reshape(-1, found.shape[-1])[:rows]
 
 
 def summarize(sums: np.ndarray, sizes: np.ndarray) -> Evaluation:
