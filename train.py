@@ -113,25 +113,26 @@ def main() -> None:
 
 def show_sample(run: Run) -> None:
     """Prints a text by the model, or what it makes of a few validation examples."""
-    tokenizer, task = run.tokenizer, kind_of(run.config)
-    if tokenizer is None or task == "masked-tokens":
+    tokenizer, kind = run.tokenizer, kind_of(run.config)
+    if tokenizer is None or kind == "masked-tokens":
         return
     log_line(f"sample from the best checkpoint (step {run.step}):")
-    if task == "next-token":
+    if kind == "next-token":
         print(generate(run, "", max_new_tokens=400)[0])
         return
-    examples = load_split(run.config, "val", log_line, tokenizer)
-    if task == "conversations":
-        before = tokenizer.decode(examples.tokens[: (examples.parts > 0).argmax()])
-        text = before.rpartition("<|user|>")[-1].partition(END_OF_TURN)[0]
+    examples = load_split(run.config, "val", lambda line: None, tokenizer)
+    if kind == "conversations":
+        user, end = map(tokenizer.special_id, ("<|user|>", END_OF_TURN))
+        first = examples.tokens[(examples.tokens == user).argmax() + 1 :]
+        text = tokenizer.decode(first[: (first == end).argmax()])
         message, sampling = Message("user", text), SamplingConfig()
         print(text, "".join(answer(run, [message], 400, sampling, 1337)), sep="\n")
         return
     first = range(min(3, len(examples)))
-    if task == "classification":
+    if kind == "classification":
         texts = [tokenizer.decode(examples.texts[i][1:]) for i in first]
         for text, probs in zip(texts, classify(run, texts), strict=True):
-            label = require_task(run.config, task).labels[probs.argmax()]
+            label = require_task(run.config, kind).labels[probs.argmax()]
             print(f"{label}\t{probs.max():.4f}\t{' '.join(text.split())[:60]}")
         return
     sources = [tokenizer.decode(examples.sources[i][:-1]) for i in first]

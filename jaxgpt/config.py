@@ -448,8 +448,8 @@ class Config:
         _check(
             self.model.packable or self.data.packing == "windows",
             f"packing={self.data.packing} needs a model that keeps them apart, "
-            f"but architecture={self.model.architecture} does not; use --data.packing "
-            "windows",
+            f"but architecture={self.model.architecture} does not; use "
+            "packing=windows",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def chat(
     if terminal:
         log_line("type a message, then Enter; /help lists commands; Ctrl-D ends")
         _line_history("read_history_file")
-    lines, prompt = given_texts([], 1), "> " if sys.stdout.isatty() else ""
+    lines, prompt = given_texts([], 1), "> " if terminal and sys.stdout.isatty() else ""
     with repeated_interrupts() as ending_signal:
         try:
             while True:

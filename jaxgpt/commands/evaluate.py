@@ -123,8 +123,13 @@ def evaluate(
         data = dataclasses.replace(data, weights=(), sha256="", packing=packing)
     if data_path:
         data = dataclasses.replace(data, path=data_path)
-    elif packing == "conversations" and packing != config.data.packing:
+    elif packing == "conversations" and config.data.packing != packing:
         data = dataclasses.replace(data, path=(), corpus="chitchat")
+    elif config.data.packing == "conversations" and packing != "conversations":
+        raise ValueError(
+            f"--packing {packing} is for a text, but the run was trained on "
+            "conversations; give a text with --data-path, or omit --packing"
+        )
     # The mesh is for this machine's devices, not for those that trained the run.
     config = dataclasses.replace(config, data=data, mesh=mesh)
     devices = make_mesh(config, log_line)
@@ -197,8 +202,9 @@ def _evaluate_answers(
         losses_RT = packed_losses(eval_step, run.params, rows, config, mesh, advance)
     lengths_R = np.add.reduceat(rows.lengths_P, rows.offsets_R[:-1])
     losses = losses_RT[np.arange(rows.block_size) < lengths_R[:, None]]
-    decode, size = text_tokenizer(run).decode_bytes, run.model.config.vocab_size
-    bytes_V = np.array([len(decode([id_])) for id_ in range(size)])
+    tokenizer = text_tokenizer(run)
+    ids = range(tokenizer.vocab_size)
+    bytes_V = np.array([len(tokenizer.decode_bytes([id_])) for id_ in ids])
     parts, tokens, of_piece = map(
         np.asarray, (rows.parts, rows.tokens, rows.conversations_P)
     )

@@ -30,6 +30,7 @@ from jaxgpt.text.tables import (
     check_files,
     digest_files,
     encode_known,
+    join_digests,
     read_objects,
     splits_of,
 )
@@ -149,7 +150,8 @@ def open_conversations(data: DataConfig, log: Log) -> Table:
             raise ValueError(f"{', '.join(map(str, files))}: there is no conversation")
         return rows, splits_of(keys, _FRACTION)
 
-    return Table(digest_files(paths) if paths else chitchat.SHA256, read)
+    digests = [digest_files([path]) for path in paths] or [chitchat.SHA256]
+    return Table(join_digests(digests), read)
 
 
 def encode_turns(

@@ -19,11 +19,12 @@ from jaxgpt.config import ClassifierConfig, Config, DataConfig, is_token_folder
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
 from jaxgpt.text import pretrained, reverse, reviews, tasks, tinyshakespeare
-from jaxgpt.text.conversations import make_rows
+from jaxgpt.text.conversations import CHAT_TOKENS, make_rows
 from jaxgpt.text.documents import find_files, is_records
 from jaxgpt.text.prepare import UNFINISHED, prepare
 from jaxgpt.text.scans import file_states
 from jaxgpt.text.shards import MANIFEST, SPLITS, Tokens, open_folder
+from jaxgpt.text.tables import join_digests
 from jaxgpt.text.textfiles import make_tokenizer, read_texts, tokenize
 from jaxgpt.text.tokenizer import END_OF_TEXT, Tokenizer, fits
 
@@ -53,7 +54,9 @@ def known_vocab_size(config: Config) -> int | None:
         is_reverse = (data.tokenizer, data.corpus, data.path) == ("char", "reverse", ())
         return reverse.VOCAB_SIZE if is_reverse else None
     if data.tokenizer == "gpt2":
-        return pretrained.GPT2_VOCAB_SIZE
+        is_chat = tasks.kind_of(config) == "conversations"
+        new = CHAT_TOKENS[1:] if is_chat else ()  # after the end of text
+        return pretrained.GPT2_VOCAB_SIZE + len(new)
     if (data.tokenizer, data.corpus, data.path) == ("char", "tinyshakespeare", ()):
         return tinyshakespeare.VOCAB_SIZE
     return None
@@ -150,7 +153,8 @@ def _load(
             )
         _check_fits(tokenizer, vocab_size)
         opened = [open_folder(folder, known) for folder in folders]
-        tokens, sha256 = [each for each, _ in opened], _join([d for _, d in opened])
+        tokens, digests = [each for each, _ in opened], [sha256 for _, sha256 in opened]
+        sha256 = join_digests(digests)
         _check_unchanged(data, sha256)
     else:
         text = read_texts(_name(data), files)
@@ -252,13 +256,6 @@ def _check_unchanged(data: DataConfig, sha256: str) -> None:
             f"but {_name(data)} now has {sha256}; restore the old text, or train a "
             "new run"
         )
-
-
-def _join(digests: Sequence[str]) -> str:
-    """The only digest, or a digest of several."""
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _check_fits(tokenizer: Tokenizer | None, vocab_size: int | None) -> None:

@@ -65,6 +65,13 @@ def digest_files(paths: Sequence[Path]) -> str:
     return found
 
 
+def join_digests(digests: Sequence[str]) -> str:
+    """The only digest, or a digest of several."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def check_files(paths: Sequence[str], kinds: tuple[str, str]) -> list[Path]:
     """Returns the files; raises OSError or ValueError unless they are of these kinds.
 

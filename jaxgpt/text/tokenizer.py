@@ -267,8 +267,7 @@ class BPETokenizer:
     def with_special(self, tokens: Sequence[str]) -> "BPETokenizer":
         """A tokenizer that also has these special tokens, after the others."""
         copy = tokenizers.Tokenizer.from_str(self.to_json())
-        missing = [each for each in tokens if copy.token_to_id(each) is None]
-        copy.add_special_tokens(missing)
+        copy.add_special_tokens(list(tokens))  # those it has keep their ids
         return BPETokenizer(copy)
 
     def special_id(self, token: str) -> int:

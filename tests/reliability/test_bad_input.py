@@ -118,7 +118,7 @@ GENERATE = "generate.py --run-dir runs/tiny"
 EVALUATE = "-m jaxgpt evaluate --run-dir runs/tiny"
 CLASSIFIER = "-m jaxgpt evaluate --run-dir runs/classifier"
 CLASSIFY = "-m jaxgpt classify --run-dir runs/classifier"
-CHAT = "-m jaxgpt chat --run-dir runs/chat"
+CHATTING = "-m jaxgpt chat --run-dir runs/chat"
 TRANSLATE = "-m jaxgpt translate --run-dir runs/seq2seq"
 ATTENTION = "-m jaxgpt attention --run-dir runs/tiny"
 COMPARE, LECTURE = "-m jaxgpt compare", "-m jaxgpt lecture"
@@ -402,12 +402,12 @@ CASES = {
          "-m jaxgpt chat --run-dir runs/tiny", "<|end|> chat-sft"),
         ("no run", "-m jaxgpt chat --run-dir runs", "runs config.json"),
         ("a classifier", "-m jaxgpt chat --run-dir runs/classifier", "jaxgpt classify"),
-        ("no tokenizer", CHAT, "tokenizer.json",
+        ("no tokenizer", CHATTING, "tokenizer.json",
          {"runs/chat/tokenizer.json": remove}),
-        ("an empty system message", f"{CHAT} --system ' '", "--system"),
-        ("no tokens", f"{CHAT} --max-new-tokens 0", "max_new_tokens=0"),
-        ("a top-k above the vocabulary", f"{CHAT} --top-k 99", "top_k=99 =38"),
-        ("a negative seed", f"{CHAT} --seed -1", "seed=-1"),
+        ("an empty system message", f"{CHATTING} --system ' '", "--system"),
+        ("no tokens", f"{CHATTING} --max-new-tokens 0", "max_new_tokens=0"),
+        ("a top-k above the vocabulary", f"{CHATTING} --top-k 99", "top_k=99 =38"),
+        ("a negative seed", f"{CHATTING} --seed -1", "seed=-1"),
     ],
     "evaluate, attention, compare, lecture": [
         ("a stride of 0", f"{EVALUATE} --stride 0", "stride=0"),
