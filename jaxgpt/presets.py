@@ -164,10 +164,11 @@ def reviews_bpe() -> Config:
 
 
 def chat_sft() -> Config:
-    """Supervised fine-tuning on conversations, with --init-from RUN, a language model.
+    """Supervised fine-tuning on conversations: 6 min on 2 CPU cores, val 4.14.
 
+    Give the language model to start from: --init-from runs/reviews-bpe, for example.
     Only the assistant's text is learned. Without --init-from, a model of the shape of
-    reviews-bpe learns from conversations alone.
+    reviews-bpe learns from conversations alone, val 4.85.
     """
     return Config(
         model=GPTConfig(block_size=256, vocab_size=4096, n_layer=4, n_embd=192),
