@@ -45,11 +45,14 @@ class _Interrupts:
     first = 0  # number of the first signal, 0 if there was none
     deferred = False  # whether to only record the first signal
     raised = False  # whether it raised; a later error may be the consequence
-    repeated = False  # whether each SIGINT raises KeyboardInterrupt, and none counts
+    stops: bool | None = None  # whether SIGINT stops `until_interrupt`; None before it
 
     def __call__(self, number: int, frame: object) -> None:
-        if self.repeated and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.stops is not None and number == signal.SIGINT:
+            if self.stops:
+                self.stops = False  # only the first SIGINT raises
+                raise KeyboardInterrupt
+            return
         if not self.first:
             self.first, self.raised = number, not self.deferred
             if self.raised:
@@ -72,18 +75,21 @@ def deferred_interrupts() -> Iterator[Callable[[], int]]:
         _interrupts.deferred = False
 
 
-@contextmanager
-def repeated_interrupts() -> Iterator[Callable[[], int]]:
-    """Raises KeyboardInterrupt at every SIGINT (Ctrl-C); the script can go on.
+def until_interrupt(function: Callable[[], T]) -> T | None:
+    """Calls a function; returns None if SIGINT (Ctrl-C) stops it.
 
-    Yields a function that returns the number of another signal that came, or 0: that
-    one also raises KeyboardInterrupt, but to end the script.
+    After the first such call the script ignores SIGINT between these calls. The other
+    signals still end it.
     """
-    _interrupts.repeated = True
     try:
-        yield lambda: _interrupts.first
+        _interrupts.stops = True
+        return function()
+    except KeyboardInterrupt:
+        if _interrupts.first:  # another signal
+            raise
+        return None
     finally:
-        _interrupts.repeated = False
+        _interrupts.stops = False
 
 
 def in_background(function: Callable[[], T]) -> Future[T]:
@@ -125,7 +131,7 @@ def _watch(receiver: socket.socket, terminals: list[int]) -> None:
     """
     first = 0.0
     while number := int.from_bytes(receiver.recv(1)):
-        if number == signal.SIGINT and _interrupts.repeated:
+        if number == signal.SIGINT and _interrupts.stops is not None:
             continue
         if number == _HANGUP:  # writes to the terminal now fail
             for terminal in terminals:
@@ -180,7 +186,7 @@ def plain_errors() -> Iterator[None]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(before_fd)
         sender.close()  # ends the thread
-        _interrupts.first, _interrupts.deferred, _interrupts.raised = 0, False, False
+        vars(_interrupts).clear()  # the class has the values of the start
 
 
 def _exit_with_error(error: Exception) -> NoReturn:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from conftest import finish, start_script
 from jax.errors import JaxRuntimeError
 
 from jaxgpt import exits, start
-from jaxgpt.exits import deferred_interrupts, plain_errors
+from jaxgpt.exits import deferred_interrupts, plain_errors, until_interrupt
 
 NO_SPACE = OSError(errno.ENOSPC, "full", "FILE")
 
@@ -103,6 +104,27 @@ def test_an_interrupt_in_the_garbage_collector_is_recorded(monkeypatch):
             assert pending() == signal.SIGINT
 
 
+def test_ctrl_c_stops_one_call_and_is_ignored_between_calls():
+    def interrupted():
+        try:
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("goes on")
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            unwound.append("the second one changes nothing")
+
+    unwound = []
+    with pytest.raises(SystemExit, match="143"), plain_errors():  # noqa: PT012
+        for _ in range(2):
+            assert until_interrupt(interrupted) is None
+            assert unwound.pop()
+            assert until_interrupt(lambda: 1) == 1
+            signal.raise_signal(signal.SIGINT)
+        until_interrupt(partial(signal.raise_signal, signal.SIGTERM))
+    with pytest.raises(SystemExit, match="130"), plain_errors():
+        interrupted()  # in the next script of this process
+
+
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_signals_of_terminals_and_clusters_let_a_run_save(name):
     if number := getattr(signal, name, None):  # Windows has none of them
@@ -150,7 +172,7 @@ def test_a_second_signal_within_half_a_second_is_a_repetition_of_the_first(
 def test_a_second_signal_ends_a_script_that_is_too_busy_to_handle_the_first():
     busy = """
 import hashlib
-from jaxgpt.exits import deferred_interrupts, plain_errors
+from jaxgpt.exits import deferred_interrupts, plain_errors, until_interrupt
 with plain_errors(), deferred_interrupts():
     print("busy", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # half an hour in C

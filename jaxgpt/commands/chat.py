@@ -1,27 +1,23 @@
 """A conversation on the terminal: python -m jaxgpt chat --run-dir DIR."""
 
-import itertools
 import json
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
-from importlib import import_module
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
 
-from jaxgpt.commands.texts import given_texts
+from jaxgpt.commands.texts import given_texts, typed_lines
 from jaxgpt.config import SamplingConfig, sampling_contradictions
-from jaxgpt.exits import interruptible, repeated_interrupts
+from jaxgpt.exits import interruptible, until_interrupt
 from jaxgpt.generation.chat import answer, chat_tokenizer
 from jaxgpt.generation.decode import check_sampling
 from jaxgpt.run import load_run
-from jaxgpt.start import cache_dir
 from jaxgpt.terminal import log_line
 from jaxgpt.text.conversations import Message
-from jaxgpt.text.tables import encode_known
+from jaxgpt.text.tables import Log, encode_known
 from jaxgpt.text.tokenizer import Tokenizer, without_surrogates
 
 _HELP = """\
@@ -60,121 +56,102 @@ def chat(
     for line in sampling_contradictions(sampling, 1):
         log_line(line)
     run = load_run(run_dir, checkpoint)
-    tokenizer, vocab_size = chat_tokenizer(run), run.model.config.vocab_size
-    check_sampling(vocab_size, max_new_tokens, sampling, seed)
-    messages, notices = list[Message](), list[str]()
-    seeds = itertools.count(seed)
+    tokenizer = chat_tokenizer(run)
+    check_sampling(run.model.config.vocab_size, max_new_tokens, sampling, seed)
+    messages = _message("system", system, tokenizer)
+    seeds = ((seed + n) % 2**32 for n in count())
+    tell_once = cache(log_line)
     # `input` needs all three, which are None if they are closed
     terminal = bool(sys.stdin and sys.stdout and sys.stderr) and sys.stdin.isatty()
 
-    def draw() -> None:
-        """Draws the last message, which is empty so far, and prints it."""
-        settings = max_new_tokens, sampling, next(seeds) % 2**32, notices.append
-        texts = answer(run, messages[:-1], *settings)
-        for text in iter(partial(interruptible, partial(next, texts, None)), None):
-            messages[-1] = Message("assistant", messages[-1].content + text)
+    def draw(asked: list[Message], texts: list[str], log: Log) -> None:
+        """Appends an answer to `texts` while it is drawn; a terminal shows it too."""
+        new = answer(run, asked, max_new_tokens, sampling, next(seeds), log)
+        for text in iter(partial(interruptible, partial(next, new, None)), None):
+            texts.append(text)
             if terminal:
                 print(text, end="", flush=True)
-        if not terminal:
-            print(" ".join(messages[-1].content.splitlines()), end="")
 
-    if system:
-        messages.append(_message("system", system, tokenizer))
     if terminal:
         log_line("type a message, then Enter; /help lists commands; Ctrl-D ends")
-        _line_history("read_history_file")
-    lines, prompt = given_texts([], 1), "> " if terminal and sys.stdout.isatty() else ""
-    with repeated_interrupts() as ending_signal:
+    lines = typed_lines() if terminal else given_texts([], 1)
+    for (line,) in lines:
+        texts, notices = list[str](), list[str]()
+        asked = _asked(line, messages, tokenizer)
         try:
-            while True:
-                try:
-                    line = input(prompt) if terminal else next(lines)[0]
-                    _respond(line, messages, tokenizer, draw)
-                except StopIteration:
-                    return 0
-                except KeyboardInterrupt:
-                    if not terminal or ending_signal():
-                        raise
-                except (MemoryError, RuntimeError, ValueError) as error:
-                    if not terminal:
-                        raise
-                    log_line(f"\nerror: {error}")
-                print(flush=True)
-                while notices:
-                    log_line(notices.pop(0))
-        except EOFError:
-            print()
-            return 0
-        finally:
-            if terminal:
-                _line_history("write_history_file")
+            if asked:
+                start = partial(draw, asked, texts, notices.append)
+                if terminal:
+                    until_interrupt(start)
+                else:
+                    start()
+        except (MemoryError, RuntimeError, ValueError) as error:
+            if not terminal:
+                raise
+            log_line(f"\nerror: {error}")
+        text = "".join(texts)
+        print("" if terminal else " ".join(text.splitlines()), flush=True)
+        for notice in notices:
+            tell_once(notice)
+        if text.strip():
+            messages[:] = [*asked, Message("assistant", text)]
+        elif asked:
+            log_line("the answer is empty; the conversation stays as it was")
+        if len(messages) < 2:  # a new conversation
+            tell_once.cache_clear()
+    return 0
 
 
-def _respond(
-    line: str, messages: list[Message], tokenizer: Tokenizer, draw: Callable[[], None]
-) -> None:
-    """Carries out a command, or sends a message of the user and draws the answer.
+def _asked(line: str, messages: list[Message], tokenizer: Tokenizer) -> list[Message]:
+    """Carries out a command; returns the messages to answer, for most commands none.
 
-    Each message of the user is followed by an answer, which at first is empty.
+    `messages` are the system's, if any, then the user's, each with its answer.
     """
     name, _, text = line.partition(" ")
+    text = text.strip()
     match name:
-        case _ if not line.strip():
-            log_line("an empty line is not sent")
+        case "/reset" | "/retry" | "/help" if text:
+            log_line(f"{name} takes no text")
+        case "/help":
+            log_line(_HELP)
         case "/reset":
-            messages[:] = [each for each in messages if each.role == "system"]
+            del messages[len(messages) % 2 :]  # keeps the system's
             log_line("a new conversation")
         case "/system":
-            messages.clear()
-            if text.strip():
-                messages.append(_message("system", text, tokenizer))
-            log_line(f"a new conversation with system message {text.strip()!r}")
-        case "/retry" if messages and messages[-1].role == "assistant":
-            messages[-1] = Message("assistant", "")
-            draw()
+            messages[:] = _message("system", text, tokenizer)
+            log_line(
+                f"a new conversation with{'' if messages else 'out'} a system message"
+            )
+        case "/save" if not text:
+            log_line("/save needs a FILE")
+        case "/retry" | "/save" if len(messages) < 2:
+            log_line(f"there is no answer to {name[1:]}")
         case "/retry":
-            log_line("there is no answer to draw again")
+            return messages[:-1]
         case "/save":
-            _save(text.strip(), messages)
+            _save(text, messages)
         case _ if name.startswith("/"):
-            unknown = f"there is no command {name}; /help lists them"
-            log_line(_HELP if name == "/help" else unknown)
-        case _:
-            messages += _message("user", line, tokenizer), Message("assistant", "")
-            draw()
+            log_line(f"there is no command {name}; /help lists them")
+        case _ if message := _message("user", line, tokenizer):
+            return [*messages, *message]
+    return []
 
 
-def _message(role: str, text: str, tokenizer: Tokenizer) -> Message:
-    """The message; logs which characters the tokenizer does not have."""
+def _message(role: str, text: str, tokenizer: Tokenizer) -> list[Message]:
+    """A list of the message, or of none if it has no text that the tokenizer knows."""
     text = without_surrogates(text.strip())
-    encode_known([text], tokenizer, log_line)
-    return Message(role, text)
+    known = tokenizer.decode(encode_known([text], tokenizer, log_line)[0]).strip()
+    if text and not known:
+        log_line("nothing is left of the message, so it is left out")
+    return [Message(role, text)] if known else []
 
 
 def _save(path: str, messages: list[Message]) -> None:
-    """Appends a line for `read_conversations`; leaves out empty answers' exchanges."""
-    odd = len(messages) % 2  # if there is a system message
-    kept, turns = messages[:odd], iter(messages[odd:])
-    for asked, answered in zip(turns, turns, strict=True):
-        kept += [asked, answered] if answered.content.strip() else []
-    if len(kept) < len(messages):
-        log_line(f"left out {(len(messages) - len(kept)) // 2} empty answers")
-    if not path or len(kept) < 2:
-        return log_line("/save needs a FILE, and an answer to save")
-    saved = json.dumps({"messages": [*map(Message._asdict, kept)]}, ensure_ascii=False)
+    """Appends the conversation to a file, as a line for `read_conversations`."""
+    saved = {"messages": [*map(Message._asdict, messages)]}
     try:
-        with Path(path).expanduser().open("a+b") as file:
-            file.seek(max(0, file.tell() - 1))
-            before = b"" if file.read() in (b"", b"\n") else b"\n"
-            file.write(before + saved.encode() + b"\n")
+        with Path(path).expanduser().open("a", encoding="utf-8") as file:
+            file.write(json.dumps(saved, ensure_ascii=False) + "\n")
         log_line(f"saved in {path}")
     except (OSError, RuntimeError, ValueError) as error:
         log_line(f"not saved: {error}")
-
-
-def _line_history(method: str) -> None:
-    """Reads or writes the file of typed lines, if possible; enables line editing."""
-    with suppress(ImportError, OSError):
-        readline = import_module("readline")  # Windows has none
-        readline.set_history_length(1000)
-        getattr(readline, method)(cache_dir() / "chat_history")

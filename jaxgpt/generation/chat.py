@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.config import SamplingConfig
-from jaxgpt.generation.decode import check_sampling, generate_tokens
+from jaxgpt.generation.decode import generate_tokens
 from jaxgpt.generation.stream import decode_stream
 from jaxgpt.run import Run, check_call, require_task, text_tokenizer
 from jaxgpt.text.conversations import (
@@ -63,18 +63,18 @@ def answer(
 
     Args:
       messages: as in `chat_prompt`.
-      log: told when messages, or the beginning of the text, are out of sight.
+      log: told when messages, or the beginning of the text, are outside the window.
 
     Raises ValueError as `chat` does.
     """
     tokenizer, model = chat_tokenizer(run), run.model
-    check_sampling(model.config.vocab_size, max_new_tokens, sampling, seed)
     ids, unseen = chat_prompt(messages, tokenizer, model.config.block_size)
     if log and unseen:
-        log(f"the model no longer sees {unseen} of the earlier messages")
+        log("the oldest messages are outside the window")
     ends = tuple(map(tokenizer.special_id, CHAT_TOKENS))
-    settings = max_new_tokens, sampling, seed, ends
-    drawn_tokens = generate_tokens(model, run.params, [ids], *settings)
+    drawn_tokens = generate_tokens(
+        model, run.params, [ids], max_new_tokens, sampling, seed, ends
+    )
     seen = _watch(drawn_tokens, len(ids), model.config.block_size, log)
     return (text for (text,) in decode_stream(tokenizer, seen, 1, ends))
 
@@ -122,7 +122,10 @@ def _watch(
     """Passes tokens on; logs once when the text before them exceeds block_size."""
     for tokens, log_probs in drawn_tokens:
         if log and length > block_size:
-            log(f"beyond the window the model sees the last {block_size} tokens only")
+            log(
+                f"the model sees the last {block_size} tokens only; the others are "
+                "outside the window"
+            )
             log = None
         length += tokens.shape[1]
         yield tokens, log_probs

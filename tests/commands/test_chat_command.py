@@ -1,5 +1,4 @@
 import io
-import json
 import os
 import stat
 import subprocess
@@ -11,8 +10,8 @@ import pytest
 from conftest import ROOT
 
 from jaxgpt import chat as ask
-from jaxgpt import load_run
-from jaxgpt.commands import chat
+from jaxgpt import exits, load_run
+from jaxgpt.commands import chat, texts
 from jaxgpt.text.conversations import read_conversations
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 1.0}
@@ -71,7 +70,8 @@ def type_lines(call, untrained, monkeypatch):
 
         monkeypatch.setattr("builtins.input", typed_line)
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-        monkeypatch.setattr(chat, "_line_history", lambda method: None)
+        monkeypatch.setattr(texts, "_line_history", lambda method: None)
+        monkeypatch.setattr(exits._interrupts, "stops", None)  # it stays set
         return call("jaxgpt", "chat", "--run-dir", untrained / "chat", *FLAGS)
 
     return type_lines
@@ -100,9 +100,9 @@ def test_each_line_of_stdin_gets_the_answer_to_the_conversation_so_far(talk, unt
 
 def test_commands_change_what_the_model_sees_and_are_not_sent(talk, scripted):
     seen = scripted("ab", ["", "c\nd\r\ne\n"], "f", "g", "h")
-    out, err = talk("Puck", "/system Lear", "Hamlet", "/retry", "/tale x", "Lear",
-                    "/system", " /tale x", "/help")  # fmt: skip
-    assert out == ["ab", "", "c d e", "f", "", "g", "", "h", ""]
+    out, err = talk("Puck", "/system Lear", "Hamlet", "/retry", "/tale x", "/reset x",
+                    "/retry x", "Lear", "/system", " /tale x", "/help")  # fmt: skip
+    assert out == ["ab", "", "c d e", "f", "", "", "", "g", "", "h", ""]
     assert seen == [["Puck"], ["Lear", "Hamlet"], ["Lear", "Hamlet"],
                     ["Lear", "Hamlet", "f", "Lear"], ["/tale x"]]  # fmt: skip
     for name in ("no command /tale", "/reset", "/system", "/retry", "/save"):
@@ -110,48 +110,60 @@ def test_commands_change_what_the_model_sees_and_are_not_sent(talk, scripted):
 
 
 def test_a_saved_conversation_is_read_again(talk, scripted, tmp_path):
-    scripted("no", "", "yes, \u2028 2", "1")
+    scripted("no", "yes, \u2028 2", "1")
     path = tmp_path / "a b.jsonl"
-    path.write_text(json.dumps({"messages": said("x", "y")}))  # without a newline
     _, err = talk(
-        *("/save", f"/save {path}", "Puck", "Lear é", "Hamlet", f"/save {path}"),
-        *("/save", "/system Lear", f"/save {path}", "tale", f"/save {path}"),
-        *(f"/save {tmp_path}", f"/save {path}"),
+        *("/save", f"/save {path}", "Puck", "Lear é", f"/save {path}", "/save"),
+        *("/system Lear", f"/save {path}", "tale", f"/save {path}"),
+        *(f"/save {tmp_path}", "/save /dev/full", f"/save {path}"),
     )
     assert str(tmp_path) in err.split("not saved: ")[1]
-    first, second, *third = read_conversations(path)
-    assert [each.content for each in first] == ["x", "y"]
-    assert [each.content for each in second] == [
+    assert err.count("not saved: ") == 2
+    first, *second = read_conversations(path)
+    assert [each.content for each in first] == [
         "Puck",
         "no",
-        "Hamlet",
+        "Lear é",
         "yes, \u2028 2",
     ]
-    assert third == [third[0]] * 2
-    assert [tuple(each) for each in third[0]] == [
+    assert second == [second[0]] * 2
+    assert [tuple(each) for each in second[0]] == [
         ("system", "Lear"), ("user", "tale"), ("assistant", "1")
     ]  # fmt: skip
+
+
+def test_what_has_no_text_is_neither_sent_nor_kept(talk, scripted):
+    seen = scripted("a", "", [" ", "\n"], "", "b")
+    out, err = talk("Puck", "", "é é", "Lear", "Hamlet", "/retry", "tale")
+    assert out[:4] == ["a", "", "", ""]
+    assert seen[1:] == [
+        ["Puck", "a", "Lear"], ["Puck", "a", "Hamlet"], ["Puck"], ["Puck", "a", "tale"]
+    ]  # fmt: skip
+    assert err.count("the answer is empty") == 3
+    assert "nothing is left" in err
+    seen = scripted("a")
+    talk("/system é", "Puck")
+    assert seen == [["Puck"]]
 
 
 def test_what_the_user_should_know_goes_to_stderr(talk):
     flags = ("--max-new-tokens", 80, "--temperature", 1, "--top-p", 0.9)
     long = "Hamlet tells a tale of winters"
-    out, err = talk("é tale", *[long] * 6, flags=flags)
+    out, err = talk("é tale", *[long] * 4, "/reset", *[long] * 4, flags=flags)
     assert repr("é") in err
-    assert "no longer sees 2 of the earlier messages" in err
+    assert err.count("the oldest messages are outside the window") == 2
     assert all(len(line) < 90 for line in out)
 
 
 def test_an_error_or_an_interrupt_ends_an_answer_but_not_the_conversation(
     type_lines, scripted
 ):
-    seen = scripted(
-        "ab", ["c", "d", KeyboardInterrupt()], ["e", RuntimeError("RESOURCE")], "f"
-    )
-    out, err = type_lines("1", "2", KeyboardInterrupt(), "", "3", "4")
-    assert out == "ab\ncd\n\n\ne\nf\n\n"
-    assert "RESOURCE" in err
-    assert seen[-1] == ["1", "ab", "2", "cd", "3", "e", "4"]
+    stop, error = KeyboardInterrupt(), RuntimeError("RESOURCE")
+    seen = scripted("ab", ["c", "d", stop], ["e", error], [stop], [error], "f")
+    out, err = type_lines("1", "2", stop, "", "3", "/retry", "4", "5")
+    assert out == "ab\ncd\n\n\ne\n\n\nf\n\n"
+    assert err.count("RESOURCE") == 2
+    assert seen[-1] == ["1", "ab", "2", "cd", "3", "e", "5"]
 
 
 def test_an_error_ends_the_command_if_nobody_types(talk, scripted):

@@ -52,7 +52,7 @@ def test_a_line_is_given_before_the_next_is_written(set_stdin):
 
 def test_lines_are_split_only_at_newlines_and_come_in_order(set_stdin):
     lines = [f"{n}\x0b\u2028" for n in range(50)]
-    set_stdin("\n".join(lines).encode())
+    set_stdin("\n".join(lines).encode("utf-8-sig"))
     found = list(given_texts([], 16))
     assert [line for texts in found for line in texts] == lines
     assert max(map(len, found)) <= 16
@@ -61,4 +61,12 @@ def test_lines_are_split_only_at_newlines_and_come_in_order(set_stdin):
 def test_a_line_that_is_not_utf8_is_an_error_with_its_number(set_stdin):
     set_stdin(b"Lear\n\xe9\n")
     with pytest.raises(ValueError, match="line 2"):
+        list(given_texts([], 16))
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout"])
+def test_a_closed_stream_is_an_error(set_stdin, monkeypatch, name):
+    set_stdin(b"Lear\n")
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(ValueError, match=name):
         list(given_texts([], 16))
