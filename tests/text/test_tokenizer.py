@@ -3,11 +3,13 @@ import re
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import BPETokenizer, CharTokenizer
 from jaxgpt.text import tokenizer
+from jaxgpt.text.conversations import CHAT_TOKENS, is_chat_tokenizer
 from jaxgpt.text.tokenizer import END_OF_TEXT, MASK, fits, load_tokenizer
 
 TEXT = "To be, or not to be: that is the question 🙂.\n" * 20
@@ -156,6 +158,20 @@ def test_special_tokens_can_be_added_and_are_saved(tmp_path, kind):
         np.testing.assert_array_equal(ids, base.encode(text))
         assert again.decode(ids) == text
     assert again.encode_prompt(MASK).tolist() == [again.special_id(MASK)]
+
+
+def test_added_tokens_become_special_and_keep_their_ids():
+    library = tokenizers.Tokenizer.from_str(BPETokenizer.train(["abc "], 258).to_json())
+    library.add_tokens(["<|end|>", "<|user|>"])
+    before = BPETokenizer(library)
+    tokenizer = before.with_special(CHAT_TOKENS)
+    assert not is_chat_tokenizer(before)
+    for each in (tokenizer, BPETokenizer.from_json(tokenizer.to_json().encode())):
+        assert is_chat_tokenizer(each)
+        ids = [*map(each.special_id, ("<|end|>", "<|user|>"))]
+        assert ids == [*map(library.token_to_id, ("<|end|>", "<|user|>"))]
+        assert each.vocab_size == before.vocab_size + 2
+        assert {*ids}.isdisjoint(each.encode("<|end|><|user|>").tolist())
 
 
 def test_a_batch_has_the_tokens_of_each_text():
