@@ -1,13 +1,13 @@
 """Tables of examples: rows of strings from files, split by hash.
 
-A row is (text, label, source) to classify, (text,) for masked language modelling, or
-(source, target) to translate. Tables are read whole.
+A row is (text, label, source) to classify, (text,) for masked language modelling,
+(source, target) to translate, or the path's index and the texts of a conversation.
+Tables are read whole.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,10 @@ def check_files(paths: Sequence[str], kinds: tuple[str, str]) -> list[Path]:
     Args:
       kinds: suffixes of file names.
     """
-    expected = f"give {kinds[0]} or {kinds[1]} files"
+    expected = (
+        f"give {kinds[0]} or {kinds[1]} files, not compressed (use gunzip), and those "
+        f"of a folder as FOLDER/*{kinds[0]}"
+    )
     for path in paths:
         if is_token_folder(path):
             raise ValueError(
@@ -103,13 +106,15 @@ def read_text(path: Path) -> str:
 def read_objects(path: Path, **options: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields "FILE:LINE" and the object of each line of JSONL that is not blank.
 
-    It is empty if the line is no object. The options are those of `json.loads`.
+    It is empty if the line is other JSON. The options are those of `json.loads`. Raises
+    ValueError with file and line if one is no JSON.
     """
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            row = None
-            with suppress(ValueError, RecursionError):
+            try:
                 row = json.loads(line, **options)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: broken JSON: {error}") from error
             yield f"{path}:{number}", row if isinstance(row, dict) else {}
 
 

@@ -1,4 +1,4 @@
-"""Corpora of examples, for the tasks other than next-token prediction.
+"""Corpora of conversations, and of examples for tasks other than next-token prediction.
 
 Their tokens are cached, so the files are read only if they, the tokenizer or block_size
 have changed.
@@ -46,7 +46,7 @@ from jaxgpt.text.tokenizer import (
     token_dtype,
 )
 
-# The built-in corpora of each task, and of conversations.
+# The built-in corpora of each kind; see `kind_of`.
 CORPORA = {
     "next-token": ("tinyshakespeare", "reviews"),
     "classification": ("reviews",),
@@ -57,8 +57,8 @@ CORPORA = {
 # To raise when the same files give other rows, splits, labels or tokens than before.
 _FORMAT = 1
 Arrays = dict[str, Any]
-# Where a kind of corpus differs: its special tokens, and which strings of a row it
-# reads as text.
+# By kind of corpus, the special tokens if there are others than END_OF_TEXT, and which
+# strings of a row are texts if not only the first.
 _SPECIAL = {
     "masked-tokens": (END_OF_TEXT, MASK),
     "conversations": conversations.CHAT_TOKENS,
@@ -67,7 +67,7 @@ _TEXTS = {"translation": slice(2), "conversations": slice(1, None)}
 
 
 def kind_of(config: Config) -> str:
-    """What a corpus holds: "conversations", or else what the model's task needs."""
+    """The kind of corpus: "conversations" if data.packing is, else the model's task."""
     is_chat = config.data.packing == "conversations"
     return "conversations" if is_chat else config.model.task
 
@@ -170,10 +170,14 @@ def tokenize(table: Table, config: Config, tokenizer: Tokenizer, log: Log) -> Ar
     log(f"tokenizing {len(rows):,} examples into {path}")
     kind, block_size = kind_of(config), config.model.block_size
     sequences, others, lines = [], Arrays(), list[str]()
-    settings = tokenizer, block_size, lambda line: lines.append(f"all splits: {line}")
+
+    def tell(line: str) -> None:
+        lines.append(f"all splits: {line}")
+
+    settings = tokenizer, block_size, tell
     texts = [] if kind == "conversations" else list(zip(*rows, strict=True))
     if kind == "conversations":
-        others = conversations.tokenize(rows, tokenizer, settings[-1])
+        others = conversations.tokenize(rows, tokenizer, tell)
     elif kind == "masked-tokens":
         pieces, of_text = labelled.encode_pieces(texts[0], *settings)
         sequences, split_N = [pieces], split_N[of_text]
