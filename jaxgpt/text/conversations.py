@@ -91,11 +91,13 @@ def check_messages(messages: Any, last: str = "assistant") -> list[Message]:
     found: list[Message] = []
     for number, each in enumerate(messages, 1):
         values = each if isinstance(each, dict) else {}
-        role, content = values.get("role"), values.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError(
-                f'message {number} must be like {{"role": "user", "content": "..."}}'
-            )
+        for name in Message._fields:
+            if not isinstance(value := values.get(name), str):
+                raise ValueError(
+                    f'message {number} must be like {{"role": "user", "content": '
+                    f'"..."}}, where {name} is text, not {type(value).__name__}'
+                )
+        role, content = values["role"], values["content"]
         if role not in ROLES:
             raise ValueError(
                 f"message {number} has the role {role!r:.40}; use {', '.join(ROLES)}"
@@ -137,7 +139,7 @@ def open_conversations(data: DataConfig, log: Log) -> Table:
     them if it begins with a system turn. Raises OSError or ValueError if the files
     can't be used or fetched.
     """
-    paths = check_files(data.path, (".jsonl", ".json"))
+    paths = check_files(data.path, (".jsonl", ".ndjson"))
     files = paths or [chitchat.find_conversations(log)]
 
     def read() -> tuple[list[Row], np.ndarray]:
@@ -215,8 +217,8 @@ def make_rows(
     """Packs the conversations of "train", "val", "test" or "all" into rows.
 
     Those longer than block_size are cut between exchanges (a user's turn and its
-    answer), and each piece begins with the system turn. An exchange that does not fit
-    alone is left out. Logs how many there are of both.
+    answer), and each piece begins with the system turn. An exchange is left out if it
+    does not fit alone, or the tokenizer knows nothing of its answer. Logs both counts.
 
     Args:
       arrays: of `tokenize`, with the index of each conversation's split.
@@ -230,61 +232,63 @@ def make_rows(
     if path is not None:
         name += f" of {config.data.path[path]}"
         keep_N &= arrays["path"] == path
-    offsets, first = arrays["offsets"].tolist(), arrays["first"].tolist()
-    # Exchanges that follow each other and fit, with their conversation and system turn.
-    stretches, cut, left_out = list[tuple[int, slice, list[slice]]](), 0, 0
-    for n in np.flatnonzero(keep_N).tolist():
-        begin, end = first[n], first[n + 1]
-        user = begin + (end - begin) % 2  # the first one's turn
-        system = slice(offsets[begin], offsets[user])
-        exchanges = [slice(offsets[i], offsets[i + 2]) for i in range(user, end, 2)]
-        cut += offsets[end] - offsets[begin] > T
-        room = T - _length(system)
-        for fits, group in groupby(exchanges, lambda each: _length(each) <= room):  # noqa: B023
-            if fits:
-                stretches.append((n, system, [*group]))
-            else:
-                left_out += len([*group])
+    offsets, first = arrays["offsets"], arrays["first"]
+    stretches = [
+        (n, *stretch)
+        for n in np.flatnonzero(keep_N).tolist()
+        for stretch in _stretches(offsets[first[n] : first[n + 1] + 1].tolist(), T)
+    ]
     if not stretches:
-        raise ValueError(
-            f"{name} has no conversation that fits block_size={T}; give more, since "
-            "each one's hash determines its split, or raise --model.block-size"
-        )
+        lack = "conversations; give more, since each one's hash determines its split"
+        if keep_N.any():
+            lack = f"exchange that fits block_size={T}; raise --model.block-size"
+        raise ValueError(f"{name} has no {lack}")
     rows = fill_rows(
-        [[*map(_length, exchanges)] for _, _, exchanges in stretches],
-        [_length(system) for _, system, _ in stretches],
+        [np.diff(starts).tolist() for *_, starts in stretches],
+        [system.stop - system.start for _, system, _ in stretches],
         T,
     )
-    slices, lengths_P, conversations_P = list[slice](), list[int](), list[int]()
-    for number, start, stop in chain(*rows):
-        n, system, exchanges = stretches[number]
-        piece = slice(exchanges[start].start, exchanges[stop - 1].stop)
-        slices += system, piece
-        lengths_P.append(_length(system) + _length(piece))
-        conversations_P.append(n)
-    if cut:
-        log(
-            f"{cut:,} of {keep_N.sum():,} conversations are longer than block_size={T}:"
-            f" they are cut at turns; {left_out:,} exchanges that do not fit alone are "
-            "left out"
-        )
+    placed = [(*stretches[n], i, j) for n, i, j in chain(*rows)]
+    pieces = [
+        np.r_[system, starts[i] : starts[j]] for _, system, starts, i, j in placed
+    ]
+    positions, lengths_P = np.concatenate(pieces), np.array([*map(len, pieces)])
+    cut = np.count_nonzero(np.diff(offsets[first])[keep_N] > T)
+    exchanges = (np.diff(first)[keep_N] // 2).sum()
+    left_out = exchanges - sum(len(starts) - 1 for *_, starts in stretches)
     log(
         f"packed {keep_N.sum():,} conversations of {name} into {len(rows):,} rows, "
-        f"{sum(lengths_P) / (len(rows) * T):.1%} full"
+        f"{len(positions) / (len(rows) * T):.1%} full; {cut:,} are longer than a row; "
+        f"{left_out:,} exchanges are left out: too long, or no known answer"
     )
     return PackedDocuments(
-        np.concatenate([arrays["tokens"][each] for each in slices]),
+        arrays["tokens"][positions],
         tokenizer.special_id(END_OF_TEXT),
         T,
         True,
         np.cumsum(lengths_P) - lengths_P,
-        np.array(lengths_P),
-        np.ones(len(lengths_P), bool),
+        lengths_P,
+        np.ones(len(pieces), bool),
         np.cumsum([0, *map(len, rows)]),
-        np.concatenate([arrays["parts"][each] for each in slices]),
-        np.array(conversations_P),
+        arrays["parts"][positions],
+        np.array([n for n, *_ in placed]),
     )
 
 
-def _length(tokens: slice) -> int:
-    return int(tokens.stop - tokens.start)
+def _stretches(offsets: list[int], T: int) -> Iterator[tuple[slice, list[int]]]:
+    """Yields the system turn, and where consecutive exchanges to keep begin and end.
+
+    Takes the offsets of a conversation's turns.
+    """
+    user = (len(offsets) - 1) % 2  # the first one's turn
+
+    def is_kept(i: int) -> bool:
+        begin, answer, end = offsets[i : i + 3]
+        fits = offsets[user] - offsets[0] + end - begin <= T
+        return fits and end - answer > 2  # beside the role and the end of the turn
+
+    for kept, group in groupby(range(user, len(offsets) - 1, 2), is_kept):
+        if kept:
+            turns = [*group]
+            starts = offsets[turns[0] : turns[-1] + 3 : 2]
+            yield slice(offsets[0], offsets[user]), starts

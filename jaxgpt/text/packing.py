@@ -222,48 +222,49 @@ def best_fit_decreasing(lengths_P: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def fill_rows(
-    runs: Sequence[Sequence[int]], systems: Sequence[int], capacity: int
+    stretches: Sequence[Sequence[int]], systems: Sequence[int], capacity: int
 ) -> list[list[tuple[int, int, int]]]:
-    """Cuts runs of exchanges into pieces, and packs these into rows.
+    """Cuts stretches of exchanges into pieces, and packs these into rows.
 
-    A run that fits a row stays whole. A longer one, the longest first, fills rows with
-    as many exchanges as fit. What is left of a row takes the next exchanges of other
-    runs, or whole runs, always those that fit best, until less than a sixteenth is
-    left: to fill it too would take more exchanges from those before them.
+    A stretch that fits a row stays whole. A longer one, the longest first, fills rows
+    with as many exchanges as fit. What is left of a row takes the next exchanges of
+    others, or others that are whole, always those that fit best, until less than a
+    sixteenth is left: to fill it too would separate more exchanges from their context.
 
     Args:
-      runs: lengths of the exchanges of each run.
-      systems: length of each run's system turn, with which each piece begins.
-      capacity: of a row; at least a system turn and any exchange of its run.
+      stretches: lengths of the exchanges of each stretch, which follow each other.
+      systems: length of each one's system turn, with which each piece begins.
+      capacity: of a row; at least a system turn and any exchange after it.
 
-    Returns pieces of each row: a run, its first exchange, and the one after the last.
+    Returns pieces of each row: a stretch, its first exchange, and the one after the
+    last.
     """
-    totals = [system + sum(run) for run, system in zip(runs, systems, strict=True)]
-    done, rows = [0] * len(runs), list[list[tuple[int, int, int]]]()
-    # Runs, each with the exchange its next piece begins with, by the length it needs.
+    totals = [sum(each) + systems[n] for n, each in enumerate(stretches)]
+    done, rows = [0] * len(stretches), list[list[tuple[int, int, int]]]()
+    # Stretches, each with the exchange its next piece begins with, by its length.
     waiting = [list[tuple[int, int]]() for _ in range(capacity + 1)]
 
-    def wait(run: int) -> None:
-        if done[run] < len(runs[run]):
-            least = systems[run] + runs[run][done[run]]
-            length = totals[run] if totals[run] <= capacity else least
-            waiting[length].append((run, done[run]))
+    def wait(n: int) -> None:
+        if done[n] < len(stretches[n]):
+            least = systems[n] + stretches[n][done[n]]
+            length = totals[n] if totals[n] <= capacity else least
+            waiting[length].append((n, done[n]))
 
-    for run in range(len(runs)):
-        wait(run)
-    for longest in sorted(range(len(runs)), key=totals.__getitem__, reverse=True):
-        while done[longest] < len(runs[longest]):
+    for n in range(len(stretches)):
+        wait(n)
+    for longest in sorted(range(len(stretches)), key=totals.__getitem__, reverse=True):
+        while done[longest] < len(stretches[longest]):
             rows.append([])
             room, fitting = capacity, [(longest, done[longest])]
             while fitting:
-                run, start = fitting.pop()
-                if start == done[run]:  # else a row began with it
-                    room -= systems[run]
-                    while done[run] < len(runs[run]) and runs[run][done[run]] <= room:
-                        room -= runs[run][done[run]]
-                        done[run] += 1
-                    rows[-1].append((run, start, done[run]))
-                    wait(run)
+                n, start = fitting.pop()
+                if start == done[n]:  # else a row began with it
+                    room -= systems[n]
+                    while done[n] < len(stretches[n]) and stretches[n][done[n]] <= room:
+                        room -= stretches[n][done[n]]
+                        done[n] += 1
+                    rows[-1].append((n, start, done[n]))
+                    wait(n)
                 best = filter(None, reversed(waiting[: room + 1]))
                 fitting = next(best, []) if 16 * room >= capacity else []
     return rows

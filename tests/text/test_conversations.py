@@ -138,17 +138,18 @@ def test_files_may_have_marks_carriage_returns_blank_lines_and_other_keys(tmp_pa
 @pytest.mark.parametrize(
     ("line", "names"),
     [
-        ("oops", "messages"),
+        ('{"messages": oops}', "JSON.* column 14"),
         ('{"text": "a"}', "messages"),
+        ("[1]", "messages"),
         ('{"messages": []}', "messages"),
-        ("[" * 100_000, "messages"),
+        ("[" * 100_000, "JSON"),
         ([ANSWER], "message 1 .*user"),
         ([QUESTION, QUESTION], "message 2 .*assistant"),
         ([QUESTION, ANSWER, QUESTION], "last .*user"),
         ([QUESTION, {"role": "tool", "content": "a"}], "message 2 .*'tool'"),
         ([QUESTION, {"role": "assistant", "content": " "}], "message 2.*assistant"),
-        ([QUESTION, {"role": "assistant", "content": [1]}], "message 2 "),
-        ([QUESTION, {"role": {}, "content": "a"}], "message 2 "),
+        ([QUESTION, {"role": "assistant", "content": [1]}], "message 2 .*list"),
+        ([QUESTION, {"role": {}, "content": "a"}], "message 2 .*dict"),
         ([QUESTION, ANSWER, {"role": "system", "content": "a"}], "message 3 .*system"),
     ],
 )
@@ -200,9 +201,17 @@ def test_long_conversations_are_cut_at_turns_and_exchanges_too_long_are_left_out
     ]
     found = ["".join(re.split(r"<\|\w+\|>", piece)) for piece in pieces]
     assert sorted(found) == ["stabcd", "stfgg", "sthhhbb"]
-    assert any("1 of 1 " in line and "1 exchanges" in line for line in lines)
+    assert "1 are longer" in lines[-1]
+    assert "1 exchanges are left out" in lines[-1]
     with pytest.raises(ValueError, match="block_size=6"):
         rows_of([chat("abc", "de")], 6)
+
+
+def test_an_exchange_is_left_out_if_the_tokenizer_knows_nothing_of_its_answer():
+    packed, lines = rows_of([chat("a", "b", "c", "ÄÖ", "Ü", "dÄ")], 20)
+    assert texts_of(packed, CHAR) == ["a", "b", "d"]
+    assert len(packed.lengths_P) == 2  # what was not consecutive is in two pieces
+    assert "1 exchanges are left out" in lines[-1]
 
 
 def load(config, tokenizer=None):
@@ -232,6 +241,22 @@ def test_splits_are_disjoint_and_all_have_every_conversation(tmp_path, fresh_cac
     changed_text = changed(config, data={"sha256": "0" * 64})
     with pytest.raises(ValueError, match="has changed"):
         load(changed_text)
+
+
+def test_lines_that_move_to_another_file_change_the_corpus(tmp_path, fresh_cache):
+    whole = conversations_config(tmp_path)
+    (path,) = map(Path, whole.data.path)
+    lines, found = [*path.read_text().splitlines(True), "\n"], []
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    for size in (20, 40):
+        for name, of_file in zip(names, (lines[:size], lines[size:]), strict=True):
+            Path(name).write_text("".join(of_file))
+        data = {"path": tuple(names), "weights": (1.0, 1.0)}
+        corpus, config, _ = load(changed(whole, data=data))
+        found.append((config.data.sha256, *map(predictions, corpus.parts)))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] < found[1][1]
+    assert sum(found[0][1:]) == sum(found[1][1:])
 
 
 def test_messages_that_spell_a_special_token_are_counted_and_told_once(

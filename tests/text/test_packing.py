@@ -1,5 +1,6 @@
 from collections import Counter
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -76,30 +77,42 @@ def test_rows_are_as_full_as_when_pieces_are_placed_one_by_one(lengths):
     assert sorted(found.tolist()) == sorted(free)
 
 
-RUNS = st.lists(st.tuples(st.integers(0, 4), LENGTHS), max_size=20)
+STRETCHES = st.lists(st.tuples(st.integers(0, 4), LENGTHS), max_size=20)
 
 
-@given(RUNS, st.integers(13, 40))
+@given(STRETCHES, st.integers(13, 40))
 def test_rows_have_each_exchange_once_in_order_and_what_fits_stays_whole(of, capacity):
-    systems, runs = [each[0] for each in of], [each[1] for each in of]
-    rows, found = fill_rows(runs, systems, capacity), [[] for _ in runs]
+    systems, stretches = [each[0] for each in of], [each[1] for each in of]
+    rows, found = fill_rows(stretches, systems, capacity), [[] for _ in stretches]
     for row in rows:
         assert row
-        for run, start, stop in row:
-            found[run] += range(start, stop)
-            if systems[run] + sum(runs[run]) <= capacity:
-                assert (start, stop) == (0, len(runs[run]))
-        taken = [systems[run] + sum(runs[run][a:b]) for run, a, b in row]
+        for n, start, stop in row:
+            found[n] += range(start, stop)
+            if systems[n] + sum(stretches[n]) <= capacity:
+                assert (start, stop) == (0, len(stretches[n]))
+        taken = [systems[n] + sum(stretches[n][a:b]) for n, a, b in row]
         assert sum(taken) <= capacity
-    assert found == [[*range(len(run))] for run in runs]
+    assert found == [[*range(len(each))] for each in stretches]
 
 
-def test_at_most_3_percent_of_rows_of_conversations_are_padding():
+@pytest.mark.parametrize("system", [0, 12])
+def test_rows_of_conversations_are_full_without_needless_cuts(system):
+    """Of conversations with lengths as in chitchat."""
     rng = np.random.default_rng(0)
-    counts = rng.geometric(1 / 17, 1000)  # exchanges of a conversation, as in chitchat
-    runs = [rng.integers(10, 90, size).tolist() for size in counts]
-    rows = fill_rows(runs, [0] * len(runs), 256)
-    assert sum(map(sum, runs)) / (256 * len(rows)) > 0.97
+    sizes = np.minimum(rng.geometric(1 / 17, 1000), 350)  # exchanges of each
+    tokens = iter(np.minimum(10 + rng.exponential(35, sizes.sum()), 236).astype(int))
+    stretches = [[*map(int, islice(tokens, size))] for size in sizes]
+    rows = fill_rows(stretches, [system] * len(stretches), 256)
+    pieces, fewest, taken = sum(map(len, rows)), 0, 0
+    for stretch in stretches:  # cut only where the next exchange does not fit
+        room = 0
+        for length in stretch:
+            if length > room:
+                fewest, room = fewest + 1, 256 - system
+            room -= length
+        taken += sum(stretch)
+    assert taken + pieces * system >= 0.97 * 256 * len(rows)
+    assert pieces < 1.43 * fewest
 
 
 PACKED = pack_documents(np.concatenate(documents(range(1, 40))), END, 16)
