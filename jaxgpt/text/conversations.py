@@ -100,14 +100,12 @@ def check_messages(messages: Any, last: str = "assistant") -> list[Message]:
         role, content = values["role"], values["content"]
         if role not in ROLES:
             raise ValueError(
-                f"message {number} has the role {role!r:.40}; use {', '.join(ROLES)}"
+                f"message {number} has the role {role[:40]!r}; use {', '.join(ROLES)}"
             )
-        before = found[-1].role if found else "the beginning"
-        expected = "assistant" if before == "user" else "user"
+        expected = "assistant" if found and found[-1].role == "user" else "user"
         if role != expected and (role, number) != ("system", 1):
             raise ValueError(
-                f"message {number} is out of order: it has the role {role}, but after "
-                f"{before} comes {expected}"
+                f"message {number} has the role {role}, but it is the {expected}'s turn"
             )
         if not content.strip():
             raise ValueError(f"message {number}, of the {role}, is empty; remove it")
@@ -243,19 +241,16 @@ def make_rows(
         if keep_N.any():
             lack = f"exchange that fits block_size={T}; raise --model.block-size"
         raise ValueError(f"{name} has no {lack}")
-    rows = fill_rows(
-        [np.diff(starts).tolist() for *_, starts in stretches],
-        [system.stop - system.start for _, system, _ in stretches],
-        T,
-    )
+    lengths = [np.diff(starts).tolist() for *_, starts in stretches]
+    systems = [system.stop - system.start for _, system, _ in stretches]
+    rows = fill_rows(lengths, systems, T)
     placed = [(*stretches[n], i, j) for n, i, j in chain(*rows)]
     pieces = [
         np.r_[system, starts[i] : starts[j]] for _, system, starts, i, j in placed
     ]
     positions, lengths_P = np.concatenate(pieces), np.array([*map(len, pieces)])
     cut = np.count_nonzero(np.diff(offsets[first])[keep_N] > T)
-    exchanges = (np.diff(first)[keep_N] // 2).sum()
-    left_out = exchanges - sum(len(starts) - 1 for *_, starts in stretches)
+    left_out = (np.diff(first)[keep_N] // 2).sum() - sum(map(len, lengths))
     log(
         f"packed {keep_N.sum():,} conversations of {name} into {len(rows):,} rows, "
         f"{len(positions) / (len(rows) * T):.1%} full; {cut:,} are longer than a row; "
@@ -276,11 +271,8 @@ def make_rows(
 
 
 def _stretches(offsets: list[int], T: int) -> Iterator[tuple[slice, list[int]]]:
-    """Yields the system turn, and where consecutive exchanges to keep begin and end.
-
-    Takes the offsets of a conversation's turns.
-    """
-    user = (len(offsets) - 1) % 2  # the first one's turn
+    """Yields a conversation's system turn with bounds of consecutive exchanges."""
+    user = (len(offsets) - 1) % 2  # index of the first user's turn
 
     def is_kept(i: int) -> bool:
         begin, answer, end = offsets[i : i + 3]
