@@ -174,8 +174,8 @@ class Evaluation:
       tokens: number of predictions.
       nats_per_token: their mean loss.
       standard_error: of that mean, in nats, from the variance between segments of
-        block_size predictions or between packed rows, since losses within one
-        correlate; None if there is only one. A lower bound, because losses correlate a
+        block_size predictions, packed rows or whatever else was summed, since losses
+        within one correlate; None if there is only one. A lower bound, because losses correlate a
         little between segments too.
     """
 
@@ -196,11 +196,11 @@ def evaluate_exactly(
     """The loss on a split, with each of its `predictions` made exactly once.
 
     Of packed documents, every token is predicted, in the rows of an epoch, and of
-    conversations those of answers. Of tokens,
-    windows of block_size predictions start every `stride` tokens. Only the last
-    `stride` predictions of a window count, and all of the first window, so that each
-    has more than block_size - stride tokens of context, except at the start of the
-    text. The batch size does not change the result, except for rounding.
+    conversations those of answers. Of tokens, windows of block_size predictions start
+    every `stride` tokens. Only the last `stride` predictions of a window count, and all
+    of the first window, so that each has more than block_size - stride tokens of
+    context, except at the start of the text. The batch size does not change the result,
+    except for rounding.
 
     Args:
       eval_step: the result of `make_losses_step`.
