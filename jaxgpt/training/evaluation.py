@@ -175,8 +175,8 @@ class Evaluation:
       nats_per_token: their mean loss.
       standard_error: of that mean, in nats, from the variance between segments of
         block_size predictions, packed rows or whatever else was summed, since losses
-        within one correlate; None if there is only one. A lower bound, because losses correlate a
-        little between segments too.
+        within one correlate; None if there is only one. A lower bound, because losses
+        correlate a little between segments too.
     """
 
     tokens: int
