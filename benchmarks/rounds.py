@@ -53,6 +53,7 @@ def main() -> None:
     module, task = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keeps what libraries print out of the answers
+    sys.stdout = sys.stderr  # which, unlike a pipe, gets each line at once
     facts, run = importlib.import_module(module).build(**json.loads(task))
     print(json.dumps(facts), file=answers, flush=True)
     for _ in sys.stdin:

@@ -98,6 +98,7 @@ def _work() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     tasks, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints
+    sys.stdout = sys.stderr  # which, unlike a pipe, gets each line at once
     function = pickle.load(tasks)
     while True:
         try:
