@@ -171,7 +171,7 @@ def with_chat_tokens(run: Run) -> Run:
         run,
         config=replace(run.config, model=model),
         tokenizer=tokenizer,
-        model=build_model(model, run.model.platform),
+        model=run.model.clone(config=model),
         params=grow_vocabulary(run.params, known, size),
     )
 
