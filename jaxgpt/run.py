@@ -38,7 +38,7 @@ from jaxgpt.parallel.defaults import platform_of
 from jaxgpt.parallel.mesh import host_mesh, single_device_mesh, with_shardings
 from jaxgpt.parallel.processes import any_failed, max_over_processes, wait_for_all
 from jaxgpt.terminal import log_line
-from jaxgpt.text.conversations import CHAT_TOKENS
+from jaxgpt.text.conversations import CHAT_TOKENS, is_chat_tokenizer
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
@@ -131,10 +131,10 @@ def load_run(
 def load_initial_params(config: Config, mesh: Mesh) -> Any:
     """Loads the parameters of `train.init_from`, cropped to block_size; None if unset.
 
-    With conversations, the vocabulary grows by their tokens.
-    A classifier of other labels, or a masked language model, gives all but the head of
-    a new classifier; a line says so. They are sharded over the mesh. Raises ValueError
-    that names the first parameter whose shape does not match the config.
+    With conversations, the vocabulary grows by their tokens. A classifier of other
+    labels, or a masked language model, gives all but the head of a new classifier; a
+    line says so. They are sharded over the mesh. Raises ValueError that names the first
+    parameter whose shape does not match the config.
     """
     if not config.train.init_from:
         return None
@@ -160,10 +160,12 @@ def with_chat_tokens(run: Run) -> Run:
     A line says so if there are any.
     """
     before = text_tokenizer(run)
+    if is_chat_tokenizer(before):
+        return run
     tokenizer = before.with_special(CHAT_TOKENS)
     known, size = before.vocab_size, tokenizer.vocab_size
-    if known == size:
-        return run
+    if known == size:  # it had them, but not as special ones
+        return replace(run, tokenizer=tokenizer)
     log_line(f"{size - known} new tokens begin as the mean row of the embedding")
     model = run.config.model
     model = replace(model, vocab_size=max(model.require_vocab_size(), size))
