@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from conftest import (
     ONE_ROW,
     TINY,
@@ -19,7 +20,7 @@ from conftest import (
 from jaxgpt import BPETokenizer, CharTokenizer, load_run, run
 from jaxgpt.models import build_model
 from jaxgpt.parallel.mesh import single_device_mesh
-from jaxgpt.text.conversations import CHAT_TOKENS
+from jaxgpt.text.conversations import CHAT_TOKENS, is_chat_tokenizer
 from jaxgpt.text.tokenizer import END_OF_TEXT
 from jaxgpt.training.checkpoint import open_checkpoints, save_state
 from jaxgpt.training.step import create_state
@@ -166,6 +167,17 @@ def test_tokens_of_conversations_begin_as_the_mean_row(spare, special, rows):
     assert grown.tokenizer.special[-4:] == CHAT_TOKENS[-4:]
     assert logits_of(grown.model, grown.params, ONE_ROW).shape[-1] == len(after)
     assert run.with_chat_tokens(grown) is grown
+
+
+def test_tokens_of_conversations_that_were_not_special_become_so():
+    library = tokenizers.Tokenizer.from_str(BPETokenizer.train(["a"], 257).to_json())
+    library.add_tokens(list(CHAT_TOKENS))
+    tokenizer, config = BPETokenizer(library), changed(TINY, model={"vocab_size": 261})
+    before = run.Run(config, tokenizer, None, {}, 0)
+    after = run.with_chat_tokens(before)
+    assert not is_chat_tokenizer(before.tokenizer)
+    assert is_chat_tokenizer(after.tokenizer)
+    assert after.params is before.params
 
 
 def test_a_run_without_a_tokenizer_cant_learn_conversations(tmp_path):
