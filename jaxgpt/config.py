@@ -173,6 +173,15 @@ class GPTConfig(BlockConfig):
 
 
 @dataclass(frozen=True)
+class RewardConfig(BlockConfig):
+    """A GPT with a head that gives a text one number, the reward."""
+
+    packable = True
+    task = "reward"
+    architecture: Literal["reward"] = "reward"  # kind of model
+
+
+@dataclass(frozen=True)
 class ClassifierConfig(BlockConfig):
     """An encoder with a classification head."""
 
@@ -235,6 +244,7 @@ class Seq2SeqConfig(BlockConfig):
 # The configs of all models; `architecture` tells them apart.
 AnyModelConfig = (
     GPTConfig
+    | RewardConfig
     | ClassifierConfig
     | MaskedLMConfig
     | Seq2SeqConfig
@@ -327,6 +337,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # applied to matrices and embeddings only
     beta1: float = 0.9  # decay rate of AdamW's first moment
     beta2: float = 0.99  # decay rate of AdamW's second moment
+    eps: float = 1e-8  # added to the root of AdamW's second moment
     grad_clip: float = 1.0  # maximum global gradient norm; 0 disables clipping
 
     def __post_init__(self) -> None:
@@ -341,6 +352,9 @@ class OptimizerConfig:
             self.min_lr <= self.learning_rate,
             f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}; "
             "lower it, or make them equal for a constant learning rate",
+        )
+        _check(
+            0 < self.eps < _FLOAT32_MAX, f"eps={self.eps} must be above 0 and finite"
         )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
@@ -405,6 +419,84 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DPOConfig:
+    """Direct preference optimization; the reference is the run of --init-from."""
+
+    beta: float = 0.1  # how much the policy is kept near the reference
+    reference_sha256: str = ""  # set by the first run, checked on resume
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check(
+            0 < self.beta < _FLOAT32_MAX, f"beta={self.beta} must be above 0 and finite"
+        )
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Proximal policy optimization; the reference is the run of --init-from.
+
+    An update of train.max_steps is an iteration: data.batch_size responses, and then
+    epochs over them in minibatches. Warmup counts iterations too.
+    """
+
+    # what is maximised: a function of jaxgpt/posttrain/rewards.py, or MODULE:FUNCTION;
+    # or a reward model's run, which --reward-model names
+    reward: str = ""
+    # checkpoint of the reward model; cli.py makes it of --reward-model
+    reward_model: tyro.conf.Suppress[str] = ""
+    reward_sha256: str = ""  # of the reward model; set by the first run
+    # of rewards of the reference's responses, which are scaled to mean 0 and standard
+    # deviation 1; set by the first run
+    reward_mean: float = 0.0
+    reward_std: float = 1.0
+    reference_sha256: str = ""  # of the reference; set by the first run
+    max_new_tokens: int = 32  # longest response
+    # an end before this many tokens of the response is an ordinary token
+    min_new_tokens: int = 0
+    # what ends a response: a special token (the end of text or of a turn), or also the
+    # end of a sentence
+    end: Literal["special", "sentence"] = "special"
+    no_end_penalty: float = 1.0  # taken from the reward of a response without an end
+    temperature: float = 1.0  # logits are divided by it, in rollouts and updates
+    beta: float = 0.05  # reward lost for each nat of divergence from the reference
+    # adapt beta so that the divergence stays at this many nats per response; 0: fixed
+    kl_target: float = 0.0
+    kl_horizon: int = 10_000  # responses over which beta adapts
+    epochs: int = 4  # passes over the responses of an iteration
+    minibatches: int = 4  # updates in each epoch
+    clip: float = 0.2  # the ratio to the old policy counts within 1 -+ clip
+    value_clip: float = 0.2  # the value counts within so much of the old one
+    value_coefficient: float = 0.1  # weight of the value's loss
+    gae_lambda: float = 0.95  # decay of later rewards in the advantage
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_at_least(self, 1, "max_new_tokens", "epochs", "minibatches")
+        _check_at_least(self, 1, "kl_horizon")
+        _check_at_least(self, 0, "min_new_tokens", "no_end_penalty", "beta")
+        _check_at_least(self, 0, "kl_target", "value_clip", "value_coefficient")
+        _check(
+            self.min_new_tokens <= self.max_new_tokens,
+            f"min_new_tokens={self.min_new_tokens} is above max_new_tokens="
+            f"{self.max_new_tokens}; lower it",
+        )
+        _check(
+            0 < self.temperature < _FLOAT32_MAX,
+            f"temperature={self.temperature} must be above 0 and finite",
+        )
+        _check(0 < self.clip < 1, f"clip={self.clip} must be above 0 and below 1")
+        _check(
+            0 <= self.gae_lambda <= 1,
+            f"gae_lambda={self.gae_lambda} must be from 0 to 1",
+        )
+        _check(
+            not self.kl_target or self.beta > 0,
+            "beta=0 can't adapt to kl_target; raise --ppo.beta",
+        )
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How the next token is drawn from the logits."""
 
@@ -432,8 +524,20 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    # post-training by one of these, if any
+    ppo: tyro.conf.AvoidSubcommands[PPOConfig | None] = None
+    dpo: tyro.conf.AvoidSubcommands[DPOConfig | None] = None
 
     def __post_init__(self) -> None:
+        _check(
+            not (self.ppo or self.dpo) or isinstance(self.model, GPTConfig),
+            f"architecture={self.model.architecture} can't be trained by PPO or DPO",
+        )
+        _check(
+            not self.ppo or self.data.batch_size % self.ppo.minibatches == 0,
+            f"batch_size={self.data.batch_size} is not divisible by ppo.minibatches="
+            f"{self.ppo and self.ppo.minibatches}; use a divisor of batch_size",
+        )
         _check(
             self.data.tokenizer != "bpe" or self.model.vocab_size is not None,
             "tokenizer=bpe needs a vocabulary size to train to; give one, as in "
@@ -463,10 +567,13 @@ class Config:
         Raises ValueError or TypeError that names an unknown or invalid field.
         """
         kinds: dict[str, Any] = typing.get_type_hints(cls) | {"model": _read_model}
+        kinds |= {"ppo": PPOConfig, "dpo": DPOConfig}
         built: dict[str, Any] = {}
         for name, section in {**values}.items():
             if name not in kinds:
                 raise ValueError(f"unknown section {name!r}")
+            if section is None:
+                continue
             lists = {n: tuple(v) for n, v in {**section}.items() if isinstance(v, list)}
             built[name] = kinds[name](**section | lists)
         return cls(**built)

@@ -113,23 +113,30 @@ def next_logits(
 
 
 def append(
-    state: DecodingState, token_B: Array, end_tokens: tuple[int, ...]
+    state: DecodingState,
+    token_B: Array,
+    end_tokens: tuple[int, ...],
+    min_new_tokens: int = 0,
 ) -> DecodingState:
     """Appends a token, i32, to each row; end tokens finish it.
 
-    A full window drops its first token. A finished row does not change.
+    A full window drops its first token. A finished row does not change. An end token
+    before the `min_new_tokens`-th new token is an ordinary one.
     """
     tokens_BT, length_B, finished_B = state.tokens_BT, state.length_B, state.finished_B
     T = tokens_BT.shape[1]
     kept_BT = jnp.where((length_B == T)[:, None], jnp.roll(tokens_BT, -1, 1), tokens_BT)
     new_BT = jnp.arange(T) == jnp.minimum(length_B, T - 1)[:, None]
     appended_BT = jnp.where(new_BT, token_B[:, None], kept_BT)
+    ends_B = jnp.isin(token_B, jnp.array(end_tokens, jnp.int32))
+    if min_new_tokens > 1:
+        ends_B &= state.drawn_B + 1 >= min_new_tokens
     return replace(
         state,
         tokens_BT=jnp.where(finished_B[:, None], tokens_BT, appended_BT),
         length_B=jnp.where(finished_B, length_B, jnp.minimum(length_B + 1, T)),
         drawn_B=state.drawn_B + ~finished_B,
-        finished_B=finished_B | jnp.isin(token_B, jnp.array(end_tokens, jnp.int32)),
+        finished_B=finished_B | ends_B,
     )
 
 
@@ -139,8 +146,9 @@ def decode_step(
     end_tokens: tuple[int, ...],
     params: Any,
     state: DecodingState,
+    min_new_tokens: int = 0,
 ) -> tuple[DecodingState, tuple[Array, Array]]:
-    """Samples the next token of each row.
+    """Samples the next token of each row; the arguments are those of `append`.
 
     Returns the new state, each row's token i32 [B], and its log-probability f32 [B] in
     nats, before temperature, top_k and top_p. A finished row repeats its end token,
@@ -154,7 +162,8 @@ def decode_step(
     last_token_B = take(state.tokens_BT, state.length_B - 1)[:, 0]
     token_B = jnp.where(finished_B, last_token_B, token_B)
     log_prob_B = jnp.where(finished_B, 0, log_prob_B)
-    return append(state, token_B, end_tokens), (token_B, log_prob_B)
+    state = append(state, token_B, end_tokens, min_new_tokens)
+    return state, (token_B, log_prob_B)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)

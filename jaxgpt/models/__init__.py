@@ -14,11 +14,13 @@ from jaxgpt.config import (
     LectureConfig,
     MaskedLMConfig,
     ModelConfig,
+    RewardConfig,
     Seq2SeqConfig,
 )
 from jaxgpt.models.encoder import Classifier, MaskedLM
 from jaxgpt.models.gpt import GPT
 from jaxgpt.models.lecture import Bigram, LectureGPT
+from jaxgpt.models.reward import RewardModel
 from jaxgpt.models.seq2seq import Seq2Seq
 
 
@@ -27,6 +29,8 @@ def build_model(config: ModelConfig, platform: str) -> nn.Module:
     match config:
         case GPTConfig():
             return GPT(config, platform)
+        case RewardConfig():
+            return RewardModel(config, platform)
         case ClassifierConfig():
             return Classifier(config, platform)
         case MaskedLMConfig():

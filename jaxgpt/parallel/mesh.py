@@ -46,7 +46,7 @@ RULES: tuple[tuple[str, P], ...] = (
     ("mlp/c_fc/bias", P(None, "tensor")),  # L F
     ("mlp/c_proj/kernel", P(None, "tensor", "fsdp")),  # L F C
     ("dense/kernel", P(None, ("fsdp", "tensor"))),  # C C
-    (r"(c_proj|dense)/bias|ln_\w+/(scale|bias)|classifier/.*", P()),
+    (r"(c_proj|dense)/bias|ln_\w+/(scale|bias)|(classifier|reward|value)/.*", P()),
     # The lecture's own models are small, so they are replicated.
     (r"(table|token_embedding|position_embedding)/embedding", P()),
     (r"(block_\d+|lm_head)/.*", P()),

@@ -117,6 +117,41 @@ class PairBatch(NamedTuple):
     weights_BT: Any
 
 
+class PromptBatch(NamedTuple):
+    """Prompts for a policy to continue.
+
+    Attributes:
+      tokens_BP: token ids, i32.
+      lengths_B: tokens in each row before the padding, i32.
+      weights_B: 1, or 0 for rows that do not count, f32.
+      keys_B2: the data of each row's PRNG key, u32.
+    """
+
+    tokens_BP: Any
+    lengths_B: Any
+    weights_B: Any
+    keys_B2: Any
+
+
+class PreferenceBatch(NamedTuple):
+    """Pairs of texts that begin with the same prompt: the chosen, then the rejected.
+
+    Attributes:
+      tokens_B2T: token ids, i32.
+      lengths_B2: tokens in each text before the padding, i32.
+      prompts_B: tokens in each prompt, i32.
+      weights_B: 1, or 0 for rows that do not count, f32.
+      reference_B2: log-probability of each response under the reference in nats, f32;
+        0 if there is none.
+    """
+
+    tokens_B2T: Any
+    lengths_B2: Any
+    prompts_B: Any
+    weights_B: Any
+    reference_B2: Any
+
+
 class Examples(ABC):
     """Examples of one task."""
 
@@ -132,7 +167,7 @@ class Examples(ABC):
     @abstractmethod
     def read(
         self, row_B: np.ndarray, T: int, weights_B: np.ndarray, keys_B: np.ndarray
-    ) -> LabelledBatch | MaskedBatch | PairBatch:
+    ) -> Any:
         """Reads a batch of rows padded to T tokens.
 
         Args:
@@ -257,6 +292,66 @@ class TextPairs(Examples):
             inputs_BT,
             targets_BT,
             (real_BT * weights_B[:, None]).astype(np.float32),
+        )
+
+
+@dataclass(frozen=True)
+class Prompts(Examples):
+    """Prompts for a policy to continue, which are given as `PromptBatch`."""
+
+    prompts: Sequences
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each prompt."""
+        return self.prompts.lengths
+
+    def read(
+        self, row_B: np.ndarray, T: int, weights_B: np.ndarray, keys_B: np.ndarray
+    ) -> PromptBatch:
+        """See `Examples.read`; the key of a row is that of its continuation."""
+        words = [np.random.Philox(key=key).random_raw() for key in keys_B]
+        return PromptBatch(
+            self.prompts.padded(row_B, T),
+            self.lengths[row_B].astype(np.int32),
+            weights_B,
+            np.array(words, np.uint64).view(np.uint32).reshape(-1, 2),
+        )
+
+
+@dataclass(frozen=True)
+class Preferences(Examples):
+    """Pairs of a chosen and a rejected text, which are given as `PreferenceBatch`.
+
+    Attributes:
+      texts: the chosen and the rejected text of each pair in turn, with its prompt.
+      prompts_N: number of tokens of each pair's prompt.
+      reference_N2: log-probability of each response under the reference in nats.
+    """
+
+    texts: Sequences
+    prompts_N: np.ndarray
+    reference_N2: np.ndarray | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each pair's longer text."""
+        return self.texts.lengths.reshape(-1, 2).max(axis=1)
+
+    def read(
+        self, row_B: np.ndarray, T: int, weights_B: np.ndarray, keys_B: np.ndarray
+    ) -> PreferenceBatch:
+        """See `Examples.read`; nothing is random."""
+        text_B2 = 2 * row_B[:, None] + np.arange(2)
+        reference_B2 = np.zeros(text_B2.shape, np.float32)
+        if self.reference_N2 is not None:
+            reference_B2 = self.reference_N2[row_B]
+        return PreferenceBatch(
+            self.texts.padded(text_B2.reshape(-1), T).reshape(len(row_B), 2, T),
+            self.texts.lengths[text_B2].astype(np.int32),
+            self.prompts_N[row_B].astype(np.int32),
+            weights_B,
+            reference_B2,
         )
 
 

@@ -170,6 +170,8 @@ def _parts(state: TrainState) -> dict[str, Any]:
         return {"params": state.params}
     names = ("step", "opt_state", "skipped")
     progress = {name: getattr(state, name) for name in names}
+    if state.extra is not None:
+        progress["extra"] = state.extra
     return {"params": state.params, "progress": progress}
 
 

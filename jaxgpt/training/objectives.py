@@ -20,7 +20,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgpt import ops
-from jaxgpt.text.examples import LabelledBatch, MaskedBatch, PairBatch
+from jaxgpt.text.examples import (
+    LabelledBatch,
+    MaskedBatch,
+    PairBatch,
+    PreferenceBatch,
+)
 
 Batch = Any  # a pytree of arrays with rows on axis 0
 
@@ -174,6 +179,41 @@ def translation(model: nn.Module) -> Objective:
     return objective
 
 
+def preference(model: nn.Module) -> Objective:
+    """Makes the objective of a reward model: -log sigmoid(r_chosen - r_rejected).
+
+    A batch is a `PreferenceBatch`. The metric `accuracy` is the fraction of pairs whose
+    chosen text has the higher reward. Source: Bradley and Terry 1952; Stiennon et al.
+    2020, section 3.4.
+    """
+
+    def objective(
+        params: Any, batch: PreferenceBatch, context: Context
+    ) -> tuple[LossSum, dict[str, LossSum]]:
+        options = context.options
+        options["rows_B"] = jnp.repeat(2 * context.rows_B, 2).at[1::2].add(1)
+        texts = batch.tokens_B2T.reshape(-1, batch.tokens_B2T.shape[-1])
+        inputs = texts, batch.lengths_B2.reshape(-1)
+        rewards_B2 = model.apply({"params": params}, *inputs, **options).reshape(-1, 2)
+        margin_B = rewards_B2[:, 0] - rewards_B2[:, 1]
+        return preference_losses(margin_B, batch, context)
+
+    return objective
+
+
+def preference_losses(
+    margin_B: Array, batch: PreferenceBatch, context: Context
+) -> tuple[LossSum, dict[str, LossSum]]:
+    """The losses -log sigmoid(margin) of pairs, and how many margins are above 0."""
+    weights_B, count = batch.weights_B, batch.weights_B.sum()
+    total = (nn.softplus(-margin_B) * weights_B).sum()
+    metrics = {"accuracy": LossSum(((margin_B > 0) * weights_B).sum(), count)}
+    if context.key is not None:
+        read = (batch.lengths_B2.sum(axis=1) * weights_B).sum()
+        metrics["tokens"] = LossSum(read, jnp.float32(1))
+    return LossSum(total, count), metrics
+
+
 def _read(batch: Any, context: Context) -> dict[str, LossSum]:
     """In training, how many tokens of texts or sources the model reads."""
     if context.key is None:
@@ -189,6 +229,7 @@ _OBJECTIVES = {
     "classification": classification,
     "masked-tokens": masked_tokens,
     "translation": translation,
+    "reward": preference,
 }
 
 

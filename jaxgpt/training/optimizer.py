@@ -1,12 +1,13 @@
 """AdamW with warmup, cosine decay and gradient clipping: nanoGPT's, in optax."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from jaxgpt.config import OptimizerConfig
+from jaxgpt.config import Config, OptimizerConfig
 
 _NOT_DECAYED = ("bias", "scale")
 
@@ -56,7 +57,7 @@ def make_optimizer(config: OptimizerConfig, max_steps: int) -> Optimizer:
         schedule,
         b1=config.beta1,
         b2=config.beta2,
-        eps=1e-8,
+        eps=config.eps,
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
@@ -67,3 +68,13 @@ def make_optimizer(config: OptimizerConfig, max_steps: int) -> Optimizer:
         return schedule(optax.tree.get(state, "ScaleByScheduleState").count)
 
     return Optimizer(init, update, learning_rate)
+
+
+def run_optimizer(config: Config) -> Optimizer:
+    """The optimizer of a run; in PPO an update of the run is many of the optimizer."""
+    optimizer, count = config.optimizer, 1
+    if config.ppo:
+        count = config.ppo.epochs * config.ppo.minibatches
+        warmup_steps = optimizer.warmup_steps * count
+        optimizer = dataclasses.replace(optimizer, warmup_steps=warmup_steps)
+    return make_optimizer(optimizer, config.train.max_steps * count)

@@ -23,7 +23,7 @@ from jaxgpt.models import input_shapes
 from jaxgpt.parallel.defaults import train_jit_options, with_microbatches
 from jaxgpt.parallel.mesh import activation_sharding, replicated, with_shardings
 from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
-from jaxgpt.training.optimizer import Optimizer, make_optimizer
+from jaxgpt.training.optimizer import Optimizer, run_optimizer
 
 
 @flax.struct.dataclass
@@ -36,12 +36,14 @@ class TrainState:
       opt_state: AdamW's moments and counts.
       skipped: updates skipped because loss or gradients were not finite, i32 scalar;
         they are included in `step`.
+      extra: what else changes: of PPO the value head and beta; None otherwise.
     """
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
     skipped: jax.Array | np.int32 = np.int32(0)
+    extra: Any = None
 
 
 def _keys(config: Config, seed: jax.Array | int | None = None) -> jax.Array:
@@ -54,9 +56,16 @@ def _initial_state(model: nn.Module, config: Config, params: Any = None) -> Trai
     inputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     initial = model.init(_keys(config)[0], **inputs)["params"]
     params = dict(initial) | dict(params or {})
-    optimizer = make_optimizer(config.optimizer, config.train.max_steps)
+    trained, extra = params, None
+    if config.ppo:
+        value = {
+            "kernel": jnp.zeros(getattr(config.model, "n_embd", 0)),
+            "bias": jnp.zeros(()),
+        }
+        trained = {"policy": params, "value": value}
+        extra = {"value": value, "beta": jnp.float32(config.ppo.beta)}
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), zero)
+    return TrainState(zero, params, run_optimizer(config).init(trained), zero, extra)
 
 
 @cache  # because it is needed several times at startup
@@ -106,7 +115,7 @@ def make_train_step(
 
     Args:
       objective: the objective to minimise.
-      optimizer: the result of `make_optimizer`.
+      optimizer: the result of `run_optimizer`.
       config: only its sections `data` and `train` are read.
       axis_name: the mapped axis of `pmap` or `shard_map`, if any.
       seed: replaces `train.seed`, so that `vmap` can train with several seeds at once.
@@ -146,7 +155,7 @@ def make_train_step(
             "skipped": skipped,
         }
         step = state.step + (skipped <= limit)
-        return TrainState(step, params, opt_state, skipped), metrics
+        return TrainState(step, params, opt_state, skipped, state.extra), metrics
 
     return train_step
 
@@ -231,8 +240,9 @@ def trace_train_steps(
       state: the result of `abstract_state` or `create_state`.
       batches: leaves [N, B, ...], or their shapes and shardings.
     """
-    optimizer = make_optimizer(config.optimizer, config.train.max_steps)
-    train_step = make_train_step(objective, optimizer, with_microbatches(config, mesh))
+    train_step = make_train_step(
+        objective, run_optimizer(config), with_microbatches(config, mesh)
+    )
 
     def train_steps(state: TrainState, batches: Batch) -> tuple[TrainState, Any]:
         return jax.lax.scan(train_step, state, batches)

@@ -1,0 +1,1 @@
+"""Post-training by rewards: reward models, PPO, DPO and best-of-n."""

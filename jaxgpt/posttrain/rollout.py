@@ -1,0 +1,140 @@
+"""Rollouts: a policy's responses to prompts, and their log-probabilities.
+
+B batch   P time of prompts   T time of prompt and response   N tokens of responses
+C n_embd
+"""
+
+import re
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxgpt.config import PPOConfig, SamplingConfig
+from jaxgpt.generation.decode import decode_step, prefill, unstack_layers
+from jaxgpt.text.examples import PromptBatch
+from jaxgpt.text.tokenizer import Tokenizer
+
+_SENTENCE_END = re.compile(r"[\s\"'(]*[.!?]+[\s\"')]*")
+_MULTIPLE = 8  # of T, so that it divides over devices
+
+
+class Rules(NamedTuple):
+    """How a response is drawn, and how it ends.
+
+    Attributes:
+      max_new_tokens: N.
+      min_new_tokens: an end before this many tokens of the response is no end.
+      end_tokens: a response ends with the first of these.
+      temperature: logits are divided by it.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int
+    end_tokens: tuple[int, ...]
+    temperature: float
+
+
+def make_rules(config: PPOConfig, tokenizer: Tokenizer) -> Rules:
+    """The rules of a config.
+
+    Special tokens end a response: the end of text, and the end of a turn. With
+    end=sentence so do tokens of a full stop, exclamation or question mark.
+    """
+    ends = {tokenizer.special_id(token) for token in tokenizer.special}
+    if config.end == "sentence":
+        ids = range(tokenizer.vocab_size)
+        ends |= {i for i in ids if _SENTENCE_END.fullmatch(tokenizer.decode([i]))}
+    lengths = config.max_new_tokens, config.min_new_tokens
+    return Rules(*lengths, tuple(sorted(ends)), config.temperature)
+
+
+@flax.struct.dataclass
+class Rollout:
+    """Responses to a batch of prompts.
+
+    Attributes:
+      tokens_BT: the prompts, each followed by its response, padded on the right, i32.
+      prompts_B: tokens in each prompt, i32.
+      counts_B: tokens in each response, with its end, i32.
+      ended_B: whether the response has an end.
+    """
+
+    tokens_BT: Array
+    prompts_B: Array
+    counts_B: Array
+    ended_B: Array
+
+    def lengths(self) -> Array:
+        """Tokens in each row before the padding, i32 [B]."""
+        return self.prompts_B + self.counts_B
+
+
+def rollout(
+    model: nn.Module, rules: Rules, params: Any, prompts: PromptBatch
+) -> Rollout:
+    """Samples a response to each prompt, until all have an end or N tokens.
+
+    A row's response depends only on its prompt, its key and the parameters. A prompt
+    and N tokens must fit block_size. To be traced inside `jit`.
+    """
+    sampling = SamplingConfig(temperature=rules.temperature)
+    N, params = rules.max_new_tokens, unstack_layers(params)
+    key_B = jax.random.wrap_key_data(prompts.keys_B2)
+    state = prefill(
+        model, params, prompts.tokens_BP, prompts.lengths_B, key_B, cached=True
+    )
+
+    def is_unfinished(carry: Any) -> Array:
+        n, state = carry
+        return (n < N) & ~state.finished_B.all()
+
+    def step(carry: Any) -> Any:
+        n, state = carry
+        state, _ = decode_step(
+            model, sampling, rules.end_tokens, params, state, rules.min_new_tokens
+        )
+        return n + 1, state
+
+    _, state = jax.lax.while_loop(is_unfinished, step, (0, state))
+    T = -(-(prompts.tokens_BP.shape[1] + N) // _MULTIPLE) * _MULTIPLE
+    counts_B = state.length_B - prompts.lengths_B
+    return Rollout(
+        state.tokens_BT[:, :T], prompts.lengths_B, counts_B, state.finished_B
+    )
+
+
+def response_mask(counts_B: Array, N: int) -> Array:
+    """Which of N tokens are of the response, f32 [B, N]."""
+    return (jnp.arange(N) < counts_B[:, None]).astype(jnp.float32)
+
+
+def predict_responses(
+    model: nn.Module,
+    params: Any,
+    tokens_BT: Array,
+    prompts_B: Array,
+    N: int,
+    temperature: float = 1.0,
+) -> tuple[Array, Array, Array]:
+    """What the model predicts of N tokens after each prompt, without dropout.
+
+    Returns the tokens' log-probabilities in nats and the entropies of their
+    distributions, f32 [B, N] each, of the logits divided by the temperature; and the
+    hidden states before them, f32 [B, N, C]. Beyond the row they repeat its last token.
+    """
+    at_BN = prompts_B[:, None] + jnp.arange(N)
+    at_BN = jnp.minimum(at_BN, tokens_BT.shape[1] - 1)
+    token_BN = jnp.take_along_axis(tokens_BT, at_BN, axis=1)
+    apply = partial(model.apply, {"params": params})
+    x_BTC = apply(tokens_BT, method="hidden")
+    x_BNC = jnp.take_along_axis(x_BTC, at_BN[..., None] - 1, axis=1)
+    logits_BNV = apply(x_BNC, method="logits") / temperature
+    log_probs_BNV = jax.nn.log_softmax(logits_BNV)
+    entropy_BN = -(jnp.exp(log_probs_BNV) * log_probs_BNV).sum(axis=-1)
+    of_token = jnp.take_along_axis(log_probs_BNV, token_BN[..., None], axis=-1)
+    return of_token[..., 0], entropy_BN, x_BNC.astype(jnp.float32)
