@@ -27,12 +27,13 @@ from jaxgpt.run import (
     load_config,
 )
 from jaxgpt.terminal import log_line
+from jaxgpt.text.tasks import kind_of
 
 _PROG = "train.py [PRESET]"
 # Model fields that --init-from takes from the preset, not from the run.
 _TRAINING_FIELDS = ("dropout", "compute_dtype", "remat", "unroll")
 # Tasks of the run that --init-from names, by the task to train, besides the same one.
-_STARTS = {"classification": "masked-tokens"}
+_STARTS = {"classification": "masked-tokens", "reward": "next-token"}
 _FLAG = re.compile(r"--[a-z][a-z0-9.-]*(?==|\Z)")  # alone, or before its value
 
 
@@ -191,7 +192,8 @@ def _start_from(run_dir: Path, checkpoint: str, preset: Config) -> Config:
     The fields of training, such as dropout, stay the preset's, and so do those of its
     head, such as pooling.
     """
-    model, folder = load_config(run_dir).model, find_checkpoint(run_dir, checkpoint)
+    saved, folder = load_config(run_dir), find_checkpoint(run_dir, checkpoint)
+    model = saved.model
     if model.task not in (preset.model.task, _STARTS.get(preset.model.task)):
         raise ValueError(
             f"--init-from {run_dir}: architecture={preset.model.architecture} can't "
@@ -203,6 +205,8 @@ def _start_from(run_dir: Path, checkpoint: str, preset: Config) -> Config:
     kind: Any = type(model if model.task == "next-token" else preset.model)
     model = kind(**{each.name: values[each.name] for each in dataclasses.fields(kind)})
     data, tokenizer = preset.data, (run_dir / TOKENIZER).resolve()
+    if kind_of(preset) in ("preferences", "prompts"):  # they begin as in the run
+        data = dataclasses.replace(data, packing=saved.data.packing)
     if tokenizer.exists():
         data = dataclasses.replace(data, tokenizer=str(tokenizer))
     train = dataclasses.replace(preset.train, init_from=str(folder))

@@ -16,11 +16,14 @@ from jaxgpt.config import (
     ClassifierConfig,
     Config,
     DataConfig,
+    DPOConfig,
     GPTConfig,
     LectureConfig,
     MaskedLMConfig,
     MeshConfig,
     OptimizerConfig,
+    PPOConfig,
+    RewardConfig,
     Seq2SeqConfig,
     TrainConfig,
 )
@@ -178,6 +181,41 @@ def chat_sft() -> Config:
         optimizer=OptimizerConfig(learning_rate=3e-3, min_lr=3e-5),
         train=_train(every=300, max_steps=1200),
     )
+
+
+def _tuned(learning_rate: float, batch_size: int, **fields: Any) -> Config:
+    """What post-training from a run of the shape of reviews-bpe has in common."""
+    return Config(
+        model=GPTConfig(block_size=256, vocab_size=4096, n_layer=4, n_embd=192),
+        data=DataConfig(packing="documents", tokenizer="bpe", batch_size=batch_size),
+        optimizer=OptimizerConfig(
+            learning_rate=learning_rate, min_lr=0.0, warmup_steps=10, weight_decay=0.0
+        ),
+        **fields,
+    )
+
+
+def reward() -> Config:
+    """A reward model from preferences: give --init-from and --data.path."""
+    base = _tuned(3e-4, 64, train=_train(every=100, max_steps=400))
+    fields = {n: v for n, v in vars(base.model).items() if n != "architecture"}
+    return replace(base, model=RewardConfig(**fields))
+
+
+def dpo() -> Config:
+    """Direct preference optimization: give --init-from and --data.path."""
+    return _tuned(1e-4, 64, train=_train(every=100, max_steps=400), dpo=DPOConfig())
+
+
+def ppo() -> Config:
+    """PPO: give --init-from, --data.path, and --reward-model or --reward."""
+    base = _tuned(
+        1e-4,
+        256,
+        train=_train(every=10, max_steps=100, eval_iters=1, log_interval=1),
+        ppo=PPOConfig(),
+    )
+    return replace(base, optimizer=replace(base.optimizer, eps=1e-5))
 
 
 def reviews_mlm() -> Config:
@@ -359,6 +397,9 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "shakespeare-char": shakespeare_char,
     "reviews-bpe": reviews_bpe,
     "chat-sft": chat_sft,
+    "reward": reward,
+    "ppo": ppo,
+    "dpo": dpo,
     "reviews-mlm": reviews_mlm,
     "sentiment": sentiment,
     "reverse": reverse,

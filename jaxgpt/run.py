@@ -71,6 +71,11 @@ _TASKS = {
         "predict masked tokens",
         "`python -m jaxgpt evaluate`, or fine-tune it with `train.py --init-from`",
     ),
+    "reward": (
+        "reward model",
+        "score text",
+        "`generate.py --reward-model` or `train.py ppo --reward-model`",
+    ),
     "translation": (
         "sequence-to-sequence model",
         "translate",
@@ -150,6 +155,8 @@ def load_initial_params(config: Config, mesh: Mesh) -> Any:
         unused = ", ".join(sorted(params.keys() - expected.keys()))
         log_line(f"the classifier is new; {unused} of {checkpoint} is not used")
         params = {name: params[name] for name in params if name in expected}
+    if config.model.task == "reward" != run.config.model.task:
+        expected = {name: expected[name] for name in expected if name != "reward"}
     check_shapes(shapes(params), shapes(expected), str(checkpoint))
     return params
 

@@ -86,10 +86,15 @@ def with_steps_per_call(config: Config, mesh: Mesh) -> Config:
     a second, it divides only the shorter interval, and single updates fill the other.
     """
     train = config.train
+    if config.ppo:  # phases of an iteration are programs of their own
+        return dataclasses.replace(
+            config, train=dataclasses.replace(train, steps_per_call=1)
+        )
     if train.steps_per_call != -1:
         return config
     # A dispatch of examples is padded to its longest batch, so it has fewer.
-    seconds = 1.0 if config.model.task == "next-token" else 0.1
+    is_padded = config.model.task != "next-token" or config.dpo
+    seconds = 0.1 if is_padded else 1.0
     # The backward pass takes twice the operations of the forward pass.
     most = _batches_within(seconds, config.data.batch_size, 6, config, mesh)
     intervals = (train.eval_interval, train.checkpoint_interval)

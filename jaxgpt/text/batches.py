@@ -13,11 +13,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.config import ClassifierConfig, Config, MaskedLMConfig, Seq2SeqConfig
+from jaxgpt.config import (
+    ClassifierConfig,
+    Config,
+    MaskedLMConfig,
+    RewardConfig,
+    Seq2SeqConfig,
+)
 from jaxgpt.text.examples import (
     Examples,
     LabelledTexts,
     MaskedTexts,
+    Preferences,
+    Prompts,
     Sequences,
     TextPairs,
     bucketed_source,
@@ -144,8 +152,16 @@ def longest_row(config: Config) -> Any:
     model, T = config.model, config.model.block_size
     texts = Sequences(np.zeros(T, np.int32), np.array([0, T]))
     one, keys = np.zeros(1, np.int64), np.zeros((1, 2), np.uint64)
+    pair = Sequences(np.zeros(2 * T, np.int32), np.array([0, T, 2 * T]))
     examples: Examples
     match model:
+        case _ if config.ppo:
+            T -= config.ppo.max_new_tokens
+            examples = Prompts(Sequences(texts.tokens, np.array([0, T])))
+        case RewardConfig():
+            examples = Preferences(pair, one)
+        case _ if config.dpo:
+            examples = Preferences(pair, one)
         case ClassifierConfig():
             examples = LabelledTexts(texts, one.astype(np.int32), np.array([""]))
         case MaskedLMConfig():

@@ -18,7 +18,14 @@ from typing import Any
 from jaxgpt.config import ClassifierConfig, Config, DataConfig, is_token_folder
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
-from jaxgpt.text import pretrained, reverse, reviews, tasks, tinyshakespeare
+from jaxgpt.text import (
+    preferences,
+    pretrained,
+    reverse,
+    reviews,
+    tasks,
+    tinyshakespeare,
+)
 from jaxgpt.text.conversations import CHAT_TOKENS, make_rows
 from jaxgpt.text.documents import find_files, is_records
 from jaxgpt.text.prepare import UNFINISHED, prepare
@@ -50,7 +57,7 @@ class Corpus:
 def known_vocab_size(config: Config) -> int | None:
     """Returns the vocabulary size if known without reading the text, else None."""
     data = config.data
-    if config.model.task != "next-token":
+    if tasks.kind_of(config) not in ("next-token", "conversations"):
         is_reverse = (data.tokenizer, data.corpus, data.path) == ("char", "reverse", ())
         return reverse.VOCAB_SIZE if is_reverse else None
     if data.tokenizer == "gpt2":
@@ -197,6 +204,9 @@ def _load_examples(
             model = dataclasses.replace(model, labels=tasks.labels_of(arrays))
     data = dataclasses.replace(data, sha256=table.sha256)
     config = dataclasses.replace(config, model=model, data=data)
+    if kind in ("preferences", "prompts"):
+        of_split = partial(preferences.make_examples, arrays, config, log)
+        return of_split, tokenizer, config
     if kind == "conversations":
         return partial(make_rows, arrays, config, tokenizer, log), tokenizer, config
     return partial(tasks.make_examples, arrays, model, tokenizer), tokenizer, config

@@ -1,4 +1,4 @@
-"""Corpora of conversations, and of examples for tasks other than next-token prediction.
+"""Corpora of conversations, prompts, preferences, and examples of other tasks.
 
 Their tokens are cached, so the files are read only if they, the tokenizer or block_size
 have changed.
@@ -27,7 +27,7 @@ from jaxgpt.config import (
 )
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
-from jaxgpt.text import conversations, labelled, pairs, pretrained
+from jaxgpt.text import conversations, labelled, pairs, preferences, pretrained
 from jaxgpt.text.examples import (
     Examples,
     LabelledTexts,
@@ -53,6 +53,8 @@ CORPORA = {
     "masked-tokens": ("reviews",),
     "translation": ("tatoeba", "reverse"),
     "conversations": ("chitchat",),
+    "preferences": (),
+    "prompts": (),
 }
 # To raise when the same files give other rows, splits, labels or tokens than before.
 _FORMAT = 1
@@ -63,11 +65,23 @@ _SPECIAL = {
     "masked-tokens": (END_OF_TEXT, MASK),
     "conversations": conversations.CHAT_TOKENS,
 }
-_TEXTS = {"translation": slice(2), "conversations": slice(1, None)}
+_TEXTS = {
+    "translation": slice(2),
+    "conversations": slice(1, None),
+    "preferences": slice(None),
+}
 
 
 def kind_of(config: Config) -> str:
-    """The kind of corpus: "conversations" if data.packing is, else the model's task."""
+    """The kind of corpus: the model's task, or "prompts", "preferences"...
+
+    PPO needs prompts, DPO and reward models need preferences, and other models with
+    packing=conversations need these.
+    """
+    if config.ppo:
+        return "prompts"
+    if config.dpo or config.model.task == "reward":
+        return "preferences"
     is_chat = config.data.packing == "conversations"
     return "conversations" if is_chat else config.model.task
 
@@ -75,6 +89,8 @@ def kind_of(config: Config) -> str:
 def check_corpus(config: Config) -> None:
     """Raises ValueError if settings of the corpus are for another task or corpus."""
     data, task, kind = config.data, config.model.task, kind_of(config)
+    if not data.path and not CORPORA[kind]:
+        raise ValueError(f"there is no built-in corpus of {kind}; give --data.path")
     if not data.path and data.corpus not in CORPORA[kind]:
         setting = f"architecture={config.model.architecture}"
         if kind == "conversations":
@@ -108,6 +124,8 @@ def open_table(kind: str, data: DataConfig, log: Log) -> Table:
         table = pairs.open_pairs(data, log)
     elif kind == "conversations":
         table = conversations.open_conversations(data, log)
+    elif kind in ("preferences", "prompts"):
+        table = preferences.open_preferences(data, kind == "preferences")
     else:
         table = labelled.open_labelled(data, kind == "classification", log)
     return replace(table, read=cache(table.read))
@@ -176,7 +194,9 @@ def tokenize(table: Table, config: Config, tokenizer: Tokenizer, log: Log) -> Ar
 
     settings = tokenizer, block_size, tell
     texts = [] if kind == "conversations" else list(zip(*rows, strict=True))
-    if kind == "conversations":
+    if kind in ("preferences", "prompts"):
+        others = preferences.tokenize(rows, tokenizer, config, tell)
+    elif kind == "conversations":
         others = conversations.tokenize(rows, tokenizer, tell)
     elif kind == "masked-tokens":
         pieces, of_text = labelled.encode_pieces(texts[0], *settings)
@@ -261,5 +281,8 @@ def _key(table: Table, config: Config, *others: object) -> str:
     """The digest of all that the rows depend on, and of others."""
     data = config.data
     suffixes = [Path(path).suffix for path in data.path] or data.corpus
-    values = _FORMAT, kind_of(config), table.sha256, suffixes, *others
+    kind = kind_of(config)
+    if kind in ("preferences", "prompts"):
+        others = *others, data.packing
+    values = _FORMAT, kind, table.sha256, suffixes, *others
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
