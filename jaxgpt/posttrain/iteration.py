@@ -19,14 +19,13 @@ from jax.sharding import Mesh
 
 from jaxgpt.config import Config, PPOConfig
 from jaxgpt.parallel.defaults import train_jit_options, with_microbatches
-from jaxgpt.parallel.mesh import activation_sharding, batch_sharding, replicated
+from jaxgpt.parallel.mesh import batch_sharding, replicated
 from jaxgpt.posttrain import ppo
 from jaxgpt.posttrain.rollout import (
     Rollout,
-    Rules,
+    compiled,
     predict_responses,
     response_mask,
-    rollout,
 )
 from jaxgpt.text.examples import PromptBatch
 from jaxgpt.training.evaluation import EvalStep
@@ -42,23 +41,6 @@ _TOLERANCE = 1e-4
 Reward = Callable[[Rollout], Array]
 # Maps a rollout to the reference's log-probabilities f32 [B, N], and rewards f32 [B].
 Judge = Callable[[Rollout], tuple[Array, Array]]
-
-
-def _compile(function: Any, mesh: Mesh, out_shardings: Any, **options: Any) -> Any:
-    jitted = jax.jit(function, out_shardings=out_shardings, **options)
-
-    def call(*arguments: Any) -> Any:
-        with activation_sharding(mesh):
-            return jitted(*arguments)
-
-    return call
-
-
-def make_rollout(
-    model: nn.Module, rules: Rules, mesh: Mesh
-) -> Callable[[Any, PromptBatch], Rollout]:
-    """Makes the program that samples a response to each prompt, on the mesh."""
-    return _compile(partial(rollout, model, rules), mesh, batch_sharding(mesh))
 
 
 def make_judge(
@@ -79,7 +61,7 @@ def make_judge(
         texts = rolled.tokens_BT, rolled.prompts_B, config.max_new_tokens
         return predict_responses(model, params, *texts, config.temperature)[0]
 
-    log_probs = _compile(predict, mesh, batch_sharding(mesh))
+    log_probs = compiled(predict, mesh, batch_sharding(mesh))
 
     def judge(rolled: Rollout) -> tuple[Array, Array]:
         reward_B = (reward(rolled) - config.reward_mean) / config.reward_std
@@ -175,7 +157,7 @@ def make_update(
 
     where = jax.tree.map(attrgetter("sharding"), state)
     options = train_jit_options(config, mesh)
-    return _compile(update, mesh, (where, replicated(mesh)), **options)
+    return compiled(update, mesh, (where, replicated(mesh)), **options)
 
 
 def make_ppo_program(

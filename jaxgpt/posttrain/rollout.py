@@ -5,6 +5,7 @@ C n_embd
 """
 
 import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,15 +13,37 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxgpt.config import PPOConfig, SamplingConfig
 from jaxgpt.generation.decode import decode_step, prefill, unstack_layers
-from jaxgpt.text.examples import PromptBatch
+from jaxgpt.parallel.feeding import shard_batch
+from jaxgpt.parallel.mesh import (
+    activation_sharding,
+    batch_sharding,
+    data_parallel_mesh,
+    replicated,
+    single_device_mesh,
+)
+from jaxgpt.run import Run
+from jaxgpt.text.examples import PromptBatch, Prompts, Sequences, row_keys
 from jaxgpt.text.tokenizer import Tokenizer
 
 _SENTENCE_END = re.compile(r"[\s\"'(]*[.!?]+[\s\"')]*")
 _MULTIPLE = 8  # of T, so that it divides over devices
+
+
+def compiled(function: Any, mesh: Mesh, out_shardings: Any, **options: Any) -> Any:
+    """`jax.jit` of a function that models on a mesh are traced in."""
+    jitted = jax.jit(function, out_shardings=out_shardings, **options)
+
+    def call(*arguments: Any) -> Any:
+        with activation_sharding(mesh):
+            return jitted(*arguments)
+
+    return call
 
 
 class Rules(NamedTuple):
@@ -106,6 +129,85 @@ def rollout(
     return Rollout(
         state.tokens_BT[:, :T], prompts.lengths_B, counts_B, state.finished_B
     )
+
+
+def make_rollout(
+    model: nn.Module, rules: Rules, mesh: Mesh
+) -> Callable[[Any, PromptBatch], Rollout]:
+    """Makes the program that samples a response to each prompt, on the mesh."""
+    return compiled(partial(rollout, model, rules), mesh, batch_sharding(mesh))
+
+
+def respond(
+    run: Run, prompts: Sequence[np.ndarray], rules: Rules, seed: int, rows: int = 512
+) -> Rollout:
+    """Samples a response of a run to each prompt, in batches over all local devices.
+
+    Args:
+      prompts: token ids of each, at least one; each response depends only on its
+        prompt, (seed, its index) and the model.
+      rows: most rows of a batch.
+
+    Returns arrays on the host. Raises ValueError if a prompt leaves no room in
+    block_size for max_new_tokens.
+    """
+    examples, T = Prompts(Sequences.join(prompts)), run.config.model.block_size
+    longest = int(examples.lengths.max())
+    if longest + rules.max_new_tokens > T:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={rules.max_new_tokens} "
+            f"exceed block_size={T}; shorten one of them"
+        )
+    rows = min(rows, len(examples))
+    mesh = data_parallel_mesh(run.config.model, run.params, rows, 1)
+    mesh = mesh or single_device_mesh()
+    program = make_rollout(run.model, rules, mesh)
+    params = jax.device_put(run.params, replicated(mesh))
+    found = []
+    for start in range(0, len(examples), rows):
+        row_B = np.minimum(np.arange(start, start + rows), len(examples) - 1)
+        weights_B, keys_B = np.ones(rows, np.float32), row_keys(seed, row_B)
+        batch = examples.read(row_B, longest, weights_B, keys_B)
+        found.append(jax.device_get(program(params, shard_batch(mesh, batch))))
+    count = len(examples)
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *found)
+
+
+def in_batches(
+    function: Callable[[Any, Rollout], Array],
+    run: Run,
+    rolled: Rollout,
+    rows: int = 512,
+) -> np.ndarray:
+    """`function(params, rollout)` of all rows of a rollout, on the host.
+
+    It runs on batches over all local devices.
+    """
+    B = len(rolled.counts_B)
+    rows = min(rows, B)
+    mesh = data_parallel_mesh(run.config.model, run.params, rows, 1)
+    mesh = mesh or single_device_mesh()
+    program = compiled(function, mesh, batch_sharding(mesh))
+    params, found = jax.device_put(run.params, replicated(mesh)), []
+    for start in range(0, B, rows):
+        row_B = np.minimum(np.arange(start, start + rows), B - 1)
+        batch = jax.tree.map(lambda a, row_B=row_B: np.asarray(a)[row_B], rolled)
+        found.append(np.asarray(program(params, shard_batch(mesh, batch))))
+    return np.concatenate(found)[:B]
+
+
+def log_probs(run: Run, rolled: Rollout, rules: Rules) -> np.ndarray:
+    """Log-probabilities of the responses' tokens under a run in nats, f32 [B, N].
+
+    0 after the response.
+    """
+
+    def predict(params: Any, rolled: Rollout) -> Array:
+        texts = rolled.tokens_BT, rolled.prompts_B, rules.max_new_tokens
+        found_BN, *_ = predict_responses(run.model, params, *texts, rules.temperature)
+        return found_BN * response_mask(rolled.counts_B, rules.max_new_tokens)
+
+    return in_batches(predict, run, rolled)
 
 
 def response_mask(counts_B: Array, N: int) -> Array:
