@@ -5,6 +5,8 @@ A checkpoint has two parts: `params`, which is all that generation reads, and
 checkpoint whose restored arrays do not match, or are not finite, is never used.
 """
 
+import hashlib
+import json
 import math
 import shutil
 import time
@@ -360,6 +362,20 @@ def saved_steps(folder: Path) -> list[int]:
     """The steps of all checkpoints, damaged or not."""
     paths = folder.iterdir() if folder.exists() else ()  # raises if it is a file
     return sorted(int(p.name) for p in paths if p.name.isdecimal() and p.is_dir())
+
+
+def digest(saved: Path) -> str:
+    """The sha256 of a checkpoint's parameters, by the checksums in its record.
+
+    The copy of a checkpoint has the same. Raises ValueError if the record is damaged,
+    or from an older version, which has no checksums.
+    """
+    found = read_record(saved)
+    if "checksums" not in found:
+        raise ValueError(f"{saved} is from an older version, without checksums")
+    numbers = {n: c for n, c in found["checksums"].items() if n.startswith("params.")}
+    text = json.dumps([found["shapes"], numbers], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def find_steps(folder: Path, which: str | int) -> list[int]:

@@ -437,3 +437,16 @@ def test_the_first_checkpoint_is_read_back_and_no_other(tmp_path, monkeypatch, l
     monkeypatch.setattr(checkpoint, "checksums", lambda tree: {"params.wte": 0})
     with pytest.raises(OSError, match="read back"):
         save(tmp_path / "other", {4: 1.0})
+
+
+def test_a_digest_is_of_the_parameters_alone(saved_once, tmp_path):
+    saved = saved_once / "4"
+    copied = shutil.copytree(saved, tmp_path / "copied")
+    assert checkpoint.digest(copied) == checkpoint.digest(saved)
+    save(tmp_path / "again", {5: 0.5})  # the same parameters at another step
+    assert checkpoint.digest(tmp_path / "again" / "5") == checkpoint.digest(saved)
+    (first, *_), _ = jax.tree.flatten(STATE.params)
+    params = jax.tree.map(lambda a: a + (a is first), STATE.params)
+    with checkpoint.open_checkpoints(tmp_path / "other") as checkpoints:
+        save_params(checkpoints, 1, params)
+    assert checkpoint.digest(tmp_path / "other" / "1") != checkpoint.digest(saved)
