@@ -31,6 +31,7 @@ from jaxgpt.parallel.defaults import (
 from jaxgpt.parallel.feeding import read_batches
 from jaxgpt.parallel.mesh import make_mesh, model_mesh
 from jaxgpt.planning.plan import describe
+from jaxgpt.posttrain.iteration import before_and_after, prepare_ppo
 from jaxgpt.run import (
     PROFILE,
     Run,
@@ -68,6 +69,7 @@ STARTED = time.monotonic()
 # What to do with a run, by its kind of corpus.
 _NEXT = {
     "next-token": "sample with: python generate.py --run-dir {}",
+    "prompts": "sample with: python generate.py --run-dir {}",
     "classification": "classify with: python -m jaxgpt classify --run-dir {} TEXT",
     "masked-tokens": "fine-tune with: python train.py sentiment --init-from {}",
     "conversations": "chat with: python -m jaxgpt chat --run-dir {}",
@@ -121,6 +123,10 @@ def show_sample(run: Run) -> None:
         print(generate(run, "", max_new_tokens=400)[0])
         return
     examples = load_split(run.config, "val", lambda line: None, tokenizer)
+    if kind == "prompts":
+        for prompt, *responses in before_and_after(run, examples, 3):
+            print(prompt, *(f"  {text}" for text in responses), sep="\n")
+        return
     if kind == "conversations":
         user, end = map(tokenizer.special_id, ("<|user|>", END_OF_TURN))
         first = examples.tokens[(examples.tokens == user).argmax() + 1 :]
@@ -164,7 +170,13 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         objective, source = make_objective(model), training_source(train_rows, config)
         sources = {"train": evaluation_source(train_rows, config)}
         sources["val"] = evaluation_source(val, config)
-        eval_step = evaluation.make_eval_step(objective, mesh)
+        abstract = abstract_state(model, config, mesh)
+        if config.ppo:
+            settings = config, mesh, abstract, corpus.tokenizer, train_rows, log_line
+            config, train_program, eval_step = prepare_ppo(model, *settings)
+        else:
+            train_program = make_train_program(objective, config, mesh, abstract)
+            eval_step = evaluation.make_eval_step(objective, mesh)
         estimate = partial(evaluation.estimate, eval_step)
 
         def read(step: int) -> Batch:
@@ -174,8 +186,6 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
 
         folder, last_step = run_dir / checkpoint.CHECKPOINTS, config.train.max_steps
         found = checkpoint.saved_steps(folder)[-1:] if resume else []
-        abstract = abstract_state(model, config, mesh)
-        train_program = make_train_program(objective, config, mesh, abstract)
         if (step := max(found, default=0)) < last_step:
             train_program(read(step))  # compiles while other programs do, or run
         eval_batches = evaluation.read_evaluation(sources, config, mesh)
@@ -251,7 +261,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
                         save()
                     return signal
 
-            measure = evaluation.exact_loss(model, objective, val, config, mesh)
+            measure = evaluation.exact_loss(model, eval_step, val, config, mesh)
 
             def exact_loss(name: str, params: Any) -> float:
                 """The loss on the whole validation split."""

@@ -16,8 +16,9 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from jaxgpt.config import BlockConfig, Config, ModelConfig
+from jaxgpt.config import BlockConfig, Config, ModelConfig, PPOConfig
 from jaxgpt.parallel.defaults import default_preset
+from jaxgpt.posttrain.rewards import find_reward
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import (
     TOKENIZER,
@@ -25,6 +26,8 @@ from jaxgpt.run import (
     find_checkpoint,
     has_run,
     load_config,
+    require_task,
+    saved_tokenizer,
 )
 from jaxgpt.terminal import log_line
 from jaxgpt.text.tasks import kind_of
@@ -147,8 +150,12 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
         start = _start_from(Path(init_from), options.checkpoint, base)
         config = _parse(flags, start)
         _check_start(start, config, run_dir)
+        if config.ppo:
+            config = dataclasses.replace(config, ppo=_find_reward(config, config.ppo))
     else:
         config = _parse(flags, base)
+        if config.ppo:
+            raise ValueError("ppo trains the model of a run; give it with --init-from")
     if not preset:
         log_line(f"no preset given: {name} is the default on {jax.default_backend()}")
     return config, run_dir, options
@@ -162,12 +169,48 @@ def _resumed(run_dir: Path, flags: list[str]) -> Config:
         model = dataclasses.replace(config.model, vocab_size=saved.model.vocab_size)
         config = dataclasses.replace(config, model=model)
     _check_same_model(saved, config)
+    for name in ("reward", "reward_model") if saved.ppo else ():
+        before, after = (getattr(each.ppo, name) for each in (saved, config))
+        if after != before:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {after} contradicts the run, which has "
+                f"{before or 'none'}; omit it, or train a new run"
+            )
     if (run_dir / TOKENIZER).exists():
         _check_same_tokenizer(saved, config)
     if not saved.data.sha256:
         text = ", ".join(config.data.path) or config.data.corpus
         log_line(f"{run_dir} was imported; training on {text}, set by --data.path")
     return config
+
+
+def _find_reward(config: Config, ppo: PPOConfig) -> PPOConfig:
+    """Checks the reward; of the reward model's run, it finds the best checkpoint."""
+    if bool(ppo.reward) == bool(ppo.reward_model):
+        raise ValueError(
+            "ppo maximises one reward; give either --reward NAME or --reward-model "
+            "RUN_DIR"
+        )
+    if ppo.reward:
+        find_reward(ppo.reward)
+        return ppo
+    run_dir = Path(ppo.reward_model)
+    folder = find_checkpoint(run_dir, "best")
+    model = require_task(load_config(run_dir), "reward")
+    if model.block_size < config.model.block_size:
+        raise ValueError(
+            f"--reward-model {run_dir} reads {model.block_size} tokens, fewer than the "
+            f"policy's block_size={config.model.block_size}; give --model.block-size "
+            f"{model.block_size}"
+        )
+    policy_dir = Path(config.train.init_from).parent.parent
+    own, policys = map(saved_tokenizer, (run_dir, policy_dir))
+    if not (own and policys) or own.to_json() != policys.to_json():
+        raise ValueError(
+            f"--reward-model {run_dir} has another tokenizer than the run to start "
+            f"from, {policy_dir}; train the reward model with --init-from that run"
+        )
+    return dataclasses.replace(ppo, reward_model=str(folder))
 
 
 def _parse(flags: list[str], default: Config) -> Config:
@@ -202,7 +245,7 @@ def _start_from(run_dir: Path, checkpoint: str, preset: Config) -> Config:
     log_line(f"starting from {folder}")
     own = {*_TRAINING_FIELDS, *_head_fields(preset.model)}
     values = vars(model) | {n: v for n, v in vars(preset.model).items() if n in own}
-    kind: Any = type(model if model.task == "next-token" else preset.model)
+    kind: Any = type(model if preset.model.task == "next-token" else preset.model)
     model = kind(**{each.name: values[each.name] for each in dataclasses.fields(kind)})
     data, tokenizer = preset.data, (run_dir / TOKENIZER).resolve()
     if kind_of(preset) in ("preferences", "prompts"):  # they begin as in the run

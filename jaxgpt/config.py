@@ -10,7 +10,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tyro
 
@@ -440,11 +440,12 @@ class PPOConfig:
     epochs over them in minibatches. Warmup counts iterations too.
     """
 
-    # what is maximised: a function of jaxgpt/posttrain/rewards.py, or MODULE:FUNCTION;
-    # or a reward model's run, which --reward-model names
-    reward: str = ""
-    # checkpoint of the reward model; cli.py makes it of --reward-model
-    reward_model: tyro.conf.Suppress[str] = ""
+    # what is maximised: a function of jaxgpt/posttrain/rewards.py, or MODULE:FUNCTION
+    reward: Annotated[str, tyro.conf.arg(prefix_name=False, metavar="NAME")] = ""
+    # or a reward model's run; cli.py turns it into the folder of its best checkpoint
+    reward_model: Annotated[
+        str, tyro.conf.arg(prefix_name=False, metavar="RUN_DIR")
+    ] = ""
     reward_sha256: str = ""  # of the reward model; set by the first run
     # of rewards of the reference's responses, which are scaled to mean 0 and standard
     # deviation 1; set by the first run
@@ -534,9 +535,10 @@ class Config:
             f"architecture={self.model.architecture} can't be trained by PPO or DPO",
         )
         _check(
-            not self.ppo or self.data.batch_size % self.ppo.minibatches == 0,
-            f"batch_size={self.data.batch_size} is not divisible by ppo.minibatches="
-            f"{self.ppo and self.ppo.minibatches}; use a divisor of batch_size",
+            self.data.microbatch_size % (self.ppo.minibatches if self.ppo else 1) == 0,
+            f"batch_size={self.data.batch_size} does not divide into ppo.minibatches="
+            f"{self.ppo and self.ppo.minibatches} of gradient_accumulation_steps="
+            f"{self.data.microbatches} parts; use a multiple of their product",
         )
         _check(
             self.data.tokenizer != "bpe" or self.model.vocab_size is not None,
@@ -555,6 +557,11 @@ class Config:
             f"but architecture={self.model.architecture} does not; use "
             "packing=windows",
         )
+
+    @property
+    def rows_at_once(self) -> int:
+        """Sequences of which an update computes gradients at once, over all devices."""
+        return self.data.microbatch_size // (self.ppo.minibatches if self.ppo else 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a nested dict of plain values, for JSON."""

@@ -81,7 +81,7 @@ def make_mesh(
         if undecided and devices[1:] and prefers_one_device(devices[0], config.model):
             log(f"using 1 of {len(devices)} CPU devices, to store the model only once")
             devices = devices[:1]
-    shape, rows = _mesh_shape(config, len(devices)), config.data.microbatch_size
+    shape, rows = _mesh_shape(config, len(devices)), config.rows_at_once
     count = math.prod(shape)
     used = devices[:count]
     if idle := {d.process_index for d in devices} - {d.process_index for d in used}:
@@ -105,7 +105,7 @@ def _mesh_shape(config: Config, devices: int) -> tuple[int, ...]:
     divide the rows.
     """
     shape = {axis: getattr(config.mesh, axis) for axis in AXES}
-    rows, block_size = config.data.microbatch_size, config.model.block_size
+    rows, block_size = config.rows_at_once, config.model.block_size
     for axis, width in (("fsdp", getattr(config.model, "n_embd", 0)), ("data", 0)):
         if shape[axis] == -1:
             used = math.prod(size for size in shape.values() if size != -1)
@@ -159,7 +159,7 @@ def model_mesh(config: Config, mesh: MeshConfig) -> Mesh:
     data = dataclasses.replace(
         config.data, batch_size=rows, gradient_accumulation_steps=1
     )
-    config = dataclasses.replace(config, data=data, mesh=mesh)
+    config = dataclasses.replace(config, data=data, mesh=mesh, ppo=None)
     return make_mesh(config, lambda line: None)
 
 

@@ -3,11 +3,14 @@
 B responses   N tokens of responses   M minibatches   K updates
 """
 
+import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,62 +21,190 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jaxgpt.config import Config, PPOConfig
+from jaxgpt.exits import in_background
 from jaxgpt.parallel.defaults import train_jit_options, with_microbatches
 from jaxgpt.parallel.mesh import batch_sharding, replicated
 from jaxgpt.posttrain import ppo
+from jaxgpt.posttrain.rewards import Reward, decode_responses, make_reward, on_host
 from jaxgpt.posttrain.rollout import (
+    Program,
     Rollout,
-    compiled,
+    make_rollout,
+    make_rules,
     predict_responses,
+    respond,
     response_mask,
 )
-from jaxgpt.text.examples import PromptBatch
-from jaxgpt.training.evaluation import EvalStep
+from jaxgpt.run import Run, load_initial_params, load_run, text_tokenizer
+from jaxgpt.text.examples import PromptBatch, Prompts
+from jaxgpt.text.tokenizer import Tokenizer
+from jaxgpt.training.checkpoint import digest
+from jaxgpt.training.evaluation import EvalStep, read_examples
 from jaxgpt.training.objectives import LossSum
 from jaxgpt.training.optimizer import run_optimizer
 from jaxgpt.training.step import TrainState, make_train_step
 
+_SCALED_BY = 1024  # prompts whose responses scale the rewards
 # Largest |ratio - 1|, and divergence, before the first update: there is none but for
 # rounding.
 _TOLERANCE = 1e-4
 
-# Maps a rollout to the reward of each response, f32 [B], before it is scaled.
-Reward = Callable[[Rollout], Array]
 # Maps a rollout to the reference's log-probabilities f32 [B, N], and rewards f32 [B].
 Judge = Callable[[Rollout], tuple[Array, Array]]
+# Maps batches of prompts to a program: it maps a state and them to a state and metrics.
+TrainProgram = Callable[[PromptBatch], Future[Callable[..., Any]]]
+
+
+def prepare_ppo(
+    model: nn.Module,
+    config: Config,
+    mesh: Mesh,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    log: Callable[[str], None],
+) -> tuple[Config, TrainProgram, EvalStep]:
+    """Loads the reference and the reward; returns what trains and what evaluates.
+
+    Args:
+      model: the policy's model.
+      config: the run's config. The result has digests of the reference and of the
+        reward model, and the scale of its rewards, unless the config had them.
+      mesh: the run's mesh.
+      state: the result of `abstract_state`.
+      prompts: of training, to find that scale.
+      log: called with lines to show.
+
+    Raises ValueError if the reference or the reward model has changed since the first
+    run, or if all rewards are the same.
+    """
+    settings, reference = _settings(config), load_initial_params(config, mesh)
+    is_new = not settings.reference_sha256
+    files = {
+        "reference_sha256": config.train.init_from,
+        "reward_sha256": settings.reward_model,
+    }
+    for name, checkpoint in files.items():
+        found = digest(Path(checkpoint)) if checkpoint else ""
+        if not is_new and found != getattr(settings, name):
+            raise ValueError(
+                f"{checkpoint} is not the checkpoint that the run began with (its "
+                f"digest is not ppo.{name}); restore it, or start a new run"
+            )
+        settings = replace(settings, **{name: found})
+    respond = make_rollout(model, make_rules(settings, tokenizer), mesh)
+    reward = make_reward(settings, tokenizer, mesh)
+    if is_new and settings.reward_model:
+        rewards_N = _sample_rewards(config, mesh, reference, prompts, respond, reward)
+        mean, std = float(rewards_N.mean()), float(rewards_N.std())
+        if not 0 < std < math.inf:
+            raise ValueError(
+                f"{settings.reward_model} gives responses of {config.train.init_from} "
+                f"rewards of mean {mean} and standard deviation {std}, which can't be "
+                "scaled; use another reward model"
+            )
+        log(
+            f"rewards of {len(rewards_N):,} responses before training: mean "
+            f"{mean:.4f}, standard deviation {std:.4f}; they are scaled to 0 and 1"
+        )
+        settings = replace(settings, reward_mean=mean, reward_std=std)
+    config = replace(config, ppo=settings)
+
+    def predict(params: Any, rolled: Rollout) -> Array:
+        texts = rolled.tokens_BT, rolled.prompts_B, settings.max_new_tokens
+        return predict_responses(model, params, *texts, settings.temperature)[0]
+
+    log_probs = Program(predict, mesh, batch_sharding(mesh))
+    judge = make_judge(settings, mesh, partial(log_probs, reference), reward)
+    update = make_update(model, config, mesh, state)
+
+    def compile_all(prompts: PromptBatch) -> Any:
+        """Compiles all programs of an iteration."""
+        prompts = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(
+                a.shape[1:], a.dtype, sharding=batch_sharding(mesh)
+            ),
+            prompts,
+        )
+        _, rolled = respond.compile(state.params, prompts)
+        _, log_probs_BN = log_probs.compile(state.params, rolled)
+        if isinstance(reward, Program):
+            reward.compile(rolled)
+        update.compile(
+            state,
+            rolled,
+            log_probs_BN,
+            log_probs_BN.update(shape=log_probs_BN.shape[:1]),
+        )
+        return make_iteration(respond, judge, update)
+
+    programs: dict[Any, Future[Any]] = {}
+
+    def train_program(prompts: PromptBatch) -> Future[Any]:
+        """Compiles in the background, and only once for the same shapes."""
+        shape = prompts.tokens_BP.shape
+        if shape not in programs:
+            programs[shape] = in_background(partial(compile_all, prompts))
+        return programs[shape]
+
+    return (
+        config,
+        train_program,
+        make_ppo_eval_step(settings, mesh, respond, judge, log_probs),
+    )
+
+
+def _sample_rewards(
+    config: Config,
+    mesh: Mesh,
+    params: Any,
+    prompts: Prompts,
+    respond: Program,
+    reward: Reward,
+) -> np.ndarray:
+    """Rewards of responses to up to 1,024 of the prompts, f32."""
+    rng, count = np.random.default_rng(config.train.seed), len(prompts)
+    keep_N = rng.permutation(count) < _SCALED_BY
+    found = []
+    for _, batches in read_examples(
+        Prompts(prompts.prompts.select(keep_N)), config, mesh
+    ):
+        for n in range(len(batches.weights_B)):
+            batch = jax.tree.map(lambda a, n=n: a[n], batches)
+            reward_B = on_host(reward(respond(params, batch)))
+            found.append(reward_B[on_host(batch.weights_B) > 0])
+    return np.concatenate(found)
 
 
 def make_judge(
-    model: nn.Module, config: PPOConfig, mesh: Mesh, reference: Any, reward: Reward
+    config: PPOConfig, mesh: Mesh, reference: Callable[[Rollout], Array], reward: Reward
 ) -> Judge:
     """Makes the function that judges responses: by the reference, and by the reward.
 
     A response without an end loses `no_end_penalty`.
 
     Args:
-      model: the policy's model.
+      config: scales the rewards.
       mesh: the devices of all arrays.
-      reference: parameters that the policy is kept near to.
-      reward: what is maximised; it is scaled as the config says.
+      reference: the log-probabilities of the model that the policy is kept near to.
+      reward: what is maximised.
     """
 
-    def predict(params: Any, rolled: Rollout) -> Array:
-        texts = rolled.tokens_BT, rolled.prompts_B, config.max_new_tokens
-        return predict_responses(model, params, *texts, config.temperature)[0]
+    def scale(reward_B: Array, ended_B: Array) -> Array:
+        scaled_B = (reward_B - config.reward_mean) / config.reward_std
+        return scaled_B - config.no_end_penalty * ~ended_B
 
-    log_probs = compiled(predict, mesh, batch_sharding(mesh))
+    scaled = Program(scale, mesh, batch_sharding(mesh))
 
     def judge(rolled: Rollout) -> tuple[Array, Array]:
-        reward_B = (reward(rolled) - config.reward_mean) / config.reward_std
-        reward_B -= config.no_end_penalty * ~rolled.ended_B
-        return log_probs(reference, rolled), reward_B
+        return reference(rolled), scaled(reward(rolled), rolled.ended_B)
 
     return judge
 
 
 def make_update(
     model: nn.Module, config: Config, mesh: Mesh, state: TrainState
-) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+) -> Program:
     """Makes `update(state, rollout, reference_BN, reward_B) -> state, metrics`.
 
     Advantages, then all epochs of minibatches, as one program. It donates the buffers
@@ -88,7 +219,7 @@ def make_update(
     settings = _settings(config)
     M, N = settings.minibatches, settings.max_new_tokens
     B, limit = config.data.batch_size, config.train.max_skipped_steps
-    data = replace(config.data, batch_size=B // M, gradient_accumulation_steps=-1)
+    data = replace(config.data, batch_size=B // M)
     inner = with_microbatches(replace(config, data=data), mesh)
     train_step = make_train_step(ppo.ppo(model, settings), run_optimizer(config), inner)
 
@@ -137,6 +268,7 @@ def make_update(
             "learning_rate": steps["learning_rate"][-1],
             "skipped": carry.skipped,
             "tokens": tokens,
+            "loss": settings.beta * kl - reward_B.mean(),
             "reward": reward_B.mean(),
             "kl": kl,
             "beta": beta,
@@ -157,13 +289,11 @@ def make_update(
 
     where = jax.tree.map(attrgetter("sharding"), state)
     options = train_jit_options(config, mesh)
-    return compiled(update, mesh, (where, replicated(mesh)), **options)
+    return Program(update, mesh, (where, replicated(mesh)), **options)
 
 
-def make_ppo_program(
-    respond: Callable[[Any, PromptBatch], Rollout],
-    judge: Judge,
-    update: Callable[..., tuple[TrainState, dict[str, Array]]],
+def make_iteration(
+    respond: Program, judge: Judge, update: Program
 ) -> Callable[[TrainState, PromptBatch], tuple[TrainState, dict[str, np.ndarray]]]:
     """Makes `iteration(state, prompts) -> state, metrics`, the train program of PPO.
 
@@ -202,10 +332,7 @@ def make_ppo_program(
 
 
 def make_ppo_eval_step(
-    config: PPOConfig,
-    respond: Callable[[Any, PromptBatch], Rollout],
-    judge: Judge,
-    policy_log_probs: Any,
+    config: PPOConfig, mesh: Mesh, respond: Program, judge: Judge, log_probs: Program
 ) -> EvalStep:
     """Makes the `EvalStep` of -(reward - beta KL), with the config's beta.
 
@@ -220,7 +347,6 @@ def make_ppo_eval_step(
         ]
         return jax.tree.map(lambda *sums: np.sum(sums), *found)
 
-    @jax.jit
     def sums(
         rolled: Rollout,
         policy_BN: Array,
@@ -245,12 +371,29 @@ def make_ppo_eval_step(
 
     def of_batch(params: Any, prompts: PromptBatch) -> dict[str, LossSum]:
         rolled = respond(params, prompts)
-        policy_BN = policy_log_probs(params, rolled)
-        return jax.device_get(
-            sums(rolled, policy_BN, *judge(rolled), prompts.weights_B)
-        )
+        judged = log_probs(params, rolled), *judge(rolled), prompts.weights_B
+        return jax.device_get(total(rolled, *judged))
+
+    total = Program(sums, mesh, replicated(mesh))
 
     return eval_step
+
+
+def before_and_after(
+    run: Run, prompts: Prompts, count: int
+) -> list[tuple[str, str, str]]:
+    """The first prompts, each with a response before and one after the run's training.
+
+    Both are drawn with the same keys.
+    """
+    settings, checkpoint = _settings(run.config), Path(run.config.train.init_from)
+    initial = load_run(checkpoint.parent.parent, checkpoint.name)
+    tokenizer, first = text_tokenizer(run), range(min(count, len(prompts)))
+    given = [prompts.prompts[i] for i in first], make_rules(settings, tokenizer), 1337
+    texts, (_, after) = (
+        decode_responses(respond(each, *given), tokenizer) for each in (initial, run)
+    )
+    return list(zip(*texts, after, strict=True))
 
 
 def _settings(config: Config) -> PPOConfig:

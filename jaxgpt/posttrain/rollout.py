@@ -5,6 +5,7 @@ C n_embd
 """
 
 import re
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,15 +36,45 @@ _SENTENCE_END = re.compile(r"[\s\"'(]*[.!?]+[\s\"')]*")
 _MULTIPLE = 8  # of T, so that it divides over devices
 
 
-def compiled(function: Any, mesh: Mesh, out_shardings: Any, **options: Any) -> Any:
-    """`jax.jit` of a function that models on a mesh are traced in."""
-    jitted = jax.jit(function, out_shardings=out_shardings, **options)
+class Program:
+    """A jitted function of arrays on a mesh, compiled once for each shape of these.
 
-    def call(*arguments: Any) -> Any:
-        with activation_sharding(mesh):
-            return jitted(*arguments)
+    Several threads may call it: the others wait for the one that compiles.
+    """
 
-    return call
+    def __init__(
+        self,
+        function: Any,
+        mesh: Mesh,
+        out_shardings: Any,
+        bound: tuple[Any, ...] = (),
+        **options: Any,
+    ):
+        """Takes the first arguments of all calls, `bound`, and options of `jax.jit`."""
+        self._jitted = jax.jit(function, out_shardings=out_shardings, **options)
+        self._mesh, self._bound, self._lock = mesh, bound, threading.Lock()
+        self._compiled: dict[Any, tuple[jax.stages.Compiled, Any]] = {}
+
+    def compile(self, *arguments: Any) -> tuple[jax.stages.Compiled, Any]:
+        """The program for the arguments, arrays or their shapes; and its results'."""
+        arguments = *self._bound, *arguments
+        key = tuple((a.shape, a.dtype) for a in jax.tree.leaves(arguments))
+        with self._lock:
+            if key not in self._compiled:
+                with activation_sharding(self._mesh):
+                    lowered = self._jitted.lower(*arguments)
+                program = lowered.compile()
+                results = jax.tree.map(
+                    lambda a, where: a.update(sharding=where),
+                    *(lowered.out_info, program.output_shardings),
+                )
+                self._compiled[key] = program, results
+            return self._compiled[key]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs the program, which it compiles first if it is new."""
+        program, _ = self.compile(*arguments)
+        return program(*self._bound, *arguments)
 
 
 class Rules(NamedTuple):
@@ -131,11 +162,9 @@ def rollout(
     )
 
 
-def make_rollout(
-    model: nn.Module, rules: Rules, mesh: Mesh
-) -> Callable[[Any, PromptBatch], Rollout]:
-    """Makes the program that samples a response to each prompt, on the mesh."""
-    return compiled(partial(rollout, model, rules), mesh, batch_sharding(mesh))
+def make_rollout(model: nn.Module, rules: Rules, mesh: Mesh) -> Program:
+    """Makes `respond(params, prompts)`, which samples a response to each prompt."""
+    return Program(partial(rollout, model, rules), mesh, batch_sharding(mesh))
 
 
 def respond(
@@ -187,7 +216,7 @@ def in_batches(
     rows = min(rows, B)
     mesh = data_parallel_mesh(run.config.model, run.params, rows, 1)
     mesh = mesh or single_device_mesh()
-    program = compiled(function, mesh, batch_sharding(mesh))
+    program = Program(function, mesh, batch_sharding(mesh))
     params, found = jax.device_put(run.params, replicated(mesh)), []
     for start in range(0, B, rows):
         row_B = np.minimum(np.arange(start, start + rows), B - 1)

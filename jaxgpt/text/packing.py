@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from jaxgpt.config import Config
+from jaxgpt.text.examples import Examples
 from jaxgpt.text.shards import Tokens
 from jaxgpt.text.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -73,9 +74,12 @@ def as_rows(
 ) -> TokenRows:
     """The tokens of a split, packed if `data.packing` says so and they are not.
 
+    Examples are returned as they are.
+
     Raises ValueError if they are to be packed and no token ends a document.
     """
-    if config.data.packing == "windows" or isinstance(tokens, PackedDocuments):
+    is_packed = isinstance(tokens, (PackedDocuments, Examples))
+    if config.data.packing == "windows" or is_packed:
         return tokens
     if tokenizer is None or tokenizer.end_of_text is None:
         raise ValueError(

@@ -383,17 +383,17 @@ def label_log_probs(
 
 def exact_loss(
     model: nn.Module,
-    objective: Objective,
+    eval_step: EvalStep,
     split: Split,
     config: Config,
     mesh: Mesh,
 ) -> Callable[[Any, Callable[[int], object]], float]:
     """Makes a function of parameters and `advance`: the exact loss on a whole split.
 
-    That is `evaluate_examples` for examples, `evaluate_exactly` for tokens.
+    That is `evaluate_examples` for examples, `evaluate_exactly` for tokens. The
+    evaluation step is that of examples.
     """
     if isinstance(split, Examples):
-        eval_step = make_eval_step(objective, mesh)
 
         def of_examples(params: Any, advance: Callable[[int], object]) -> float:
             every = eval_step, params, split, config, mesh, advance

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -129,6 +130,8 @@ class Monitor(AbstractContextManager):
         """
         self._log_pending()
         self._pending = (steps_before, metrics, started)
+        if isinstance(metrics["loss"], np.ndarray):  # no device runs ahead
+            self._log_pending()
 
     def flush(self) -> None:
         """Logs all metrics taken so far; returns once their rows are on disk.
