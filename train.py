@@ -32,6 +32,7 @@ from jaxgpt.parallel.feeding import read_batches
 from jaxgpt.parallel.mesh import make_mesh, model_mesh
 from jaxgpt.planning.plan import describe
 from jaxgpt.posttrain.iteration import before_and_after, prepare_ppo
+from jaxgpt.posttrain.ppo import on_prompts
 from jaxgpt.run import (
     PROFILE,
     Run,
@@ -171,8 +172,9 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         sources = {"train": evaluation_source(train_rows, config)}
         sources["val"] = evaluation_source(val, config)
         abstract = abstract_state(model, config, mesh)
+        diagnosed = on_prompts if config.ppo else make_objective
         if config.ppo:
-            settings = config, mesh, abstract, corpus.tokenizer, train_rows, log_line
+            settings = config, mesh, abstract, corpus, log_line
             config, train_program, eval_step = prepare_ppo(model, *settings)
         else:
             train_program = make_train_program(objective, config, mesh, abstract)
@@ -214,7 +216,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         with (
             checkpoint.open_checkpoints(folder) as checkpoints,
             Monitor(run_dir, config, resumed_step, STARTED, skipped) as monitor,
-            diagnose_non_finite(lambda: state, make_objective, source, config, mesh),
+            diagnose_non_finite(lambda: state, diagnosed, source, config, mesh),
             profiled(run_dir / PROFILE, config.train.profile) as profile_dispatch,
         ):
 

@@ -1,7 +1,7 @@
 """The run directory: its files, and how to load a run.
 
 config.json   tokenizer.json   checkpoints/STEP/   metrics.jsonl   lock
-loss.png   attention.png   confusion.png   profile/   tensorboard/   wandb/
+loss.png   reward.png   attention.png   confusion.png   profile/   tensorboard/   wandb/
 """
 
 import json
@@ -47,7 +47,7 @@ from jaxgpt.training.checkpoint import (
     restore_state,
 )
 from jaxgpt.training.loggers import PACKAGES
-from jaxgpt.training.monitor import CURVE, METRICS
+from jaxgpt.training.monitor import CURVE, METRICS, REWARDS
 from jaxgpt.training.record import check_shapes, shapes
 from jaxgpt.training.step import TrainState, abstract_state
 
@@ -85,6 +85,7 @@ _TASKS = {
 # A run's files except lock (blowup/ is of older versions); config.json is deleted last.
 _RUN_FILES = (
     *(CHECKPOINTS, "blowup", PROFILE, TOKENIZER, METRICS, CURVE, ATTENTION, CONFUSION),
+    REWARDS,
     *PACKAGES,
     CONFIG,
 )

@@ -20,6 +20,7 @@ from jaxgpt.commands.evaluate_labels import (
 from jaxgpt.commands.evaluate_translation import evaluate_pairs
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.parallel.mesh import make_mesh
+from jaxgpt.posttrain.iteration import prepare_ppo
 from jaxgpt.run import (
     CONFUSION,
     Run,
@@ -31,8 +32,8 @@ from jaxgpt.run import (
 from jaxgpt.terminal import log_line, progress
 from jaxgpt.text.batches import predictions
 from jaxgpt.text.conversations import ANSWER, ANSWER_END
-from jaxgpt.text.corpus import load_split
-from jaxgpt.text.examples import Examples
+from jaxgpt.text.corpus import Corpus, load_split
+from jaxgpt.text.examples import Examples, Prompts
 from jaxgpt.text.packing import PackedDocuments, as_rows
 from jaxgpt.text.shards import Tokens
 from jaxgpt.text.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ from jaxgpt.training.evaluation import (
     summarize,
 )
 from jaxgpt.training.objectives import make_objective
+from jaxgpt.training.step import abstract_state
 
 _CHUNK = 1 << 22  # tokens counted at once
 
@@ -77,7 +79,8 @@ def evaluate(
     and confusion matrix, which confusion.png in the run directory shows too; of a
     masked language model, the loss and accuracy of the masked tokens. Of an
     encoder-decoder, it reports the loss of the targets and, of the translations, exact
-    matches, BLEU and chrF, also of copies of the sources.
+    matches, BLEU and chrF, also of copies of the sources. Of a policy that PPO trained,
+    it reports beta KL - reward, and both, of its responses to prompts.
 
     Args:
         run_dir: run directory written by train.py
@@ -98,13 +101,14 @@ def evaluate(
     config = load_config(run_dir)
     task, architecture = config.model.task, config.model.architecture
     packing = packing or config.data.packing
-    if task == "next-token" and packing != "conversations" and split == "test":
+    has_examples = task != "next-token" or packing == "conversations" or config.ppo
+    if split == "test" and not has_examples:
         raise ValueError(
             f"--split test is for examples and conversations, but architecture="
             f"{architecture} with packing={packing} reads a text, which has train and "
             "val; use --split val"
         )
-    if stride is not None and (task != "next-token" or packing == "conversations"):
+    if stride is not None and has_examples:
         raise ValueError(
             f"--stride {stride} is for windows of a text, but architecture="
             f"{architecture} with packing={packing} reads examples; omit it"
@@ -131,7 +135,8 @@ def evaluate(
             "conversations; give a text with --data-path, or omit --packing"
         )
     # The mesh is for this machine's devices, not for those that trained the run.
-    config = dataclasses.replace(config, data=data, mesh=mesh)
+    ppo = config.ppo and dataclasses.replace(config.ppo, minibatches=1)
+    config = dataclasses.replace(config, data=data, mesh=mesh, ppo=ppo)
     devices = make_mesh(config, log_line)
     run = load_run(run_dir, checkpoint, devices)
     if not data.has_tokens:
@@ -148,10 +153,12 @@ def evaluate(
     measure: dict[str, Callable[..., dict[str, Any]]] = {
         "next-token": partial(_evaluate_tokens, stride=stride),
         "conversations": _evaluate_answers,
+        "prompts": _evaluate_policy,
         "classification": evaluate_labels,
         "translation": partial(evaluate_pairs, **search),
     }
     kind = packing if packing == "conversations" else task
+    kind = "prompts" if config.ppo else kind
     of_task = measure.get(kind, _evaluate_examples)
     report = {"split": split, **of_task(run, found, config, devices)}
     if json:
@@ -222,6 +229,19 @@ def _evaluate_answers(
         "nats_per_byte": of_text.nats_per_token,
         "standard_error_per_byte": of_text.standard_error,
     }
+
+
+def _evaluate_policy(
+    run: Run, prompts: Prompts, config: Config, mesh: Mesh
+) -> dict[str, Any]:
+    """Mean loss, reward and divergence of PPO's responses to the prompts."""
+    state = abstract_state(run.model, config, mesh)
+    corpus = Corpus(prompts, prompts, run.tokenizer)
+    *_, eval_step = prepare_ppo(run.model, config, mesh, state, corpus, log_line)
+    with progress("evaluating", len(prompts)) as advance:
+        every = eval_step, run.params, prompts, config, mesh, advance
+        means = evaluate_examples(*every)
+    return {"prompts": int(means.pop("weight")), **means}
 
 
 def _evaluate_examples(

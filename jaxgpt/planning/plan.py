@@ -103,6 +103,11 @@ def describe(config: Config, topology: str = "") -> Iterator[str]:
 
     Raises ValueError if the step does not fit in the chips' memory.
     """
+    if config.ppo:
+        raise ValueError(
+            "the cost of PPO depends on how long its responses get; train for a few "
+            "steps, and see its rows of metrics.jsonl"
+        )
     known: dict[str, Any] = {}
     if config.model.vocab_size is None:
         known["vocab_size"] = known_vocab_size(config)

@@ -36,8 +36,8 @@ from jaxgpt.posttrain.rollout import (
     response_mask,
 )
 from jaxgpt.run import Run, load_initial_params, load_run, text_tokenizer
+from jaxgpt.text.corpus import Corpus
 from jaxgpt.text.examples import PromptBatch, Prompts
-from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.checkpoint import digest
 from jaxgpt.training.evaluation import EvalStep, read_examples
 from jaxgpt.training.objectives import LossSum
@@ -52,7 +52,7 @@ _TOLERANCE = 1e-4
 # Maps a rollout to the reference's log-probabilities f32 [B, N], and rewards f32 [B].
 Judge = Callable[[Rollout], tuple[Array, Array]]
 # Maps batches of prompts to a program: it maps a state and them to a state and metrics.
-TrainProgram = Callable[[PromptBatch], Future[Callable[..., Any]]]
+TrainProgram = Callable[[Any], Future[Any]]
 
 
 def prepare_ppo(
@@ -60,8 +60,7 @@ def prepare_ppo(
     config: Config,
     mesh: Mesh,
     state: TrainState,
-    tokenizer: Tokenizer,
-    prompts: Prompts,
+    corpus: Corpus,
     log: Callable[[str], None],
 ) -> tuple[Config, TrainProgram, EvalStep]:
     """Loads the reference and the reward; returns what trains and what evaluates.
@@ -72,13 +71,16 @@ def prepare_ppo(
         reward model, and the scale of its rewards, unless the config had them.
       mesh: the run's mesh.
       state: the result of `abstract_state`.
-      prompts: of training, to find that scale.
+      corpus: its training prompts find that scale.
       log: called with lines to show.
 
     Raises ValueError if the reference or the reward model has changed since the first
     run, or if all rewards are the same.
     """
     settings, reference = _settings(config), load_initial_params(config, mesh)
+    tokenizer, prompts = corpus.tokenizer, corpus.train
+    if tokenizer is None or not isinstance(prompts, Prompts):
+        raise TypeError("PPO needs a corpus of prompts, and a tokenizer")
     is_new = not settings.reference_sha256
     files = {
         "reference_sha256": config.train.init_from,
@@ -91,7 +93,8 @@ def prepare_ppo(
                 f"{checkpoint} is not the checkpoint that the run began with (its "
                 f"digest is not ppo.{name}); restore it, or start a new run"
             )
-        settings = replace(settings, **{name: found})
+        changed: dict[str, Any] = {name: found}
+        settings = replace(settings, **changed)
     respond = make_rollout(model, make_rules(settings, tokenizer), mesh)
     reward = make_reward(settings, tokenizer, mesh)
     if is_new and settings.reward_model:

@@ -18,6 +18,7 @@ from jax import Array
 
 from jaxgpt.config import PPOConfig
 from jaxgpt.posttrain.rollout import predict_responses, response_mask
+from jaxgpt.text.examples import PromptBatch
 from jaxgpt.training.objectives import Context, LossSum, Objective
 
 
@@ -149,6 +150,18 @@ def ppo(model: nn.Module, config: PPOConfig) -> Objective:
             "ratio_error": mean(jnp.abs(ratio_BN - 1)),
             "update_kl": mean(batch.log_probs_BN - log_probs_BN),
         }
+
+    return objective
+
+
+def on_prompts(model: nn.Module) -> Objective:
+    """Makes an objective that only runs the policy on prompts, to diagnose it."""
+
+    def objective(
+        params: Any, batch: PromptBatch, context: Context
+    ) -> tuple[LossSum, dict[str, LossSum]]:
+        total = model.apply({"params": params}, batch.tokens_BP).sum()
+        return LossSum(total, batch.weights_B.sum()), {}
 
     return objective
 

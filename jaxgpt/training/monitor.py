@@ -21,6 +21,7 @@ from jaxgpt.training.loggers import open_logger
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
+REWARDS = "reward.png"
 _STEP_METRICS = ("loss", "learning_rate", "grad_norm")
 _LINE_SECONDS = 1.0  # at least between lines of steps where there is no terminal
 _POINTS = 2000  # maximum number of points in the curve of training losses
@@ -57,6 +58,7 @@ class Monitor(AbstractContextManager):
         self._file = self._path.open("a", encoding="utf-8")
         self._config = config.train
         self._unit = "example" if config.model.task == "classification" else "token"
+        self._rewards = run_dir / REWARDS if config.ppo else None
         self._stack, elapsed = ExitStack(), time.monotonic() - self._started
         self._loggers = [
             self._stack.enter_context(open_logger(name, run_dir, config, elapsed))
@@ -158,7 +160,11 @@ class Monitor(AbstractContextManager):
         shown = (f"{name.replace('_', ' ')} {n:.4f}" for name, n in metrics.items())
         self._say(f"step {step}: {', '.join(shown)}")
         if step and is_first_process():  # at step 0 there is no curve yet
-            plot_losses(self._path, self._curve, self._unit)
+            unit = f"loss, nats per {self._unit}"
+            if self._rewards:
+                unit = "loss: beta KL - reward, per response"
+                plot_rewards(self._path, self._rewards)
+            plot_losses(self._path, self._curve, unit)
 
     def done(
         self, step: int, exact: Mapping[int, float], best_step: int | None
@@ -294,7 +300,7 @@ def plot_losses(metrics: Path, picture: Path, unit: str) -> None:
     Args:
       metrics: path of metrics.jsonl, which must have an evaluation.
       picture: path to write.
-      unit: what a loss is the mean of: "token" or "example".
+      unit: what a loss is.
     """
     from matplotlib.figure import Figure  # takes 0.5 s, and only needed here
 
@@ -327,7 +333,32 @@ def plot_losses(metrics: Path, picture: Path, unit: str) -> None:
         ha="center",
         color="C1",
     )
-    axes.set(xlabel="step", ylabel=f"loss, nats per {unit}")
+    axes.set(xlabel="step", ylabel=unit)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    replace_file(picture, lambda path: figure.savefig(path, format="png", dpi=120))
+
+
+def plot_rewards(metrics: Path, picture: Path) -> None:
+    """Plots PPO's rewards against the root of the divergence to a PNG file.
+
+    Source: Gao et al. 2022, figure 1. Takes paths as `plot_losses` does.
+    """
+    from matplotlib.figure import Figure
+
+    rows = list(read_rows(metrics))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for event, prefix, style in (
+        ("train", "", {"color": "C0", "alpha": 0.35, "linestyle": ""}),
+        ("eval", "val_", {"color": "C1"}),
+    ):
+        of_event = [row for row in rows if row["event"] == event]
+        roots = [max(row[f"{prefix}kl"], 0) ** 0.5 for row in of_event]
+        rewards = [row[f"{prefix}reward"] for row in of_event]
+        label = "val, evaluated" if prefix else "train, each iteration"
+        axes.plot(roots, rewards, marker=".", label=label, **style)
+    axes.set(xlabel="root of KL from the reference, in nats", ylabel="reward")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     replace_file(picture, lambda path: figure.savefig(path, format="png", dpi=120))
