@@ -78,8 +78,9 @@ def as_rows(
 
     Raises ValueError if they are to be packed and no token ends a document.
     """
-    is_packed = isinstance(tokens, (PackedDocuments, Examples))
-    if config.data.packing == "windows" or is_packed:
+    if config.data.packing == "windows" or isinstance(
+        tokens, (PackedDocuments, Examples)
+    ):
         return tokens
     if tokenizer is None or tokenizer.end_of_text is None:
         raise ValueError(

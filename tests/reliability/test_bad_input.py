@@ -112,6 +112,7 @@ CONVERSATION = (
     '{"role": "assistant", "content": "Lo"}]}\n'
 )
 INIT_FROM = f"{TRAIN} --init-from runs/tiny"
+PPO = "train.py ppo --init-from runs/tiny --data.path a.jsonl"
 DISTRIBUTED = f"{SMOKE} --num-processes 2 --process-id"
 ADDRESS = "--coordinator-address host:1"
 GENERATE = "generate.py --run-dir runs/tiny"
@@ -341,6 +342,21 @@ CASES = {
         ("text with other characters", INIT_FROM, "text.txt '!Zdsu'", OTHER_TEXT),
         ("it has no tokenizer", f"{TRAIN} --init-from runs/imported", "runs/imported"),
         ("it is damaged", INIT_FROM, STEP_8, DAMAGED),
+    ],
+    "Reinforcement learning": [
+        ("no run to start from", "train.py ppo --reward distinct-words", "--init-from"),
+        ("no reward", PPO, "--reward --reward-model"),
+        ("two rewards", f"{PPO} --reward distinct-words --reward-model runs/tiny",
+         "--reward --reward-model"),
+        ("an unknown reward", f"{PPO} --reward kind", "'kind' distinct-words"),
+        ("a reward outside a module", f"{PPO} --reward json:kind", "'json:kind'"),
+        ("a reward model of another kind", f"{PPO} --reward-model runs/tiny", "=gpt"),
+        ("minibatches of unequal size",
+         f"{PPO} --reward distinct-words --ppo.minibatches 3", "=256 minibatches=3"),
+        ("responses as long as the context",
+         f"{PPO} --reward distinct-words --ppo.max-new-tokens 8", "tokens=8 size=8",
+         {"a.jsonl": '{"prompt": "To"}\n'}),
+        ("its cost", f"{PPO} --reward distinct-words --dry-run", "PPO"),
     ],
     "Devices and processes": [
         ("too few devices", f"{TRAIN} --mesh.data 64", "mesh.data=64 8"),
