@@ -358,7 +358,7 @@ def plot_rewards(metrics: Path, picture: Path) -> None:
         rewards = [row[f"{prefix}reward"] for row in of_event]
         label = "val, evaluated" if prefix else "train, each iteration"
         axes.plot(roots, rewards, marker=".", label=label, **style)
-    axes.set(xlabel="root of KL from the reference, in nats", ylabel="reward")
+    axes.set(xlabel="square root of KL from the reference in nats", ylabel="reward")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     replace_file(picture, lambda path: figure.savefig(path, format="png", dpi=120))

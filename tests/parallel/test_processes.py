@@ -1,5 +1,6 @@
 """Several real processes over loopback, as hosts of a pod or a cluster would be."""
 
+import itertools
 import re
 import signal
 import socket
@@ -34,7 +35,9 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start_two(run_dir, *arguments, each=((), ()), signalled=None, **how):
+def start_two(
+    run_dir, *arguments, preset="smoke", each=((), ()), signalled=None, **how
+):
     """Starts two processes of 2 devices.
 
     `each` has the flags of one process alone. The process `signalled` gets the signal
@@ -47,7 +50,7 @@ def start_two(run_dir, *arguments, each=((), ()), signalled=None, **how):
         scripts[signalled] = ["-c", SIGNALLED.format(**how)]
     return [
         start_script(
-            *(*scripts[index], "smoke", *flags, "--process-id", index, *each[index]),
+            *(*scripts[index], preset, *flags, "--process-id", index, *each[index]),
             JAX_NUM_CPU_DEVICES="2",
         )
         for index in range(2)
@@ -132,6 +135,21 @@ def test_a_signal_to_one_process_saves_and_stops_all(tmp_path, alone):
     # One process can resume it, on any number of devices.
     finish_all([start_script("train.py", "--out-dir", run_dir, "--resume")])
     assert_trained_as(run_dir, alone)
+
+
+@pytest.mark.processes
+def test_two_processes_train_by_ppo_as_one(tiny_run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    words = itertools.product("Tobern t,", repeat=3)
+    prompts.write_text("\n".join(f'{{"prompt": "{"".join(w)}"}}' for w in words))
+    flags = ("--init-from", tiny_run, "--data.path", prompts, "--data.batch-size", 32)
+    flags += ("--reward", "distinct-words", "--ppo.max-new-tokens", 4)
+    flags += ("--ppo.end", "sentence", "--train.max-steps", 4)
+    one = ("train.py", "ppo", *flags, "--mesh.data", 1, "--out-dir", tmp_path / "one")
+    finish(start_script(*one), timeout=LIMIT)
+    finish_all(start_two(tmp_path / "two", *flags, preset="ppo"))
+    assert len(losses(tmp_path / "two")) == 4
+    assert_trained_as(tmp_path / "two", losses(tmp_path / "one"))
 
 
 @pytest.mark.processes

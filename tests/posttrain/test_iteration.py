@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from conftest import changed
 
 import train
-from jaxgpt import exits, load_run
+from jaxgpt import CharTokenizer, exits, load_run
+from jaxgpt.cli import parse_arguments
 from jaxgpt.config import PPOConfig, RewardConfig
 from jaxgpt.models import build_model
 from jaxgpt.parallel.mesh import AXES, single_device_mesh
@@ -149,6 +151,32 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert len(rows_of(tmp_path / "run", "train")) == 3
     call("train.py", "--out-dir", tmp_path / "run", "--resume")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_the_command_line_takes_a_reward_model_that_reads_what_the_policy_writes(
+    config, tiny_run, reward_run, prompts, tmp_path
+):
+    flags = ["ppo", "--init-from", tiny_run, "--data.path", prompts, "--reward-model"]
+
+    def parse(reward_model):
+        flags_ = *flags, reward_model, "--out-dir", tmp_path / "new"
+        return parse_arguments([*map(str, flags_)])[0]
+
+    best = str(find_checkpoint(reward_run, "best"))
+    assert parse(reward_run).ppo.reward_model == best
+    other = tmp_path / "other"
+    shutil.copytree(reward_run, other)
+    save_config(other, load_config(other), CharTokenizer("To ber,nt.\n"[::-1]))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        parse(other)
+    save_config(other, changed(load_config(other), model={"block_size": 4}), None)
+    with pytest.raises(ValueError, match=r"block_size=8.*--model.block-size 4"):
+        parse(other)
+    save_config(tmp_path / "begun", config, None)
+    resume = "--out-dir", str(tmp_path / "begun"), "--resume"
+    assert parse_arguments([*resume])[0] == config
+    with pytest.raises(ValueError, match=r"--reward other contradicts.*count-t"):
+        parse_arguments([*resume, "--reward", "other"])
 
 
 @pytest.mark.parametrize("name", ["reference_sha256", "reward_sha256"])

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import itertools
 import os
 import random
 import signal
@@ -101,6 +102,36 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
         assert f"resuming {run_dir} from step {saved}\n" in err
     assert outcome(run_dir) == uninterrupted
     assert not list(run_dir.glob("**/*tmp*"))
+
+
+def test_a_killed_ppo_run_equals_the_uninterrupted_one(tiny_run, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    words = itertools.product("Tobern t,", repeat=3)
+    prompts.write_text("\n".join(f'{{"prompt": "{"".join(w)}"}}' for w in words))
+    flags = (
+        *("train.py", "ppo", "--init-from", tiny_run, "--data.path", prompts),
+        *("--reward", "distinct-words", "--ppo.max-new-tokens", "4"),
+        *(
+            "--ppo.end",
+            "sentence",
+            "--ppo.kl-target",
+            "0.1",
+            "--ppo.kl-horizon",
+            "1000",
+        ),
+        *("--data.batch-size", "32", "--train.max-steps", "8"),
+        *("--train.eval-interval", "4", "--train.checkpoint-interval", "1"),
+    )
+    finish(start_script(*flags, "--out-dir", tmp_path / "whole"))
+    run_dir = tmp_path / "run"
+    process = start_script(*flags, "--out-dir", run_dir)
+    while not in_steps(run_dir, 3) and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    finish(start_script("train.py", "--out-dir", run_dir, "--resume"))
+    assert outcome(run_dir) == outcome(tmp_path / "whole")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no terminals of Unix")
