@@ -45,6 +45,7 @@ from jaxgpt.run import (
     require_task,
     resumed_tokenizer,
     save_config,
+    with_reference,
 )
 from jaxgpt.terminal import log_line
 from jaxgpt.text.batches import evaluation_source, predictions, training_source
@@ -155,6 +156,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         processes.check_same_settings((config, resume, overwrite))
         resuming = resume and has_run(run_dir)  # False if killed before save_config
         tokenizer = resumed_tokenizer(run_dir, config) if resuming else None
+        config = with_reference(config)
         corpus, config = load_corpus(config, log_line, tokenizer)
         processes.check_same_settings(config)
         mesh = make_mesh(config, log_line)
@@ -174,7 +176,7 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         abstract = abstract_state(model, config, mesh)
         diagnosed = on_prompts if config.ppo else make_objective
         if config.ppo:
-            settings = config, mesh, abstract, corpus, log_line
+            settings = config, mesh, abstract, corpus.tokenizer, corpus.train, log_line
             config, train_program, eval_step = prepare_ppo(model, *settings)
         else:
             train_program = make_train_program(objective, config, mesh, abstract)

@@ -154,8 +154,6 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
             config = dataclasses.replace(config, ppo=_find_reward(config, config.ppo))
     else:
         config = _parse(flags, base)
-        if config.ppo:
-            raise ValueError("ppo trains the model of a run; give it with --init-from")
     if not preset:
         log_line(f"no preset given: {name} is the default on {jax.default_backend()}")
     return config, run_dir, options

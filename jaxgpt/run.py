@@ -43,6 +43,7 @@ from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
     best_metric,
+    digest,
     find_steps,
     restore_state,
 )
@@ -160,6 +161,30 @@ def load_initial_params(config: Config, mesh: Mesh) -> Any:
         expected = {name: expected[name] for name in expected if name != "reward"}
     check_shapes(shapes(params), shapes(expected), str(checkpoint))
     return params
+
+
+def with_reference(config: Config) -> Config:
+    """The config of DPO or PPO with the digest of its reference, else as it is.
+
+    Raises ValueError if there is no reference, or if it has changed since the run
+    began; OSError if it can't be read.
+    """
+    name = "ppo" if config.ppo else "dpo"
+    section: Any = getattr(config, name)
+    if not section:
+        return config
+    if not (reference := config.train.init_from):
+        raise ValueError(
+            f"{name} starts from a run, which is its reference; give --init-from DIR"
+        )
+    found = digest(Path(reference))
+    if section.reference_sha256 not in ("", found):
+        raise ValueError(
+            f"the reference has changed since the run began: {reference} has sha256 "
+            f"{found}, not {section.reference_sha256}; restore it, or train a new run"
+        )
+    changed: dict[str, Any] = {name: replace(section, reference_sha256=found)}
+    return replace(config, **changed)
 
 
 def with_chat_tokens(run: Run) -> Run:

@@ -28,11 +28,12 @@ from jaxgpt.run import (
     load_run,
     text_tokenizer,
     with_chat_tokens,
+    with_reference,
 )
 from jaxgpt.terminal import log_line, progress
 from jaxgpt.text.batches import predictions
 from jaxgpt.text.conversations import ANSWER, ANSWER_END
-from jaxgpt.text.corpus import Corpus, load_split
+from jaxgpt.text.corpus import load_split
 from jaxgpt.text.examples import Examples, Prompts
 from jaxgpt.text.packing import PackedDocuments, as_rows
 from jaxgpt.text.shards import Tokens
@@ -236,8 +237,8 @@ def _evaluate_policy(
 ) -> dict[str, Any]:
     """Mean loss, reward and divergence of PPO's responses to the prompts."""
     state = abstract_state(run.model, config, mesh)
-    corpus = Corpus(prompts, prompts, run.tokenizer)
-    *_, eval_step = prepare_ppo(run.model, config, mesh, state, corpus, log_line)
+    settings = with_reference(config), mesh, state, run.tokenizer, prompts, log_line
+    *_, eval_step = prepare_ppo(run.model, *settings)
     with progress("evaluating", len(prompts)) as advance:
         every = eval_step, run.params, prompts, config, mesh, advance
         means = evaluate_examples(*every)

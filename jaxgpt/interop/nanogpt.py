@@ -96,7 +96,7 @@ def write_nanogpt(
     Args:
       path: the file to write.
       config: the run's config; its model must be a GPT.
-      state: if its opt_state is None, nanoGPT starts with fresh moments.
+      state: if its opt_state is None, or of PPO, nanoGPT starts with fresh moments.
       val_loss: the best validation loss so far, in nats per token.
       dataset: nanoGPT looks for the vocabulary in data/DATASET/meta.pkl.
 
@@ -234,7 +234,7 @@ def _write_optimizer(config: Config, state: TrainState) -> dict[str, Any]:
     betas = optimizer.beta1, optimizer.beta2
     adamw = torch.optim.AdamW(placeholders, lr=float(rate), betas=betas)
     saved = adamw.state_dict()
-    if state.opt_state is not None:
+    if state.opt_state is not None and not config.ppo:  # whose moments are of more
         adam = optax.tree.get(state.opt_state, "ScaleByAdamState")
         mu, nu = _tensors(adam.mu, model), _tensors(adam.nu, model)
         step = float(adam.count)

@@ -36,7 +36,6 @@ from jaxgpt.posttrain.rollout import (
     response_mask,
 )
 from jaxgpt.run import Run, load_initial_params, load_run, text_tokenizer
-from jaxgpt.text.corpus import Corpus
 from jaxgpt.text.examples import PromptBatch, Prompts
 from jaxgpt.training.checkpoint import digest
 from jaxgpt.training.evaluation import EvalStep, read_examples
@@ -60,85 +59,67 @@ def prepare_ppo(
     config: Config,
     mesh: Mesh,
     state: TrainState,
-    corpus: Corpus,
+    tokenizer: Any,
+    prompts: Prompts,
     log: Callable[[str], None],
 ) -> tuple[Config, TrainProgram, EvalStep]:
     """Loads the reference and the reward; returns what trains and what evaluates.
 
+    A response without an end loses `no_end_penalty`.
+
     Args:
       model: the policy's model.
-      config: the run's config. The result has digests of the reference and of the
-        reward model, and the scale of its rewards, unless the config had them.
+      config: the run's config. The result has the digest of the reward model and the
+        scale of its rewards, unless the config had them.
       mesh: the run's mesh.
       state: the result of `abstract_state`.
-      corpus: its training prompts find that scale.
+      tokenizer: the policy's and the reward model's.
+      prompts: of training, whose responses by the reference give that scale.
       log: called with lines to show.
 
-    Raises ValueError if the reference or the reward model has changed since the first
-    run, or if all rewards are the same.
+    Raises ValueError if the reward model has changed since the run began, or if it
+    gives all responses the same reward.
     """
-    settings, reference = _settings(config), load_initial_params(config, mesh)
-    tokenizer, prompts = corpus.tokenizer, corpus.train
-    if tokenizer is None or not isinstance(prompts, Prompts):
-        raise TypeError("PPO needs a corpus of prompts, and a tokenizer")
-    is_new = not settings.reference_sha256
-    files = {
-        "reference_sha256": config.train.init_from,
-        "reward_sha256": settings.reward_model,
-    }
-    for name, checkpoint in files.items():
-        found = digest(Path(checkpoint)) if checkpoint else ""
-        if not is_new and found != getattr(settings, name):
-            raise ValueError(
-                f"{checkpoint} is not the checkpoint that the run began with (its "
-                f"digest is not ppo.{name}); restore it, or start a new run"
-            )
-        changed: dict[str, Any] = {name: found}
-        settings = replace(settings, **changed)
+    reference, settings = load_initial_params(config, mesh), _settings(config)
     respond = make_rollout(model, make_rules(settings, tokenizer), mesh)
     reward = make_reward(settings, tokenizer, mesh)
-    if is_new and settings.reward_model:
-        rewards_N = _sample_rewards(config, mesh, reference, prompts, respond, reward)
-        mean, std = float(rewards_N.mean()), float(rewards_N.std())
-        if not 0 < std < math.inf:
+    if checkpoint := settings.reward_model:
+        found = digest(Path(checkpoint))
+        if not settings.reward_sha256:
+            of_reference = partial(respond, reference)
+            mean, std = _reward_scale(config, mesh, prompts, of_reference, reward)
+            log(f"rewards before training: mean {mean:.4f}, std {std:.4f}; now 0 and 1")
+            settings = replace(settings, reward_mean=mean, reward_std=std)
+        elif settings.reward_sha256 != found:
             raise ValueError(
-                f"{settings.reward_model} gives responses of {config.train.init_from} "
-                f"rewards of mean {mean} and standard deviation {std}, which can't be "
-                "scaled; use another reward model"
+                f"the reward model has changed since the run began: {checkpoint} has "
+                f"sha256 {found}, not {settings.reward_sha256}; restore it, or train a "
+                "new run"
             )
-        log(
-            f"rewards of {len(rewards_N):,} responses before training: mean "
-            f"{mean:.4f}, standard deviation {std:.4f}; they are scaled to 0 and 1"
-        )
-        settings = replace(settings, reward_mean=mean, reward_std=std)
+        settings = replace(settings, reward_sha256=found)
     config = replace(config, ppo=settings)
 
     def predict(params: Any, rolled: Rollout) -> Array:
         texts = rolled.tokens_BT, rolled.prompts_B, settings.max_new_tokens
         return predict_responses(model, params, *texts, settings.temperature)[0]
 
-    log_probs = Program(predict, mesh, batch_sharding(mesh))
-    judge = make_judge(settings, mesh, partial(log_probs, reference), reward)
+    rows = batch_sharding(mesh)
+    log_probs = Program(predict, mesh, rows)
     update = make_update(model, config, mesh, state)
 
+    def judge(rolled: Rollout) -> tuple[Array, Array]:
+        reward_B = (reward(rolled) - settings.reward_mean) / settings.reward_std
+        reward_B -= settings.no_end_penalty * ~rolled.ended_B
+        return log_probs(reference, rolled), jax.device_put(reward_B, rows)
+
     def compile_all(prompts: PromptBatch) -> Any:
-        """Compiles all programs of an iteration."""
-        prompts = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(
-                a.shape[1:], a.dtype, sharding=batch_sharding(mesh)
-            ),
-            prompts,
-        )
+        """Compiles the programs of an iteration."""
         _, rolled = respond.compile(state.params, prompts)
-        _, log_probs_BN = log_probs.compile(state.params, rolled)
+        _, found_BN = log_probs.compile(state.params, rolled)
         if isinstance(reward, Program):
             reward.compile(rolled)
-        update.compile(
-            state,
-            rolled,
-            log_probs_BN,
-            log_probs_BN.update(shape=log_probs_BN.shape[:1]),
-        )
+        reward_B = found_BN.update(shape=found_BN.shape[:1])
+        update.compile(state, rolled, found_BN, reward_B)
         return make_iteration(respond, judge, update)
 
     programs: dict[Any, Future[Any]] = {}
@@ -147,62 +128,37 @@ def prepare_ppo(
         """Compiles in the background, and only once for the same shapes."""
         shape = prompts.tokens_BP.shape
         if shape not in programs:
-            programs[shape] = in_background(partial(compile_all, prompts))
+            programs[shape] = in_background(partial(compile_all, *_unstack(prompts)))
         return programs[shape]
 
-    return (
-        config,
-        train_program,
-        make_ppo_eval_step(settings, mesh, respond, judge, log_probs),
-    )
+    eval_step = make_ppo_eval_step(settings, mesh, respond, judge, log_probs)
+    return config, train_program, eval_step
 
 
-def _sample_rewards(
-    config: Config,
-    mesh: Mesh,
-    params: Any,
-    prompts: Prompts,
-    respond: Program,
-    reward: Reward,
-) -> np.ndarray:
-    """Rewards of responses to up to 1,024 of the prompts, f32."""
-    rng, count = np.random.default_rng(config.train.seed), len(prompts)
-    keep_N = rng.permutation(count) < _SCALED_BY
-    found = []
-    for _, batches in read_examples(
-        Prompts(prompts.prompts.select(keep_N)), config, mesh
-    ):
-        for n in range(len(batches.weights_B)):
-            batch = jax.tree.map(lambda a, n=n: a[n], batches)
-            reward_B = on_host(reward(respond(params, batch)))
-            found.append(reward_B[on_host(batch.weights_B) > 0])
-    return np.concatenate(found)
+def _reward_scale(
+    config: Config, mesh: Mesh, prompts: Prompts, respond: Any, reward: Reward
+) -> tuple[float, float]:
+    """Mean and standard deviation of rewards of responses to up to 1,024 prompts."""
+    rng, found = np.random.default_rng(config.train.seed), list[np.ndarray]()
+    keep_N = rng.permutation(len(prompts)) < _SCALED_BY
+    chosen = Prompts(prompts.prompts.select(keep_N))
+    for _, batches in read_examples(chosen, config, mesh):
+        for batch in _unstack(batches):
+            weights_B = on_host(batch.weights_B)
+            found.append(on_host(reward(respond(batch)))[weights_B > 0])
+    rewards = np.concatenate(found)
+    if not 0 < rewards.std() < math.inf:
+        raise ValueError(
+            f"the reward model gives {len(rewards)} responses rewards of standard "
+            f"deviation {rewards.std()}, which can't be scaled to 1; use another"
+        )
+    return float(rewards.mean()), float(rewards.std())
 
 
-def make_judge(
-    config: PPOConfig, mesh: Mesh, reference: Callable[[Rollout], Array], reward: Reward
-) -> Judge:
-    """Makes the function that judges responses: by the reference, and by the reward.
-
-    A response without an end loses `no_end_penalty`.
-
-    Args:
-      config: scales the rewards.
-      mesh: the devices of all arrays.
-      reference: the log-probabilities of the model that the policy is kept near to.
-      reward: what is maximised.
-    """
-
-    def scale(reward_B: Array, ended_B: Array) -> Array:
-        scaled_B = (reward_B - config.reward_mean) / config.reward_std
-        return scaled_B - config.no_end_penalty * ~ended_B
-
-    scaled = Program(scale, mesh, batch_sharding(mesh))
-
-    def judge(rolled: Rollout) -> tuple[Array, Array]:
-        return reference(rolled), scaled(reward(rolled), rolled.ended_B)
-
-    return judge
+def _unstack(batches: PromptBatch) -> list[PromptBatch]:
+    """The batches of a dispatch."""
+    count = len(batches.weights_B)
+    return [jax.tree.map(lambda a, n=n: a[n], batches) for n in range(count)]
 
 
 def make_update(
@@ -223,7 +179,7 @@ def make_update(
     M, N = settings.minibatches, settings.max_new_tokens
     B, limit = config.data.batch_size, config.train.max_skipped_steps
     data = replace(config.data, batch_size=B // M)
-    inner = with_microbatches(replace(config, data=data), mesh)
+    inner = with_microbatches(replace(config, data=data, ppo=None), mesh)
     train_step = make_train_step(ppo.ppo(model, settings), run_optimizer(config), inner)
 
     def split(a: Array) -> Array:
@@ -256,14 +212,10 @@ def make_update(
             return train_step(carry, rows)
 
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        orders = [
-            jax.random.permutation(jax.random.fold_in(key, epoch), B)
-            for epoch in range(settings.epochs)
-        ]
+        key_E = jax.random.split(key, settings.epochs)
+        order_EB = jax.vmap(partial(jax.random.permutation, x=B))(key_E)
         carry = replace(state, params=trained, extra=None)
-        carry, steps = jax.lax.scan(
-            step, carry, jnp.reshape(jnp.stack(orders), (-1, B // M))
-        )
+        carry, steps = jax.lax.scan(step, carry, order_EB.reshape(-1, B // M))
         tokens, kl = mask_BN.sum(), kl_BN.sum() / B
         metrics = {name: values.mean() for name, values in steps.items()} | {
             "first_ratio_error": steps["ratio_error"][0],
@@ -297,7 +249,7 @@ def make_update(
 
 def make_iteration(
     respond: Program, judge: Judge, update: Program
-) -> Callable[[TrainState, PromptBatch], tuple[TrainState, dict[str, np.ndarray]]]:
+) -> Callable[..., tuple[TrainState, dict[str, np.ndarray]]]:
     """Makes `iteration(state, prompts) -> state, metrics`, the train program of PPO.
 
     Metrics are [1], and tell how long each phase took. The prompts are of one
@@ -315,7 +267,7 @@ def make_iteration(
             times.append(time.monotonic())
             return result
 
-        rolled = timed(respond(state.params, jax.tree.map(lambda a: a[0], prompts)))
+        rolled = timed(respond(state.params, *_unstack(prompts)))
         judged = timed(judge(rolled))
         state, metrics = timed(update(state, rolled, *judged))
         found = {name: float(value) for name, value in metrics.items()}
@@ -344,19 +296,13 @@ def make_ppo_eval_step(
     """
 
     def eval_step(params: Any, batches: PromptBatch) -> dict[str, LossSum]:
-        found = [
-            of_batch(params, jax.tree.map(lambda a, n=n: a[n], batches))
-            for n in range(len(batches.weights_B))
-        ]
+        found = [of_batch(params, batch) for batch in _unstack(batches)]
         return jax.tree.map(lambda *sums: np.sum(sums), *found)
 
     def sums(
-        rolled: Rollout,
-        policy_BN: Array,
-        reference_BN: Array,
-        reward_B: Array,
-        weights_B: Array,
+        rolled: Rollout, policy_BN: Array, judged: tuple[Array, Array], weights_B: Array
     ) -> dict[str, LossSum]:
+        reference_BN, reward_B = judged
         mask_BN = response_mask(rolled.counts_B, config.max_new_tokens)
         kl_B = ((policy_BN - reference_BN) * mask_BN).sum(axis=1)
         columns = {
@@ -374,11 +320,10 @@ def make_ppo_eval_step(
 
     def of_batch(params: Any, prompts: PromptBatch) -> dict[str, LossSum]:
         rolled = respond(params, prompts)
-        judged = log_probs(params, rolled), *judge(rolled), prompts.weights_B
-        return jax.device_get(total(rolled, *judged))
+        found = log_probs(params, rolled), judge(rolled), prompts.weights_B
+        return jax.device_get(total(rolled, *found))
 
     total = Program(sums, mesh, replicated(mesh))
-
     return eval_step
 
 

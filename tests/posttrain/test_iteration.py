@@ -63,10 +63,10 @@ def reward_run(tiny_run, make_once):
 
 @pytest.fixture
 def config(tiny_run, prompts, monkeypatch):
-    """Four iterations from `tiny_run` with two minibatches of 16 responses."""
+    """Four iterations from `tiny_run` with four minibatches of 8 responses."""
     monkeypatch.setitem(rewards.REWARDS, "count-t", count_t)
     settings = PPOConfig(
-        reward="count-t", max_new_tokens=4, end="sentence", epochs=2, minibatches=2
+        reward="count-t", max_new_tokens=4, end="sentence", epochs=2, minibatches=4
     )
     base = changed(
         load_config(tiny_run),
@@ -115,6 +115,7 @@ def test_ppo_raises_the_reward_and_reports_its_phases(config, tmp_path, call):
     done = rows_of(tmp_path / "run", "done")[0]
     assert report["loss"] == pytest.approx(done["val_loss"], abs=1e-5)
     assert call("generate.py", "--run-dir", tmp_path / "run").out
+    call("jaxgpt", "export", "nanogpt", tmp_path / "run", tmp_path / "ckpt.pt")
 
 
 def outcome(run_dir):
