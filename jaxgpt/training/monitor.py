@@ -57,7 +57,10 @@ class Monitor(AbstractContextManager):
         self._started = started - (last["elapsed_seconds"] if last else 0.0)
         self._file = self._path.open("a", encoding="utf-8")
         self._config = config.train
-        self._unit = "example" if config.model.task == "classification" else "token"
+        unit = "example" if config.model.task == "classification" else "token"
+        self._loss = f"loss, nats per {unit}"
+        if config.ppo:
+            self._loss = "loss: beta KL - reward, per response"
         self._rewards = run_dir / REWARDS if config.ppo else None
         self._stack, elapsed = ExitStack(), time.monotonic() - self._started
         self._loggers = [
@@ -160,11 +163,9 @@ class Monitor(AbstractContextManager):
         shown = (f"{name.replace('_', ' ')} {n:.4f}" for name, n in metrics.items())
         self._say(f"step {step}: {', '.join(shown)}")
         if step and is_first_process():  # at step 0 there is no curve yet
-            unit = f"loss, nats per {self._unit}"
+            plot_losses(self._path, self._curve, self._loss)
             if self._rewards:
-                unit = "loss: beta KL - reward, per response"
                 plot_rewards(self._path, self._rewards)
-            plot_losses(self._path, self._curve, unit)
 
     def done(
         self, step: int, exact: Mapping[int, float], best_step: int | None
@@ -294,13 +295,13 @@ def rewind(path: Path, step: int) -> dict[str, Any] | None:
     return last
 
 
-def plot_losses(metrics: Path, picture: Path, unit: str) -> None:
+def plot_losses(metrics: Path, picture: Path, label: str) -> None:
     """Plots the losses of steps and of evaluations to a PNG file.
 
     Args:
       metrics: path of metrics.jsonl, which must have an evaluation.
       picture: path to write.
-      unit: what a loss is.
+      label: says what a loss is.
     """
     from matplotlib.figure import Figure  # takes 0.5 s, and only needed here
 
@@ -333,7 +334,7 @@ def plot_losses(metrics: Path, picture: Path, unit: str) -> None:
         ha="center",
         color="C1",
     )
-    axes.set(xlabel="step", ylabel=unit)
+    axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     replace_file(picture, lambda path: figure.savefig(path, format="png", dpi=120))
