@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt import exits, start
 from jaxgpt.classification import classify
@@ -51,14 +53,21 @@ from jaxgpt.terminal import log_line
 from jaxgpt.text.batches import evaluation_source, predictions, training_source
 from jaxgpt.text.conversations import END_OF_TURN, Message
 from jaxgpt.text.corpus import load_corpus, load_split
-from jaxgpt.text.examples import bucket_lengths
+from jaxgpt.text.examples import Examples, Preferences, bucket_lengths, row_keys
 from jaxgpt.text.packing import as_rows
 from jaxgpt.text.tasks import kind_of
+from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training import checkpoint, evaluation
 from jaxgpt.training.diagnosis import diagnose_non_finite
 from jaxgpt.training.loggers import check_installed
 from jaxgpt.training.monitor import Monitor, check_finite
-from jaxgpt.training.objectives import Batch, make_objective, validation_metric
+from jaxgpt.training.objectives import (
+    Batch,
+    Context,
+    make_objective,
+    pair_rewards,
+    validation_metric,
+)
 from jaxgpt.training.profile import profiled
 from jaxgpt.training.step import (
     abstract_state,
@@ -75,6 +84,7 @@ _NEXT = {
     "classification": "classify with: python -m jaxgpt classify --run-dir {} TEXT",
     "masked-tokens": "fine-tune with: python train.py sentiment --init-from {}",
     "conversations": "chat with: python -m jaxgpt chat --run-dir {}",
+    "preferences": "train against it with: python train.py ppo --reward-model {}",
     "translation": "translate with: python -m jaxgpt translate --run-dir {} TEXT",
 }
 
@@ -109,7 +119,8 @@ def main() -> None:
         log_line(f"stopped; resume with: {resume_command}")
         sys.exit(128 + signal)
     saved = load_config(run_dir)
-    log_line(_NEXT[kind_of(saved)].format(quoted_dir))
+    plain = dataclasses.replace(saved, ppo=None, dpo=None)  # what the model is for
+    log_line(_NEXT[kind_of(plain)].format(quoted_dir))
     if not processes.several_processes():
         mesh = model_mesh(saved, dataclasses.replace(saved.mesh, data=1))
         show_sample(load_run(run_dir, mesh=mesh))
@@ -128,6 +139,9 @@ def show_sample(run: Run) -> None:
     if kind == "prompts":
         for prompt, *responses in before_and_after(run, examples, 3):
             print(prompt, *(f"  {text}" for text in responses), sep="\n")
+        return
+    if kind == "preferences":
+        show_pairs(run, tokenizer, examples)
         return
     if kind == "conversations":
         user, end = map(tokenizer.special_id, ("<|user|>", END_OF_TURN))
@@ -149,6 +163,27 @@ def show_sample(run: Run) -> None:
         print(f"{sources[i]}\t{text}\t(reference: {target})")
 
 
+def show_pairs(run: Run, tokenizer: Tokenizer, examples: Preferences) -> None:
+    """Prints rewards of a few pairs, or of DPO a response to the first prompt."""
+    row_B = np.arange(min(3, len(examples)))
+    prompts_B = examples.prompts_N[row_B].tolist()
+    if run.config.dpo:
+        prompt = tokenizer.decode(examples.texts[0][: prompts_B[0]])
+        print(prompt + generate(run, prompt, max_new_tokens=100)[0])
+        return
+    T, weights_B = run.config.model.block_size, np.ones(len(row_B), np.float32)
+    batch = examples.read(row_B, T, weights_B, row_keys(0, row_B))
+    find_rewards = jax.jit(partial(pair_rewards, run.model))
+    rewards_B2 = find_rewards(
+        run.params, batch, Context(None, jnp.asarray(row_B))
+    ).tolist()
+    for row, prompt_length in enumerate(prompts_B):
+        for column, name in enumerate(("chosen", "rejected")):
+            response = examples.texts[2 * row + column][prompt_length:]
+            text = " ".join(tokenizer.decode(response).split())
+            print(f"{name}\t{rewards_B2[row][column]:.4f}\t{text[:60]}")
+
+
 def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> int:
     """Trains the model; returns the number of the signal that stopped it, or 0."""
     check_installed(config.train.log_to)
@@ -161,20 +196,26 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         processes.check_same_settings(config)
         mesh = make_mesh(config, log_line)
         schedule = with_steps_per_call(config, mesh).train
-        if config.model.task != "next-token":
+        if isinstance(corpus.train, Examples):
             lengths = ", ".join(map(str, bucket_lengths(config.model.block_size)))
             log_line(
                 f"batches have {lengths} tokens a row; a program for each compiles"
             )
         model = build_model(config.model, platform_of(mesh))
+        if config.dpo:
+            reference = load_initial_params(config, mesh)
+            add = partial(evaluation.with_log_probs, model, reference, config, mesh)
+            pairs = add(corpus.train), add(corpus.val)
+            corpus = dataclasses.replace(corpus, train=pairs[0], val=pairs[1])
         pack = partial(as_rows, config=config, tokenizer=corpus.tokenizer, log=log_line)
         train_rows = [*map(pack, corpus.parts)] or pack(corpus.train)
         val = pack(corpus.val)
-        objective, source = make_objective(model), training_source(train_rows, config)
+        make = partial(make_objective, settings=config.dpo)
+        objective, source = make(model), training_source(train_rows, config)
         sources = {"train": evaluation_source(train_rows, config)}
         sources["val"] = evaluation_source(val, config)
         abstract = abstract_state(model, config, mesh)
-        diagnosed = on_prompts if config.ppo else make_objective
+        diagnosed = on_prompts if config.ppo else make
         if config.ppo:
             settings = config, mesh, abstract, corpus.tokenizer, corpus.train, log_line
             config, train_program, eval_step = prepare_ppo(model, *settings)

@@ -39,6 +39,7 @@ from jaxgpt.parallel.mesh import host_mesh, single_device_mesh, with_shardings
 from jaxgpt.parallel.processes import any_failed, max_over_processes, wait_for_all
 from jaxgpt.terminal import log_line
 from jaxgpt.text.conversations import CHAT_TOKENS, is_chat_tokenizer
+from jaxgpt.text.tasks import kind_of
 from jaxgpt.text.tokenizer import Tokenizer, fits, load_tokenizer
 from jaxgpt.training.checkpoint import (
     CHECKPOINTS,
@@ -147,7 +148,7 @@ def load_initial_params(config: Config, mesh: Mesh) -> Any:
         return None
     checkpoint = Path(config.train.init_from)
     run = load_run(checkpoint.parent.parent, checkpoint.name, mesh)
-    if config.data.packing == "conversations":
+    if kind_of(config) == "conversations":
         run = with_chat_tokens(run)
     params = crop_block_size(run.params, config.model.block_size)
     expected = parameter_shapes(config.model)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxgpt.config import Config
 from jaxgpt.models import build_model, input_shapes, parameter_shapes
 from jaxgpt.text.batches import longest_row
-from jaxgpt.text.examples import MaskedBatch
+from jaxgpt.text.examples import MaskedBatch, PreferenceBatch
 
 
 def step_flops(config: Config) -> int:
@@ -28,6 +28,7 @@ def step_flops(config: Config) -> int:
     T, short = config.model.block_size, replace(config.model, block_size=3)
     params, apply = parameter_shapes(short), build_model(short, "cpu").apply
     row, predicted = longest_row(config), {}
+    texts = 2 if isinstance(row, PreferenceBatch) else 1
     if isinstance(row, MaskedBatch):  # the head reads only these
         shape = row.positions_BK.shape
         predicted["positions_BK"] = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -42,7 +43,7 @@ def step_flops(config: Config) -> int:
     one, two, three = map(forward, (1, 2, 3))
     linear, quadratic = two - one, three - 2 * two + one
     forward_flops = one + (T - 1) * linear + math.comb(T - 1, 2) * quadratic
-    return 3 * config.data.batch_size * forward_flops
+    return 3 * config.data.batch_size * texts * forward_flops
 
 
 def product_flops(jaxpr: Any) -> int:

@@ -23,6 +23,7 @@ from jaxgpt.planning.hlo import collectives
 from jaxgpt.terminal import log_line
 from jaxgpt.text.corpus import known_vocab_size, load_corpus
 from jaxgpt.text.labelled import known_labels
+from jaxgpt.text.tasks import kind_of
 from jaxgpt.training.objectives import make_objective
 from jaxgpt.training.step import abstract_state, trace_train_steps
 
@@ -129,7 +130,7 @@ def _rows(config: Config, topology: str) -> Rows:
     params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tokens = _tokens_per_step(config)
     all_tokens = tokens * config.train.max_steps
-    most = "" if config.model.task == "next-token" else "at most "
+    most = "" if kind_of(config) in ("next-token", "conversations") else "at most "
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     yield "parameters", f"{params:,}"
     yield "tokens per step", f"{most}{tokens:,}"
@@ -144,7 +145,8 @@ def _rows(config: Config, topology: str) -> Rows:
         yield name, f"{_format_bytes(_bytes_per_device(part))} per device"
 
     batches = batch_shapes(config, mesh, 1)
-    traced = trace_train_steps(make_objective(model), config, mesh, state, batches)
+    objective = make_objective(model, config.dpo)
+    traced = trace_train_steps(objective, config, mesh, state, batches)
     compiled = _compile(traced, topology) if topology else traced.lower().compile()
     memory = compiled.memory_analysis()
     if memory is not None:  # None on some backends
@@ -224,7 +226,7 @@ def _tpu_rows(
 
 def _tokens_per_step(config: Config) -> int:
     """Tokens that the model reads in an update, if no row has padding."""
-    sides = 2 if config.model.task == "translation" else 1
+    sides = 2 if kind_of(config) in ("translation", "preferences") else 1
     return sides * config.data.batch_size * config.model.block_size
 
 

@@ -1,8 +1,9 @@
 """Prompts, and preferences between two responses to a prompt: files and their tokens.
 
 A line of JSONL is {"prompt": TEXT} or {"messages": [...]}, of which the last message is
-the user's; preferences also have "chosen" and "rejected", which are texts. The text of
-prompts, messages and responses is always text, even where it spells a special token.
+the user's; preferences also have "chosen" and "rejected", which are texts. All of these
+are always text, even where they spell a special token. A response to messages ends with
+the token that ends a turn; one to a text has no end.
 
 N examples
 """
@@ -40,7 +41,7 @@ _RESPONSES = ("chosen", "rejected")
 
 
 def open_preferences(data: DataConfig, has_responses: bool) -> Table:
-    """Finds prompts, without reading them; their hash determines the split.
+    """Finds prompts, without reading them; the hash of a prompt determines its split.
 
     A row is the prompt as JSON, a string or a list of messages; then the chosen and the
     rejected response, if there are any.
@@ -76,21 +77,25 @@ def _read_row(values: dict[str, Any], names: Sequence[str]) -> Row:
             f'a line must be like {{{", ".join(fields)}}}, or have "messages" in place '
             'of "prompt"'
         )
-    prompt: Any = values.get("prompt")
-    if "messages" in values:
-        prompt = check_messages(values["messages"], last="user")
-    texts: list[Any] = [values.get(name) for name in names]
-    for name, text in (("prompt", prompt), *zip(names, texts, strict=True)):
-        if not isinstance(text, str) and not (
-            name == "prompt" and "messages" in values
-        ):
+    is_text = "prompt" in values
+    for name in ("prompt", *names) if is_text else names:
+        if not isinstance(text := values.get(name), str):
             raise ValueError(f'"{name}" must be text, not {type(text).__name__}')
-    if names and texts[0] == texts[1]:
+    texts = [without_surrogates(values[name]) for name in names]
+    if "" in (stripped := [text.strip() for text in texts]):
+        raise ValueError(f'"{names[stripped.index("")]}" is empty; remove the line')
+    if texts and texts[0] == texts[1]:
         raise ValueError("chosen and rejected are the same; remove the line")
-    if empty := [n for n, text in zip(names, texts, strict=True) if not text.strip()]:
-        raise ValueError(f'"{empty[0]}" is empty; remove the line')
-    prompt = without_surrogates(prompt) if isinstance(prompt, str) else prompt
-    return json.dumps(prompt), *map(without_surrogates, texts)
+    if is_text:
+        return json.dumps(without_surrogates(values["prompt"])), *texts
+    return json.dumps(check_messages(values["messages"], last="user")), *texts
+
+
+def texts_of(row: Row) -> list[str]:
+    """The texts of a row of `open_preferences`."""
+    prompt: Any = json.loads(row[0])
+    begins = [prompt] if isinstance(prompt, str) else [text for _, text in prompt]
+    return [*begins, *row[1:]]
 
 
 def tokenize(
@@ -101,23 +106,19 @@ def tokenize(
     These are the token ids of all prompts, chosen and rejected responses in turn, and
     where each begins.
     """
-    prompts = [json.loads(row[0]) for row in rows]
-    if any(isinstance(p, list) for p in prompts) and not is_chat_tokenizer(tokenizer):
+    first, *responses = zip(*rows, strict=True)
+    prompts = [json.loads(prompt) for prompt in first]
+    is_chat = [isinstance(prompt, list) for prompt in prompts]
+    if any(is_chat) and not is_chat_tokenizer(tokenizer):
         raise ValueError(
             "the prompts are conversations, but the model's tokenizer does not have "
             "their special tokens; start from a run that was trained on conversations"
         )
     columns = [encode_prompts(tokenizer, config, prompts, log)]
-    for column in range(1, len(rows[0])):
-        found = encode_known([row[column] for row in rows], tokenizer, log)
-        columns.append(
-            [
-                np.append(ids, tokenizer.special_id(END_OF_TURN))
-                if isinstance(prompt, list)
-                else ids
-                for prompt, ids in zip(prompts, found, strict=True)
-            ]
-        )
+    for texts in responses:
+        ends = [[tokenizer.special_id(END_OF_TURN)] if chat else [] for chat in is_chat]
+        found = encode_known(texts, tokenizer, log)
+        columns.append([*map(np.append, found, ends)])
     joined = Sequences.join(each for row in zip(*columns, strict=True) for each in row)
     tokens = joined.tokens.astype(token_dtype(tokenizer.vocab_size))
     return {"tokens": tokens, "offsets": joined.offsets}

@@ -9,9 +9,11 @@ import json
 import shlex
 import zipfile
 import zlib
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from jaxgpt.text.examples import (
     Sequences,
     TextPairs,
 )
-from jaxgpt.text.tables import SPLITS, Log, Table
+from jaxgpt.text.tables import SPLITS, Log, Row, Table
 from jaxgpt.text.tokenizer import (
     END_OF_TEXT,
     MASK,
@@ -59,16 +61,17 @@ CORPORA = {
 # To raise when the same files give other rows, splits, labels or tokens than before.
 _FORMAT = 1
 Arrays = dict[str, Any]
-# By kind of corpus, the special tokens if there are others than END_OF_TEXT, and which
-# strings of a row are texts if not only the first.
+# By kind of corpus, the special tokens if there are others than END_OF_TEXT, and what
+# gives the texts of a row if not only the first string is one.
 _SPECIAL = {
     "masked-tokens": (END_OF_TEXT, MASK),
     "conversations": conversations.CHAT_TOKENS,
 }
-_TEXTS = {
-    "translation": slice(2),
-    "conversations": slice(1, None),
-    "preferences": slice(None),
+_TEXTS: dict[str, Callable[[Row], Sequence[str]]] = {
+    "translation": itemgetter(slice(2)),
+    "conversations": itemgetter(slice(1, None)),
+    "preferences": preferences.texts_of,
+    "prompts": preferences.texts_of,
 }
 
 
@@ -88,7 +91,7 @@ def kind_of(config: Config) -> str:
 
 def check_corpus(config: Config) -> None:
     """Raises ValueError if settings of the corpus are for another task or corpus."""
-    data, task, kind = config.data, config.model.task, kind_of(config)
+    data, kind = config.data, kind_of(config)
     if not data.path and not CORPORA[kind]:
         raise ValueError(f"there is no built-in corpus of {kind}; give --data.path")
     if not data.path and data.corpus not in CORPORA[kind]:
@@ -106,15 +109,15 @@ def check_corpus(config: Config) -> None:
             f"--data.languages {data.languages} is for --data.corpus tatoeba, not for "
             f"{', '.join(data.path) or data.corpus}; omit it"
         )
-    if config.model.block_size < 2 and task != "next-token":
+    is_tokens = kind in ("next-token", "conversations")
+    if config.model.block_size < 2 and not is_tokens:
         raise ValueError(
             f"block_size={config.model.block_size} has no room for a text beside the "
             "end-of-text token; raise --model.block-size"
         )
-    if data.weights and task != "next-token":
+    if data.weights and not is_tokens:
         raise ValueError(
-            "--data.weights are for folders of tokens, which architecture="
-            f"{config.model.architecture} does not read; omit them"
+            f"--data.weights are for folders of tokens, not for {kind}; omit them"
         )
 
 
@@ -138,6 +141,8 @@ def make_tokenizer(table: Table, config: Config, log: Log) -> Tokenizer:
     """
     name, kind = config.data.tokenizer, kind_of(config)
     special = _SPECIAL.get(kind, (END_OF_TEXT,))
+    if kind in ("preferences", "prompts") and config.train.init_from:
+        special = ()  # the tokenizer is the run's, whose model has no other tokens
     if name not in ("char", "bpe"):
         return pretrained.find_tokenizer(name, log).with_special(special)
     size = config.model.vocab_size if name == "bpe" else 0
@@ -150,7 +155,7 @@ def make_tokenizer(table: Table, config: Config, log: Log) -> Tokenizer:
         text
         for row, split in zip(rows, split_N, strict=True)
         if SPLITS[split] == "train"
-        for text in row[_TEXTS.get(kind, slice(1))]
+        for text in _TEXTS.get(kind, itemgetter(slice(1)))(row)
     ]
     if not texts:
         raise ValueError(

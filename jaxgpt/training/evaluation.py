@@ -4,7 +4,7 @@ N batches in one dispatch   B batch   T time
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -19,16 +19,26 @@ from jaxgpt.config import Config
 from jaxgpt.parallel.defaults import evaluations_per_call
 from jaxgpt.parallel.feeding import read_batches
 from jaxgpt.parallel.mesh import activation_sharding, batch_sharding, replicated
+from jaxgpt.terminal import progress
 from jaxgpt.text.batches import EVAL_SEED, Source, Split, predictions
 from jaxgpt.text.examples import (
     Examples,
     LabelledBatch,
     LabelledTexts,
+    PreferenceBatch,
+    Preferences,
     bucket_of,
     row_keys,
 )
 from jaxgpt.text.packing import PackedDocuments, TokenRows, read_rows
-from jaxgpt.training.objectives import Batch, Context, LossSum, Objective
+from jaxgpt.training.objectives import (
+    Batch,
+    Context,
+    LossSum,
+    Objective,
+    pair_log_probs,
+    pair_rewards,
+)
 
 # Maps parameters and N batches, both sharded, to results on every process.
 EvalStep = Callable[[Any, Batch], Any]
@@ -338,18 +348,26 @@ def evaluate_examples(
     return means | {"weight": weight}
 
 
+def _label_log_probs(model: nn.Module, params: Any, batch: LabelledBatch) -> jax.Array:
+    """Log-probabilities of the labels, f32 [B, labels]."""
+    inputs = batch.tokens_BT, batch.lengths_B
+    return jax.nn.log_softmax(model.apply({"params": params}, *inputs))
+
+
+def _pair_values(model: nn.Module, params: Any, batch: PreferenceBatch) -> jax.Array:
+    """A reward model's rewards, or a GPT's log-probabilities of responses, [B, 2]."""
+    function = pair_rewards if model.config.task == "reward" else pair_log_probs
+    return function(model, params, batch, Context(None, jnp.arange(len(batch[0]))))
+
+
 @cache  # so that later calls have compiled programs
-def _make_label_step(model: nn.Module, mesh: Mesh) -> EvalStep:
-    """Makes the `EvalStep` of labels' log-probabilities, f32 [N, B, labels]."""
+def _make_rows_step(function: Any, model: nn.Module, mesh: Mesh) -> EvalStep:
+    """Makes the `EvalStep` of a function of the model, params and batch: [N, B, K]."""
 
-    def log_probs(params: Any, batches: LabelledBatch) -> jax.Array:
-        def of_batch(batch: LabelledBatch) -> jax.Array:
-            inputs = batch.tokens_BT, batch.lengths_B
-            return jax.nn.log_softmax(model.apply({"params": params}, *inputs))
+    def rows(params: Any, batches: Batch) -> jax.Array:
+        return jax.lax.map(partial(function, model, params), batches)
 
-        return jax.lax.map(of_batch, batches)
-
-    return _compile(log_probs, mesh)
+    return _compile(rows, mesh)
 
 
 def label_log_probs(
@@ -365,6 +383,50 @@ def label_log_probs(
     Takes the arguments of `evaluate_examples`, and a classifier. Raises
     FloatingPointError if the result is not finite.
     """
+    step = _make_rows_step(_label_log_probs, model, mesh)
+    return _of_each_example(step, params, examples, config, mesh, advance)
+
+
+def pair_values(
+    model: nn.Module,
+    params: Any,
+    pairs: Preferences,
+    config: Config,
+    mesh: Mesh,
+    advance: Callable[[int], object] = lambda pairs: None,
+) -> np.ndarray:
+    """Values of the chosen and the rejected text of each pair, f32 [pairs, 2].
+
+    They are the rewards of a reward model, and of a GPT the log-probabilities of the
+    responses in nats. Takes the arguments of `evaluate_examples`. Raises
+    FloatingPointError if the result is not finite.
+    """
+    step = _make_rows_step(_pair_values, model, mesh)
+    return _of_each_example(step, params, pairs, config, mesh, advance)
+
+
+def with_log_probs(
+    model: nn.Module, reference: Any, config: Config, mesh: Mesh, pairs: Preferences
+) -> Preferences:
+    """The pairs with the log-probabilities of the responses under a reference.
+
+    Args:
+      reference: its parameters.
+    """
+    with progress("reading the pairs with the reference", len(pairs)) as advance:
+        every = model, reference, pairs, config, mesh, advance
+        return replace(pairs, reference_N2=pair_values(*every))
+
+
+def _of_each_example(
+    eval_step: EvalStep,
+    params: Any,
+    examples: Examples,
+    config: Config,
+    mesh: Mesh,
+    advance: Callable[[int], object],
+) -> np.ndarray:
+    """What an `EvalStep` returns of each example, f32 [examples, K]."""
     ids: list[np.ndarray] = []
 
     def dispatches() -> Iterator[tuple[int, Batch]]:
@@ -372,13 +434,12 @@ def label_log_probs(
             ids.append(row_N)
             yield len(row_N), batches
 
-    eval_step = _make_label_step(model, mesh)
     found = _results(eval_step, params, dispatches(), advance)
-    log_probs = np.zeros((len(examples), found[0].shape[-1]), np.float32)
+    values = np.zeros((len(examples), found[0].shape[-1]), np.float32)
     for row_N, of_batches in zip(ids, found, strict=True):
-        log_probs[row_N] = np.concatenate(of_batches)[: len(row_N)]
-    _check_finite(log_probs.sum())
-    return log_probs
+        values[row_N] = np.concatenate(of_batches)[: len(row_N)]
+    _check_finite(values.sum())
+    return values
 
 
 def exact_loss(

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from jaxgpt.config import Config
 from jaxgpt.files import is_first_process, replace_file
 from jaxgpt.terminal import counter, log_line, progress
+from jaxgpt.text.tasks import kind_of
 from jaxgpt.training.loggers import open_logger
 
 METRICS = "metrics.jsonl"
@@ -57,8 +58,8 @@ class Monitor(AbstractContextManager):
         self._started = started - (last["elapsed_seconds"] if last else 0.0)
         self._file = self._path.open("a", encoding="utf-8")
         self._config = config.train
-        unit = "example" if config.model.task == "classification" else "token"
-        self._loss = f"loss, nats per {unit}"
+        units = {"classification": "example", "preferences": "pair"}
+        self._loss = f"loss, nats per {units.get(kind_of(config), 'token')}"
         if config.ppo:
             self._loss = "loss: beta KL - reward, per response"
         self._rewards = run_dir / REWARDS if config.ppo else None

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgpt import ops
+from jaxgpt.config import DPOConfig
 from jaxgpt.text.examples import (
     LabelledBatch,
     MaskedBatch,
@@ -179,39 +180,92 @@ def translation(model: nn.Module) -> Objective:
     return objective
 
 
+def pair_rewards(
+    model: nn.Module, params: Any, batch: PreferenceBatch, context: Context
+) -> Array:
+    """A reward model's rewards of the texts of pairs, f32 [B, 2]."""
+    (tokens_BT, lengths_B), options = _texts_of_pairs(batch, context)
+    rewards_B = model.apply({"params": params}, tokens_BT, lengths_B, **options)
+    return rewards_B.reshape(-1, 2)
+
+
+def pair_log_probs(
+    model: nn.Module, params: Any, batch: PreferenceBatch, context: Context
+) -> Array:
+    """A GPT's log-probabilities of the responses of pairs in nats, f32 [B, 2].
+
+    They are sums over the tokens after the prompt.
+    """
+    (tokens_BT, lengths_B), options = _texts_of_pairs(batch, context)
+    x_BTC = model.apply({"params": params}, tokens_BT, method="hidden", **options)
+    targets_BT = jnp.roll(tokens_BT, -1, axis=1)
+    losses_BT = ops.head_losses(x_BTC, model.head(params), targets_BT, model.platform)
+    target_T = jnp.arange(1, targets_BT.shape[1] + 1)
+    first_B1 = jnp.repeat(batch.prompts_B, 2)[:, None]
+    is_response_BT = (first_B1 <= target_T) & (target_T < lengths_B[:, None])
+    return -jnp.where(is_response_BT, losses_BT, 0).sum(axis=1).reshape(-1, 2)
+
+
+def _texts_of_pairs(
+    batch: PreferenceBatch, context: Context
+) -> tuple[tuple[Array, Array], dict[str, Any]]:
+    """The 2 B texts of pairs and their lengths, and arguments of a model's `apply`."""
+    rows_B = jnp.repeat(2 * context.rows_B, 2).at[1::2].add(1)
+    tokens_BT = batch.tokens_B2T.reshape(-1, batch.tokens_B2T.shape[-1])
+    texts = tokens_BT, batch.lengths_B2.reshape(-1)
+    return texts, context._replace(rows_B=rows_B).options
+
+
 def preference(model: nn.Module) -> Objective:
     """Makes the objective of a reward model: -log sigmoid(r_chosen - r_rejected).
 
     A batch is a `PreferenceBatch`. The metric `accuracy` is the fraction of pairs whose
-    chosen text has the higher reward. Source: Bradley and Terry 1952; Stiennon et al.
-    2020, section 3.4.
+    chosen text has the higher reward, and `margin` the mean of r_chosen - r_rejected.
+    Source: Bradley and Terry 1952; Stiennon et al. 2020, section 3.4.
     """
 
     def objective(
         params: Any, batch: PreferenceBatch, context: Context
     ) -> tuple[LossSum, dict[str, LossSum]]:
-        options = context.options
-        options["rows_B"] = jnp.repeat(2 * context.rows_B, 2).at[1::2].add(1)
-        texts = batch.tokens_B2T.reshape(-1, batch.tokens_B2T.shape[-1])
-        inputs = texts, batch.lengths_B2.reshape(-1)
-        rewards_B2 = model.apply({"params": params}, *inputs, **options).reshape(-1, 2)
-        margin_B = rewards_B2[:, 0] - rewards_B2[:, 1]
-        return preference_losses(margin_B, batch, context)
+        rewards_B2 = pair_rewards(model, params, batch, context)
+        return _preference_losses(rewards_B2, batch, context)
 
     return objective
 
 
-def preference_losses(
-    margin_B: Array, batch: PreferenceBatch, context: Context
+def dpo(model: nn.Module, beta: float) -> Objective:
+    """Makes the objective of direct preference optimization.
+
+    It is that of a reward model whose rewards are beta log(p / p_reference), where p is
+    a response's probability; the batch has p_reference. Source: Rafailov et al. 2023,
+    equation 7.
+    """
+
+    def objective(
+        params: Any, batch: PreferenceBatch, context: Context
+    ) -> tuple[LossSum, dict[str, LossSum]]:
+        log_probs_B2 = pair_log_probs(model, params, batch, context)
+        rewards_B2 = beta * (log_probs_B2 - batch.reference_B2)
+        return _preference_losses(rewards_B2, batch, context)
+
+    return objective
+
+
+def _preference_losses(
+    rewards_B2: Array, batch: PreferenceBatch, context: Context
 ) -> tuple[LossSum, dict[str, LossSum]]:
-    """The losses -log sigmoid(margin) of pairs, and how many margins are above 0."""
+    """The losses of pairs by the rewards of their texts, and the metrics."""
     weights_B, count = batch.weights_B, batch.weights_B.sum()
-    total = (nn.softplus(-margin_B) * weights_B).sum()
-    metrics = {"accuracy": LossSum(((margin_B > 0) * weights_B).sum(), count)}
+    margin_B = rewards_B2[:, 0] - rewards_B2[:, 1]
+
+    def mean(x_B: Array) -> LossSum:
+        return LossSum((x_B * weights_B).sum(), count)
+
+    metrics = {"accuracy": mean(margin_B > 0), "margin": mean(margin_B)}
     if context.key is not None:
         read = (batch.lengths_B2.sum(axis=1) * weights_B).sum()
         metrics["tokens"] = LossSum(read, jnp.float32(1))
-    return LossSum(total, count), metrics
+    return mean(nn.softplus(-margin_B)), metrics
 
 
 def _read(batch: Any, context: Context) -> dict[str, LossSum]:
@@ -233,6 +287,8 @@ _OBJECTIVES = {
 }
 
 
-def make_objective(model: nn.Module) -> Objective:
-    """Makes the objective of the model's task."""
+def make_objective(model: nn.Module, settings: DPOConfig | None = None) -> Objective:
+    """Makes the objective of the model's task, or of DPO if its settings are given."""
+    if settings:
+        return dpo(model, settings.beta)
     return _OBJECTIVES[model.config.task](model)
