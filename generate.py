@@ -6,7 +6,7 @@ python generate.py --run-dir runs/shakespeare-char-cpu --prompt "ROMEO:"
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -16,6 +16,7 @@ from jaxgpt.config import MeshConfig, SamplingConfig, sampling_contradictions
 from jaxgpt.files import not_utf8
 from jaxgpt.generation.stream import stream_text
 from jaxgpt.parallel.mesh import model_mesh
+from jaxgpt.posttrain.best_of import best_of as find_best
 from jaxgpt.run import Run, load_config, load_run, prompt_tokens, require_task
 from jaxgpt.terminal import log_line
 
@@ -38,6 +39,9 @@ class Arguments:
     seed: int = 1337  # random seed; the same seed gives the same text
     # a sample ends before this text, or where the model ends the document
     stop: str = ""
+    # print the best of so many continuations for each sample, by --reward-model
+    best_of: int | None = None
+    reward_model: Path | None = None  # run directory of the reward model
     # how to shard a model that is too large for one device: fsdp, tensor
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
 
@@ -46,23 +50,31 @@ def main() -> None:
     """Parses the command line, loads the run and prints samples."""
     arguments = parse_flags(tyro.cli, Arguments, sys.argv[1:], prog="generate.py")
     start.start()
-    for line in sampling_contradictions(arguments.sampling, arguments.num_samples):
+    judge_dir, best_of = arguments.reward_model, arguments.best_of
+    if (judge_dir is None) != (best_of is None):
+        raise ValueError(
+            "--best-of N and --reward-model RUN_DIR need each other; give both or none"
+        )
+    count = arguments.num_samples * (best_of or 1)
+    for line in sampling_contradictions(arguments.sampling, count):
         log_line(line)
     config = load_config(arguments.run_dir)
     require_task(config, "next-token")
     mesh = model_mesh(config, arguments.mesh)
     run = load_run(arguments.run_dir, arguments.checkpoint, mesh)
     prompt = read_prompt(arguments.prompt, run)
+    names = ("max_new_tokens", "num_samples", "sampling", "seed", "stop")
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    if judge_dir is not None and best_of is not None:
+        judge = load_run(judge_dir)
+        for n, best in enumerate(find_best(run, judge, prompt, best_of, **options)):
+            separator = f"\n{'-' * 40}\n" if n else ""
+            print(f"{separator}{prompt}{best.text}", end="", flush=True)
+            log_line(f"reward {best.reward:.4f}, the highest of {best_of}")
+        print()
+        return
     texts, prefix = [""] * arguments.num_samples, prompt
-    for new_texts in stream_text(
-        run,
-        prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        num_samples=arguments.num_samples,
-        sampling=arguments.sampling,
-        seed=arguments.seed,
-        stop=arguments.stop,
-    ):
+    for new_texts in stream_text(run, prompt, **options):
         print(prefix + new_texts[0], end="", flush=True)
         prefix = ""
         texts = [text + new for text, new in zip(texts, new_texts, strict=True)]

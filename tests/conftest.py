@@ -36,7 +36,9 @@ from jaxgpt import (
 from jaxgpt.config import (
     AnyModelConfig,
     ClassifierConfig,
+    DPOConfig,
     MaskedLMConfig,
+    RewardConfig,
     Seq2SeqConfig,
 )
 from jaxgpt.models import build_model, parameter_shapes
@@ -44,7 +46,13 @@ from jaxgpt.parallel.feeding import batch_shapes
 from jaxgpt.parallel.mesh import make_mesh
 from jaxgpt.run import save_config
 from jaxgpt.text.conversations import CHAT_TOKENS
-from jaxgpt.text.examples import LabelledTexts, MaskedTexts, Sequences, TextPairs
+from jaxgpt.text.examples import (
+    LabelledTexts,
+    MaskedTexts,
+    Preferences,
+    Sequences,
+    TextPairs,
+)
 from jaxgpt.text.tokenizer import END_OF_TEXT, MASK
 from jaxgpt.training import checkpoint
 from jaxgpt.training.checkpoint import open_checkpoints, save_state
@@ -84,11 +92,13 @@ TINY = Config(
         max_steps=8, eval_interval=4, eval_iters=2, steps_per_call=1, seed=3
     ),
 )
-# Models that are trained on examples, by architecture.
+# Models that are trained on examples, by architecture; "dpo" is a GPT.
 EXAMPLE_KINDS = {
     "classifier": ClassifierConfig,
     "masked-lm": MaskedLMConfig,
     "seq2seq": Seq2SeqConfig,
+    "reward": RewardConfig,
+    "dpo": GPTConfig,
 }
 ONE_ROW = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])  # tokens for TINY
 PLATFORMS = ("cpu", "tpu", "cuda", "gpu")  # as in jaxgpt.ops
@@ -132,21 +142,26 @@ def changed(config: Config, **sections: dict[str, object]) -> Config:
 def examples_config(folder, architecture, tokenizer="char"):
     """TINY's config for another architecture, on a corpus that it writes.
 
-    240 texts of three labels, or pairs of a text and its reversal.
+    240 texts of three labels, or pairs of a text and its reversal, or prompts and two
+    responses. With DPO it also writes the run that training starts from.
     """
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 20, 240)
     texts = ["".join(rng.choice(list("abcdefgh"), size)) for size in sizes]
     if architecture == "seq2seq":
         path, lines = folder / "pairs.tsv", [f"{text}\t{text[::-1]}" for text in texts]
+    elif architecture in ("reward", "dpo"):
+        path = folder / "preferences.jsonl"
+        rows = (dict(prompt=text, chosen="a" * 3, rejected="hg") for text in texts)
+        lines = map(json.dumps, rows)
     else:
         path, lines = folder / "labelled.csv", ["text,label"]
         lines += [f"{text},{n % 3 + 7}" for n, text in enumerate(texts)]
     path.write_text("\n".join(lines))
-    return changed(
+    config = changed(
         TINY,
         model={
-            "architecture": architecture,
+            "architecture": "gpt" if architecture == "dpo" else architecture,
             "n_layer": 1,
             "block_size": 24,
             "vocab_size": None if tokenizer == "char" else 270,
@@ -155,6 +170,18 @@ def examples_config(folder, architecture, tokenizer="char"):
         train={"log_interval": 1},
         mesh={"data": 1},
     )
+    if architecture != "dpo":
+        return config
+    characters = CharTokenizer("abcdefgh")
+    config = changed(config, model={"vocab_size": characters.vocab_size})
+    with open_checkpoints(folder / "start" / "checkpoints") as checkpoints:
+        params = random_params(build_model(config.model, "cpu"), std=0.2)
+        save_params(checkpoints, 8, params)
+    save_config(folder / "start", config, characters)
+    start = {"init_from": str(folder / "start" / "checkpoints" / "8")}
+    tokenizer = {"tokenizer": str(folder / "start" / "tokenizer.json")}
+    config = changed(config, train=start, data=tokenizer)
+    return dataclasses.replace(config, dpo=DPOConfig())
 
 
 def conversations_config(folder, name="chats", size=3):
@@ -185,7 +212,8 @@ def conversations_config(folder, name="chats", size=3):
 def random_examples(architecture, lengths):
     """Examples of random tokens below 11, and TINY's config for them.
 
-    They have one of three labels; targets are as long as their sources.
+    They have one of three labels; targets are as long as their sources, and rejected
+    texts as their chosen ones.
     """
     rng = np.random.default_rng(0)
     texts, targets = (
@@ -193,14 +221,23 @@ def random_examples(architecture, lengths):
         for _ in range(2)
     )
     labels = np.arange(len(lengths), dtype=np.int32) % 3
+    pairs = Sequences.join(
+        text for pair in zip(texts, targets, strict=True) for text in pair
+    )
+    log_probs_N2 = rng.normal(-9, 1, (len(lengths), 2)).astype(np.float32)
     examples = {
         "classifier": LabelledTexts(texts, labels, np.array([""] * len(lengths))),
         "masked-lm": MaskedTexts(texts, mask_token=10, vocab_size=11, mask_prob=0.4),
         "seq2seq": TextPairs(texts, targets, end_of_text=0),
+        "reward": Preferences(pairs, np.ones(len(lengths), np.int64)),
+        "dpo": Preferences(pairs, np.ones(len(lengths), np.int64), log_probs_N2),
     }
     model = {"architecture": architecture, "n_layer": 1, "block_size": 16}
     if architecture == "classifier":
         model["labels"] = ("a", "b", "c")
+    if architecture == "dpo":
+        config = changed(TINY, model=model | {"architecture": "gpt"})
+        return examples["dpo"], dataclasses.replace(config, dpo=DPOConfig())
     return examples[architecture], changed(TINY, model=model)
 
 
@@ -387,7 +424,7 @@ def untrained(make_once):
     corpora = {"seq2seq": "tatoeba", "classifier": "reviews", "masked-lm": "reviews"}
 
     def make(folder):
-        for kind in ("gpt", "layer-norm", "bigram", "chat", *corpora):
+        for kind in ("gpt", "layer-norm", "bigram", "chat", "reward", *corpora):
             data = {"corpus": corpora.get(kind, "tinyshakespeare")}
             special, architecture = (END_OF_TEXT, MASK), kind
             if kind == "chat":

@@ -12,7 +12,8 @@ from jaxgpt.__main__ import COMMANDS
 
 # The kinds of models that a command is for; it must refuse the other kinds.
 LANGUAGE_MODELS = {"gpt", "layer-norm", "bigram"}
-OTHERS = {"classifier", "masked-lm", "seq2seq"}
+ENCODERS = {"classifier", "masked-lm", "seq2seq"}
+OTHERS = {*ENCODERS, "reward"}
 SERVES = {
     "generate.py --run-dir {}": LANGUAGE_MODELS,
     "jaxgpt evaluate --run-dir {} --stride 2": LANGUAGE_MODELS,
@@ -22,7 +23,7 @@ SERVES = {
     "jaxgpt translate --run-dir {} Lear": {"seq2seq"},
     "jaxgpt chat --run-dir {}": LANGUAGE_MODELS,
     "jaxgpt attention --run-dir {} --prompt Lear": {"gpt", "layer-norm", *OTHERS},
-    "jaxgpt compare --run-dir {}": {"gpt", *OTHERS},
+    "jaxgpt compare --run-dir {}": {"gpt", *ENCODERS},
     "jaxgpt export nanogpt {} new": {"gpt"},
     "jaxgpt export huggingface {} new": {"gpt", "masked-lm", "seq2seq"},
 }
@@ -31,6 +32,7 @@ INSTEAD = {
     "classifier": "jaxgpt classify",
     "masked-lm": "jaxgpt evaluate",
     "seq2seq": "jaxgpt translate",
+    "reward": "--reward-model",
 }
 
 

@@ -17,6 +17,10 @@ from jaxgpt.commands.evaluate_labels import (
     evaluate_labels,
     show_labels,
 )
+from jaxgpt.commands.evaluate_preferences import (
+    evaluate_preferences,
+    show_quartiles,
+)
 from jaxgpt.commands.evaluate_translation import evaluate_pairs
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.parallel.mesh import make_mesh
@@ -37,6 +41,7 @@ from jaxgpt.text.corpus import load_split
 from jaxgpt.text.examples import Examples, Prompts
 from jaxgpt.text.packing import PackedDocuments, as_rows
 from jaxgpt.text.shards import Tokens
+from jaxgpt.text.tasks import kind_of
 from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training.evaluation import (
     evaluate_exactly,
@@ -83,6 +88,9 @@ def evaluate(
     matches, BLEU and chrF, also of copies of the sources. Of a policy that PPO trained,
     it reports beta KL - reward, and both, of its responses to prompts.
 
+    Of a reward model, or a run that DPO trained, it reports the loss per pair and the
+    accuracy, also by quartile of the difference of the two rewards.
+
     Args:
         run_dir: run directory written by train.py
         checkpoint: best (lowest val loss), latest, or a step
@@ -102,14 +110,15 @@ def evaluate(
     config = load_config(run_dir)
     task, architecture = config.model.task, config.model.architecture
     packing = packing or config.data.packing
-    has_examples = task != "next-token" or packing == "conversations" or config.ppo
-    if split == "test" and not has_examples:
+    data = dataclasses.replace(config.data, packing=packing)
+    kind = kind_of(dataclasses.replace(config, data=data))
+    if kind == "next-token" and split == "test":
         raise ValueError(
             f"--split test is for examples and conversations, but architecture="
             f"{architecture} with packing={packing} reads a text, which has train and "
             "val; use --split val"
         )
-    if stride is not None and has_examples:
+    if stride is not None and kind != "next-token":
         raise ValueError(
             f"--stride {stride} is for windows of a text, but architecture="
             f"{architecture} with packing={packing} reads examples; omit it"
@@ -128,7 +137,7 @@ def evaluate(
         data = dataclasses.replace(data, weights=(), sha256="", packing=packing)
     if data_path:
         data = dataclasses.replace(data, path=data_path)
-    elif packing == "conversations" and config.data.packing != packing:
+    elif kind == "conversations" and config.data.packing != packing:
         data = dataclasses.replace(data, path=(), corpus="chitchat")
     elif config.data.packing == "conversations" and packing != "conversations":
         raise ValueError(
@@ -142,7 +151,7 @@ def evaluate(
     run = load_run(run_dir, checkpoint, devices)
     if not data.has_tokens:
         text_tokenizer(run)
-    if packing == "conversations":
+    if kind == "conversations":
         run = with_chat_tokens(run)
         config = dataclasses.replace(config, model=run.config.model)
     if split == "auto":
@@ -157,9 +166,8 @@ def evaluate(
         "prompts": _evaluate_policy,
         "classification": evaluate_labels,
         "translation": partial(evaluate_pairs, **search),
+        "preferences": evaluate_preferences,
     }
-    kind = packing if packing == "conversations" else task
-    kind = "prompts" if config.ppo else kind
     of_task = measure.get(kind, _evaluate_examples)
     report = {"split": split, **of_task(run, found, config, devices)}
     if json:
@@ -170,7 +178,9 @@ def evaluate(
                 shown = f"{value:.4f}" if isinstance(value, float) else value
                 shown = "unknown" if value is None else shown
                 print(f"{name.replace('_', ' '):24}{shown}")
-    if task == "classification":
+    if kind == "preferences" and not json:
+        show_quartiles(report)
+    if kind == "classification":
         if not json:
             show_labels(report)
         draw_confusion(report, f"{part} of {text}", run_dir / CONFUSION)

@@ -23,7 +23,7 @@ def test_padding_changes_neither_losses_nor_gradients(architecture, dropout):
     examples, config = random_examples(architecture, [5, 5, 16])
     config = changed(config, model={"dropout": dropout})
     model = build_model(config.model, "cpu")
-    params, objective = random_params(model, std=0.3), make_objective(model)
+    params, objective = random_params(model, std=0.3), make_objective(model, config.dpo)
     key = jax.random.key(1) if dropout else None
 
     @jax.jit

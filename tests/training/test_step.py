@@ -42,7 +42,7 @@ def state_of(config):
 def run(config, steps_per_call=STEPS, batches=BATCHES):
     """Trains for STEPS steps; returns losses, gradient norms and parameters."""
     state, mesh = state_of(config), mesh_of(config)
-    objective = make_objective(build_model(config.model, "cpu"))
+    objective = make_objective(build_model(config.model, "cpu"), config.dpo)
     calls = jax.tree.map(lambda a: a.reshape(-1, steps_per_call, *a.shape[1:]), batches)
     count = STEPS // steps_per_call
     calls = [jax.tree.map(lambda a, n=n: a[n], calls) for n in range(count)]
