@@ -68,10 +68,9 @@ def main() -> None:
     if judge_dir is not None and best_of is not None:
         judge = load_run(judge_dir)
         for n, best in enumerate(find_best(run, judge, prompt, best_of, **options)):
-            separator = f"\n{'-' * 40}\n" if n else ""
-            print(f"{separator}{prompt}{best.text}", end="", flush=True)
+            separator = f"{'-' * 40}\n" if n else ""
+            print(f"{separator}{prompt}{best.text}", flush=True)
             log_line(f"reward {best.reward:.4f}, the highest of {best_of}")
-        print()
         return
     texts, prefix = [""] * arguments.num_samples, prompt
     for new_texts in stream_text(run, prompt, **options):
