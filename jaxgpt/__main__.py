@@ -16,6 +16,7 @@ from jaxgpt.commands.convert import export, import_
 from jaxgpt.commands.evaluate import evaluate
 from jaxgpt.commands.lecture import lecture
 from jaxgpt.commands.prepare import prepare
+from jaxgpt.commands.rlhf_reviews import rlhf_reviews
 from jaxgpt.commands.translate import translate
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "translate": translate,
     "chat": chat,
     "lecture": lecture,
+    "rlhf-reviews": rlhf_reviews,
     "attention": attention,
     "import": import_,
     "export": export,

@@ -1,0 +1,247 @@
+"""The experiment's stages: trainings by train.py, and what lies between them.
+
+A stage is run once: its result is complete before times.json names it. Stages that use
+JAX are processes of their own, since a training needs the accelerator for itself.
+
+N responses
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgpt import exits, start
+from jaxgpt.files import replace_file
+from jaxgpt.posttrain.rewards import score
+from jaxgpt.posttrain.rollout import Rollout, Rules, log_probs, make_rules, respond
+from jaxgpt.rlhf_reviews.arms import PRETRAINED, Settings
+from jaxgpt.rlhf_reviews.data import (
+    PARTS,
+    beginnings,
+    continuations,
+    label_pairs,
+    pieces,
+    read_lines,
+    split_reviews,
+    write_lines,
+)
+from jaxgpt.rlhf_reviews.judges import pooled, positive_logits
+from jaxgpt.rlhf_reviews.report import write_report
+from jaxgpt.run import Run, has_run, load_run, text_tokenizer
+from jaxgpt.terminal import log_line
+from jaxgpt.text.preferences import encode_prompts
+from jaxgpt.training.monitor import read_rows
+
+_TRAIN = Path(__file__).parents[2] / "train.py"
+_DATA_SEED = 20260101  # of the preferences and their flips
+
+
+def run_experiment(
+    out: Path,
+    settings: Settings,
+    reviews: Path,
+    seeds: Sequence[int],
+    arms: Sequence[str],
+) -> None:
+    """Runs all stages that are not done.
+
+    Args:
+      out: the experiment's folder, an absolute path.
+      reviews: JSONL as `find_reviews` returns.
+      arms: names of settings.arms to train.
+
+    Raises OSError if a stage fails; its error is on stderr.
+    """
+    data = out / "data"
+
+    def stage(name: str, work: Callable[[], Any]) -> None:
+        if name not in (times := read_times(out)):
+            log_line(f"== {name}")
+            started = time.monotonic()
+            earlier = work() or 0.0
+            times[name] = earlier + time.monotonic() - started
+            _write_json(out / "times.json", times)
+
+    def train(name: str, flags: str, *files: str | Path) -> None:
+        arguments = [*flags.split(), *map(str, files)]
+        stage(name, lambda: _train(out / name, arguments))
+
+    def separately(name: str, function: Callable[..., None], *arguments: Any) -> None:
+        stage(name, lambda: _in_process(function, out, settings, *arguments))
+
+    stage("data", lambda: write_data(out, settings, reviews))
+    train("policy", settings.policy, "--data.path", data / "A.jsonl")
+    train("labeller", settings.labeller, "--data.path", data / "B-pieces.jsonl")
+    train("gold-lm", settings.gold_lm, "--data.path", data / "C.jsonl")
+    separately("beginnings", write_beginnings)
+    separately("preferences", write_preferences)
+    pairs = "--data.path", data / "preferences.jsonl"
+
+    def tune(arm: str, seed: int) -> None:
+        flags, folder = settings.arms[arm].flags, f"seed-{seed}"
+        flags += f" --train.seed {seed} --init-from {out / 'policy'}"
+        if flags.startswith("ppo"):
+            flags += f" {settings.response_flags()}"
+            files = "--data.path", data / "prompts.jsonl"
+            model = "--reward-model", out / folder / "reward"
+            train(f"{folder}/{arm}", flags, *files, *model)
+        else:
+            train(f"{folder}/{arm}", flags, *pairs)
+
+    last = [arm for arm in arms if arm == "beta-0"]  # it takes long
+    for some in ([arm for arm in arms if arm not in last], last):
+        for seed in seeds:
+            folder = f"seed-{seed}"
+            flags = f"{settings.reward} --train.seed {seed} --init-from"
+            train(f"{folder}/reward", flags, out / "policy", *pairs)
+            for arm in some:
+                tune(arm, seed)
+            for name in ((), (PRETRAINED, settings.best_of_name))[some is not last]:
+                separately(f"{folder}/samples/{name}", write_samples, seed, name)
+            for name in some:
+                separately(f"{folder}/samples/{name}", write_samples, seed, name)
+    names = [PRETRAINED, settings.best_of_name, *arms]
+    _in_process(write_report, out, settings, list(seeds), names)
+
+
+def read_times(out: Path) -> dict[str, float]:
+    """Seconds that each stage took; those that are not done are not in it."""
+    path = out / "times.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    replace_file(path, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
+
+
+def _train(run_dir: Path, arguments: Sequence[str]) -> float:
+    """Trains, or goes on; returns the seconds that an earlier process took."""
+    metrics = run_dir / "metrics.jsonl"
+    rows = [*read_rows(metrics)] if metrics.exists() else []
+    if not any(row["event"] == "done" for row in rows):
+        if not _TRAIN.exists():
+            raise FileNotFoundError(
+                f"there is no {_TRAIN}; run this command in a clone of the repository"
+            )
+        arguments = ["--resume"] if has_run(run_dir) else arguments
+        command = [str(_TRAIN), *arguments, "--out-dir", str(run_dir)]
+        log_line(f"python {' '.join(command)}")
+        status = subprocess.run([sys.executable, *command], stdout=2).returncode
+        if status:
+            raise ChildProcessError(
+                f"the training of {run_dir} ended with status {status}; the same "
+                "command goes on where it stopped"
+            )
+    return max((row.get("elapsed_seconds", 0.0) for row in rows), default=0.0)
+
+
+def _in_process(function: Callable[..., None], *arguments: Any) -> None:
+    """Calls a function in a process of its own."""
+    process = get_context("spawn").Process(
+        target=_child, args=(function, *arguments), daemon=True
+    )
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise ChildProcessError(
+            f"{function.__name__} ended with status {process.exitcode}; the same "
+            "command goes on where it stopped"
+        )
+
+
+def _child(function: Callable[..., None], *arguments: Any) -> None:
+    with exits.plain_errors():
+        start.start()
+        function(*arguments)
+
+
+def write_data(out: Path, settings: Settings, reviews: Path) -> None:
+    """Writes A.jsonl to D.jsonl, and the pieces of part B."""
+    parts = split_reviews(reviews)
+    for part in PARTS:
+        write_lines(out / "data" / f"{part}.jsonl", parts[part])
+    write_lines(out / "data" / "B-pieces.jsonl", pieces(parts["B"], settings.piece))
+
+
+def _load_policy(out: Path, settings: Settings) -> tuple[Run, Rules]:
+    policy = load_run(out / "policy")
+    return policy, make_rules(settings.responses, text_tokenizer(policy))
+
+
+def write_beginnings(out: Path, settings: Settings) -> None:
+    """Writes prompts.jsonl, all of part A, and beginnings.jsonl, of part D."""
+    policy, rules = _load_policy(out, settings)
+    for part, name in (("A", "prompts"), ("D", "beginnings")):
+        reviews = read_lines(out / "data" / f"{part}.jsonl")
+        found = beginnings(reviews, text_tokenizer(policy), rules, settings.beginning)
+        count = settings.evaluated if part == "D" else len(found)
+        if len(found) < count:
+            raise ValueError(
+                f"part D has {len(found)} beginnings, fewer than {count}; give more "
+                "reviews"
+            )
+        write_lines(out / "data" / f"{name}.jsonl", found[:count])
+
+
+def write_preferences(out: Path, settings: Settings) -> None:
+    """Writes preferences.jsonl: continuations of part A's beginnings, labelled."""
+    policy, rules = _load_policy(out, settings)
+    labeller, tokenizer = load_run(out / "labeller"), text_tokenizer(policy)
+    prompts = [row["prompt"] for row in read_lines(out / "data" / "prompts.jsonl")]
+    prompts = [prompts[n % len(prompts)] for n in range(settings.pairs)]
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    ids = encode_prompts(tokenizer, policy.config, twice)
+    texts = continuations(respond(policy, ids, rules, _DATA_SEED), tokenizer)
+    whole = [prompt + text for prompt, text in zip(twice, texts, strict=True)]
+    logits_N2 = positive_logits(labeller, pooled(labeller, whole)).reshape(-1, 2)
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    rows = label_pairs(prompts, pairs, logits_N2, settings.flipped, _DATA_SEED)
+    write_lines(out / "data" / "preferences.jsonl", rows)
+
+
+def write_samples(out: Path, settings: Settings, seed: int, arm: str) -> None:
+    """Writes an arm's continuations of part D's beginnings.
+
+    All arms of a seed draw with the same keys. The log-probabilities are of the whole
+    continuation, in nats; best-of-n's are those of the policy.
+    """
+    policy, rules = _load_policy(out, settings)
+    tokenizer, run = text_tokenizer(policy), policy
+    folder = out / f"seed-{seed}"
+    reward_model, n = load_run(folder / "reward"), 1
+    if arm in settings.arms:
+        run = load_run(folder / arm, settings.arms[arm].checkpoint)
+    elif arm == settings.best_of_name:
+        n = settings.best_of
+    prompts = [row["prompt"] for row in read_lines(out / "data" / "beginnings.jsonl")]
+    ids = encode_prompts(tokenizer, policy.config, prompts)
+    rolled = respond(run, [p for p in ids for _ in range(n)], rules, seed)
+    scores_N = score(reward_model, rolled)
+    best_N = scores_N.reshape(-1, n).argmax(axis=1) + n * np.arange(len(prompts))
+    columns = rolled.tokens_BT, rolled.prompts_B, rolled.counts_B, rolled.ended_B
+    rolled = Rollout(*(column[best_N] for column in columns))
+    reference_N = log_probs(policy, rolled, rules).sum(axis=1)
+    log_probs_N = reference_N
+    if run is not policy:
+        log_probs_N = log_probs(run, rolled, rules).sum(axis=1)
+    names = "prompt", "text", "tokens", "ended", "log_prob", "reference_log_prob"
+    values = zip(
+        prompts,
+        continuations(rolled, tokenizer),
+        rolled.counts_B.tolist(),
+        rolled.ended_B.tolist(),
+        log_probs_N.tolist(),
+        reference_N.tolist(),
+        scores_N[best_N].tolist(),
+        strict=True,
+    )
+    rows = [dict(zip((*names, "score"), row, strict=True)) for row in values]
+    write_lines(folder / "samples" / f"{arm}.jsonl", rows)
