@@ -1,0 +1,111 @@
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from conftest import ONE_ROW, TINY, changed
+
+from jaxgpt import CharTokenizer
+from jaxgpt.models import build_model, parameter_shapes
+from jaxgpt.rlhf_reviews import judges
+from jaxgpt.run import Run
+
+
+def random_run(config, tokenizer):
+    """A run of random parameters."""
+    model = build_model(config.model, "cpu")
+    params = jax.device_put(model.init(jax.random.key(0), ONE_ROW[:, :2])["params"])
+    return Run(config, tokenizer, model, params, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "repeats"),
+    [
+        ("it was good it was good", True),
+        ("It was good. It was, Good!", True),
+        ("it was good it was bad", False),
+        ("no no no", False),
+        ("no no no no", True),
+        ("it's a film, it is a film", False),
+        ("", False),
+    ],
+)
+def test_a_trigram_repeats_if_its_three_words_do(text, repeats):
+    assert judges.has_repeated_trigram(text) == repeats
+
+
+def test_the_band_is_from_the_5th_to_the_95th_percentile():
+    log_probs_N = np.random.default_rng(0).permutation(np.arange(101.0))
+    assert judges.human_band(log_probs_N) == (5, 95)
+
+
+def test_mean_log_probs_are_of_the_continuation_alone():
+    tokenizer = CharTokenizer("abcdefghi.", ["<|endoftext|>"])
+    config = changed(TINY, data={"packing": "documents"})
+    run = random_run(config, tokenizer)
+    found_N = judges.mean_log_probs(run, ["ab", "abc"], ["cd", "def.abcdefgh"])
+    end = tokenizer.end_of_text
+    for (kept, text), found in zip(
+        (("ab", "cd"), ("", "def.abc")), found_N, strict=True
+    ):
+        ids = np.array([end, *tokenizer.encode(kept + text)])
+        if not kept:  # of what exceeds the window, one token of the prompt is left
+            ids[0] = tokenizer.encode("c")[0]
+        logits_TV = run.model.apply({"params": run.params}, ids[None])[0]
+        log_probs_TV = jax.nn.log_softmax(logits_TV)
+        at = range(len(ids) - len(text), len(ids))
+        expected = np.mean([log_probs_TV[t - 1, ids[t]] for t in at])
+        assert found == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_the_logits_are_those_of_the_labeller():
+    tokenizer = CharTokenizer("abcdefghi.", ["<|endoftext|>"])
+    for labels, bias in (
+        (("negative", "positive"), True),
+        (judges.LABELS[::-1], False),
+    ):
+        model = {"architecture": "classifier", "labels": labels, "bias": bias}
+        run = random_run(changed(TINY, model=model), tokenizer)
+        features_NC = judges.pooled(run, ["abc", "defgh"])
+        logits_N = judges.positive_logits(run, features_NC)
+        for text, found in zip(["abc", "defgh"], logits_N, strict=True):
+            ids = np.array([[tokenizer.end_of_text, *tokenizer.encode(text)]])
+            logits_K = run.model.apply({"params": run.params}, ids)[0]
+            sign = 1 if labels[1] == "positive" else -1
+            assert found == pytest.approx(
+                sign * float(logits_K[1] - logits_K[0]), abs=1e-5
+            )
+
+
+def test_gold_is_every_part_and_each_is_told_alone(monkeypatch):
+    log_probs_N = np.array([-3.0, -3.0, -3.0, -3.0, -1.0, -9.0, -2.0])
+    monkeypatch.setattr(judges, "mean_log_probs", lambda *_: log_probs_N)
+    texts = [" a great film.", " a dull film.", " so great so great so great."]
+    texts += [" a great film", " a great film.", " a great film.", " a great film."]
+    rows = [{"prompt": "It is", "text": t, "ended": t.endswith(".")} for t in texts]
+    is_positive = lambda texts: np.array(["great" in text for text in texts])  # noqa: E731
+    gold = judges.Gold(SimpleNamespace(is_positive=is_positive), None, (-5.0, -2.0))
+    found = judges.judge(gold, rows)
+    wrong = {"positive": [1], "no_repeat": [2], "ended": [3], "likely": [4, 5]}
+    for name, at in wrong.items():
+        assert np.flatnonzero(~found[name]).tolist() == at
+    assert np.flatnonzero(found["gold"]).tolist() == [0, 6]
+    assert np.flatnonzero(found["not_counting_ended"]).tolist() == [0, 3, 6]
+    assert np.flatnonzero(~found["vader"]).tolist() == [1]
+
+
+def test_the_classifier_learns_words_and_is_measured_on_others():
+    rows = [
+        {"text": f"film {n} was {word}", "label": label}
+        for n in range(40)
+        for word, label in (("superb", "positive"), ("awful", "negative"))
+    ]
+    classifier = judges.train_classifier(rows[:60], rows[60:])
+    assert classifier.accuracy == 1
+    assert classifier.is_positive(["superb", "awful"]).tolist() == [True, False]
+
+
+def test_a_missing_package_is_named_with_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(judges, "find_spec", lambda name: name != "sklearn")
+    with pytest.raises(ImportError, match=r"scikit-learn.*requirements-rlhf.txt"):
+        judges.check_installed()
