@@ -98,7 +98,7 @@ _SMALL = (
     "--data.batch-size 8 --train.max-steps 4 --train.eval-interval 2 "
     "--train.checkpoint-interval 2 --train.eval-iters 1 --train.steps-per-call 1"
 )
-_SHORT = " --data.batch-size 8 --train.max-steps 2 --train.eval-interval 1 "
+_SHORT = " --data.batch-size 16 --train.max-steps 2 --train.eval-interval 1 "
 _SHORT += "--train.checkpoint-interval 1 --train.eval-iters 1"
 TINY = Settings(
     policy=f"reviews-bpe --model.block-size 32 {_SMALL}",

@@ -6,7 +6,7 @@ import pytest
 from conftest import ONE_ROW, TINY, changed
 
 from jaxgpt import CharTokenizer
-from jaxgpt.models import build_model, parameter_shapes
+from jaxgpt.models import build_model
 from jaxgpt.rlhf_reviews import judges
 from jaxgpt.run import Run
 
