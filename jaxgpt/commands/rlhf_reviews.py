@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from jaxgpt.config import check_seed
 from jaxgpt.files import replace_file
 from jaxgpt.rlhf_reviews.arms import SCALES
@@ -18,7 +20,7 @@ def rlhf_reviews(
     out_dir: Path | None = None,
     seeds: tuple[int, ...] = (1337, 1338, 1339),
     scale: Literal["full", "tiny"] = "full",
-    beta_zero: bool = True,
+    without_beta_zero: tyro.conf.FlagCreatePairsOff[bool] = False,
     reviews: Path | None = None,
 ) -> int:
     """Tunes a language model for positive reviews in several ways, and judges them.
@@ -31,7 +33,7 @@ def rlhf_reviews(
             runs/rlhf-reviews-trial
         seeds: seeds of everything from the reward model on
         scale: all of the experiment, or a trial that shows only that everything works
-        beta_zero: also train without a penalty, to see whether the reward is hacked
+        without_beta_zero: leave out PPO without a penalty, which takes long
         reviews: JSONL of text, label (0 or 1) and source in place of the package's
     """
     check_installed()
@@ -44,7 +46,7 @@ def rlhf_reviews(
     reviews = reviews or find_reviews(log_line)
     content = settings.to_dict() | {"reviews_sha256": digest_files([reviews])}
     _check_settings(out / "settings.json", json.loads(json.dumps(content)))
-    arms = [arm for arm in settings.arms if beta_zero or arm != "beta-0"]
+    arms = [arm for arm in settings.arms if not (without_beta_zero and arm == "beta-0")]
     run_experiment(out, settings, reviews, seeds, arms)
     print((out / "report.md").read_text(encoding="utf-8"), end="")
     return 0
