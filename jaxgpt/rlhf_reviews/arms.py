@@ -30,7 +30,7 @@ class Settings:
     """All settings. Hyperparameters were chosen by proxy and KL on part A alone."""
 
     policy: str  # preset and flags of each training
-    labeller: str
+    gold_classifier: str
     gold_lm: str
     reward: str
     arms: dict[str, Arm]
@@ -41,7 +41,7 @@ class Settings:
         )
     )
     beginning: int = 8  # tokens
-    piece: int = 32  # words of a review that the classifiers are trained on
+    piece: int = 32  # words of a review that gold's classifier is trained on
     evaluated: int = 1024  # beginnings of part D
     pairs: int = 20_000
     flipped: float = 0.1  # share of the preferences
@@ -76,21 +76,26 @@ class Settings:
 
 
 _LM = (
-    "reviews-bpe --model.block-size 64 --model.vocab-size 2048 --model.n-embd 128 "
+    "reviews-bpe --model.block-size 48 --model.vocab-size 2048 --model.n-embd 128 "
     "--data.batch-size 32 --optimizer.learning-rate 4e-3 --optimizer.min-lr 4e-5 "
 )
+_PPO = "ppo --optimizer.learning-rate 2e-4 --train.eval-interval 20 "
 FULL = Settings(
-    policy=_LM + "--train.max-steps 3000",
-    labeller="sentiment --model.block-size 64 --model.vocab-size 4096 "
-    "--data.batch-size 64 --train.max-steps 800",
-    gold_lm=_LM + "--train.max-steps 2500",
-    reward="reward",
+    policy=_LM + "--train.max-steps 4000",
+    gold_classifier="sentiment --model.block-size 64 --model.vocab-size 4096 "
+    "--data.batch-size 64 --train.max-steps 1000 --train.eval-interval 250",
+    gold_lm=_LM + "--train.max-steps 3000",
+    reward="reward --data.batch-size 32 --optimizer.learning-rate 5e-3 "
+    "--optimizer.warmup-steps 50 --train.max-steps 600 --train.eval-interval 200",
     arms={
-        "ppo-low": Arm("ppo --ppo.kl-target 1.83 --train.max-steps 30"),
-        "ppo": Arm("ppo --ppo.kl-target 8"),
+        "ppo-low": Arm(
+            _PPO + "--ppo.kl-target 1.83 --ppo.beta 0.3 --train.max-steps 40"
+        ),
+        "ppo": Arm(_PPO + "--ppo.kl-target 6 --ppo.beta 0.15 --train.max-steps 60"),
         "dpo": Arm("dpo", checkpoint="best"),
-        "beta-0": Arm("ppo --ppo.beta 0 --ppo.kl-target 0 --train.max-steps 150"),
+        "beta-0": Arm(_PPO + "--ppo.beta 0 --train.max-steps 100"),
     },
+    pairs=24_000,
 )
 
 _SMALL = (
@@ -102,7 +107,7 @@ _SHORT = " --data.batch-size 16 --train.max-steps 2 --train.eval-interval 1 "
 _SHORT += "--train.checkpoint-interval 1 --train.eval-iters 1"
 TINY = Settings(
     policy=f"reviews-bpe --model.block-size 32 {_SMALL}",
-    labeller=f"sentiment --model.block-size 64 {_SMALL}",
+    gold_classifier=f"sentiment --model.block-size 64 {_SMALL}",
     gold_lm=f"reviews-bpe --model.block-size 32 {_SMALL}",
     reward="reward" + _SHORT,
     arms={

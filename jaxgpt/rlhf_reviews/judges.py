@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.models.encoder import Classifier, masked_mean
-from jaxgpt.posttrain.rollout import Rollout, Rules, in_batches, log_probs
+from jaxgpt.classification import classify
+from jaxgpt.posttrain.rollout import Rules, log_probs
 from jaxgpt.rlhf_reviews.data import LABELS, as_rollout
-from jaxgpt.run import Run, require_task, text_tokenizer
-from jaxgpt.text.labelled import encode_texts
+from jaxgpt.run import Run, require_task
 
 _PACKAGES = {"sklearn": "scikit-learn", "vaderSentiment": "vaderSentiment"}
 _BAND = (5, 95)  # percentiles of human continuations
@@ -32,66 +30,39 @@ def check_installed() -> None:
             )
 
 
-def pooled(labeller: Run, texts: Sequence[str]) -> np.ndarray:
-    """What the head of a classifier reads of each text, f32 [N, C]."""
-    T = labeller.config.model.block_size
-    sequences = encode_texts(texts, text_tokenizer(labeller), T, None)
-    N = len(texts)
-    arrays = sequences.padded(np.arange(N), T), sequences.lengths.astype(np.int32)
-    none_N = np.zeros(N, np.int32)
-    rows = Rollout(*map(jnp.asarray, (*arrays, none_N, none_N == 0)))
-
-    def features(model: Classifier, tokens_BT: Any, lengths_B: Any) -> Any:
-        return masked_mean(model.encoder(tokens_BT, lengths_B), lengths_B)
-
-    def predict(params: Any, rows: Rollout) -> Any:
-        inputs = rows.tokens_BT, rows.prompts_B
-        found_BC = labeller.model.apply({"params": params}, *inputs, method=features)
-        return jnp.asarray(found_BC)
-
-    return in_batches(predict, labeller, rows)
-
-
-def positive_logits(labeller: Run, pooled_NC: np.ndarray) -> np.ndarray:
-    """Logits of a positive text against a negative one, f32 [N]."""
-    labels = require_task(labeller.config, "classification").labels
-    head = labeller.params["classifier"]
-    kernel_C2 = np.asarray(head["kernel"]).reshape(pooled_NC.shape[1], 2)
-    sign_2 = [1 if label == LABELS[1] else -1 for label in labels]
-    logits_N: np.ndarray = pooled_NC @ (kernel_C2 @ sign_2)
-    return logits_N + np.asarray(head.get("bias", np.zeros(2))) @ sign_2
-
-
-class GoldClassifier(NamedTuple):
-    """Part C's classifier: TF-IDF of words and word pairs, and logistic regression.
+class Labeller(NamedTuple):
+    """Part B's classifier: TF-IDF of words, and logistic regression.
 
     Attributes:
-      pipeline: of scikit-learn.
-      accuracy: on pieces of part C that it was not trained on.
+      words: maps texts to features, sparse f64 [N, C].
+      classifier: of scikit-learn.
     """
 
-    pipeline: Any
-    accuracy: float
+    words: Any
+    classifier: Any
 
-    def is_positive(self, texts: Sequence[str]) -> np.ndarray:
-        """Whether each text is positive, bool [N]."""
-        return np.asarray(self.pipeline.predict(texts) == LABELS[1])
+    def positive_logits(self, texts: Sequence[str]) -> np.ndarray:
+        """Logits of a positive text against a negative one, f64 [N]."""
+        return np.asarray(self.classifier.decision_function(self.words(texts)))
 
 
-def train_classifier(
-    train: Sequence[dict[str, str]], test: Sequence[dict[str, str]]
-) -> GoldClassifier:
-    """Trains part C's classifier on texts with a label."""
+def train_labeller(reviews: Sequence[dict[str, str]]) -> Labeller:
+    """Trains part B's classifier on whole reviews, which takes a few seconds."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
 
-    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-    pipeline = make_pipeline(words, LogisticRegression(C=4, max_iter=1000))
-    pipeline.fit([r["text"] for r in train], [r["label"] for r in train])
-    truth = [row["label"] for row in test]
-    accuracy = pipeline.score([row["text"] for row in test], truth)
-    return GoldClassifier(pipeline, float(accuracy))
+    rare = min(30, len(reviews) // 200)
+    vectorizer = TfidfVectorizer(min_df=max(1, rare), sublinear_tf=True)
+    features = vectorizer.fit_transform([row["text"] for row in reviews])
+    is_positive = [row["label"] == LABELS[1] for row in reviews]
+    classifier = LogisticRegression(max_iter=1000).fit(features, is_positive)
+    return Labeller(vectorizer.transform, classifier)
+
+
+def is_positive(classifier: Run, texts: Sequence[str]) -> np.ndarray:
+    """Whether part C's classifier finds each text positive, bool [N]."""
+    labels = require_task(classifier.config, "classification").labels
+    return classify(classifier, texts).argmax(axis=1) == labels.index(LABELS[1])
 
 
 def has_repeated_trigram(text: str) -> bool:
@@ -123,12 +94,12 @@ class Gold(NamedTuple):
     """What judges continuations.
 
     Attributes:
-      classifier: says whether a text is positive.
+      classifier: part C's, which says whether a text is positive.
       model: part C's language model.
       band: mean log-probability of a token, from and to.
     """
 
-    classifier: GoldClassifier
+    classifier: Run
     model: Run
     band: tuple[float, float]
 
@@ -146,7 +117,7 @@ def judge(gold: Gold, rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     low, high = gold.band
     log_probs_N = mean_log_probs(gold.model, prompts, texts)
     found = {
-        "positive": gold.classifier.is_positive(whole),
+        "positive": is_positive(gold.classifier, whole),
         "no_repeat": np.array([not has_repeated_trigram(text) for text in texts]),
         "ended": np.array([row["ended"] for row in rows], bool),
         "likely": (low <= log_probs_N) & (log_probs_N <= high),

@@ -15,7 +15,7 @@ from jaxgpt.files import replace_file
 from jaxgpt.posttrain.rewards import score
 from jaxgpt.rlhf_reviews import judges
 from jaxgpt.rlhf_reviews.arms import PRETRAINED, Settings
-from jaxgpt.rlhf_reviews.data import as_rollout, pieces, read_lines, write_lines
+from jaxgpt.rlhf_reviews.data import as_rollout, read_lines, write_lines
 from jaxgpt.rlhf_reviews.statistics import (
     Interval,
     Resamples,
@@ -24,12 +24,12 @@ from jaxgpt.rlhf_reviews.statistics import (
     resample,
 )
 from jaxgpt.run import Run, load_run
-from jaxgpt.text.tables import SPLITS, split_of, splits_of
+from jaxgpt.text.tables import SPLITS, splits_of
+from jaxgpt.training.monitor import read_rows
 
 _JUDGED = ("gold", "not_counting_ended", *judges.PARTS, "vader")
 _FREE_KL = 30  # nats that PPO without a penalty is to reach
 _SHOWN = 4  # beginnings
-_VAL_FRACTION = 0.05  # of part C's reviews, twice: what gold's classifier is tested on
 
 
 def write_report(
@@ -63,7 +63,7 @@ def write_report(
     )
     draws = resample(len(seeds), settings.evaluated)
     report = asked | {
-        "gold_classifier_accuracy": gold.classifier.accuracy,
+        "gold_classifier_accuracy": _best_accuracy(out / "gold-classifier"),
         "likely_band": gold.band,
         "humans": {name: float(humans[name].mean()) for name in _JUDGED},
         "results": {arm: _summary(columns[arm], draws) for arm in arms},
@@ -90,16 +90,17 @@ def _write(text: str, path: Path) -> None:
 
 
 def _make_gold(out: Path, settings: Settings) -> judges.Gold:
-    """Trains part C's classifier, and measures part A's people by part C's model."""
-    parts: dict[bool, list[dict[str, str]]] = {True: [], False: []}
-    for review in read_lines(out / "data" / "C.jsonl"):
-        is_test = split_of(review["text"], _VAL_FRACTION) > 0
-        parts[is_test] += pieces([review], settings.piece)
-    classifier = judges.train_classifier(parts[False], parts[True])
+    """Measures part A's people by part C's model."""
     model, humans = load_run(out / "gold-lm"), read_lines(out / "data/prompts.jsonl")
     prompts, texts = ([row[name] for row in humans] for name in ("prompt", "text"))
     band = judges.human_band(judges.mean_log_probs(model, prompts, texts))
-    return judges.Gold(classifier, model, band)
+    return judges.Gold(load_run(out / "gold-classifier"), model, band)
+
+
+def _best_accuracy(run_dir: Path) -> float:
+    """A classifier's accuracy on its val split where it was best."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return max(row["val_accuracy"] for row in rows if row["event"] == "eval")
 
 
 def _columns(
@@ -217,7 +218,7 @@ def _check_reward_models(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
         )
         return chosen_P - rejected_P
 
-    labeller = load_run(out / "labeller")
+    labeller = judges.train_labeller(read_lines(out / "data" / "B.jsonl"))
     return {
         "pairs": len(test),
         "seeds": [
@@ -233,22 +234,24 @@ def _texts(pairs: Sequence[dict[str, Any]], name: str) -> tuple[list[str], list[
 
 
 def _refit(
-    labeller: Run, train: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]]
+    labeller: judges.Labeller,
+    train: Sequence[dict[str, Any]],
+    test: Sequence[dict[str, Any]],
 ) -> np.ndarray:
     """The margins of test pairs by a Bradley-Terry model of the labeller's features."""
     from sklearn.linear_model import LogisticRegression
 
-    def differences(pairs: Sequence[dict[str, Any]]) -> np.ndarray:
+    def differences(pairs: Sequence[dict[str, Any]]) -> Any:
         chosen_PC, rejected_PC = (
-            judges.pooled(labeller, [pair["prompt"] + pair[name] for pair in pairs])
+            labeller.words([pair["prompt"] + pair[name] for pair in pairs])
             for name in ("chosen", "rejected")
         )
         return chosen_PC - rejected_PC
 
     x_PC, sign_P = differences(train), np.resize([1, -1], len(train))
     model = LogisticRegression(fit_intercept=False, max_iter=1000)
-    model.fit(x_PC * sign_P[:, None], sign_P)
-    return differences(test) @ model.coef_[0]
+    model.fit(x_PC.multiply(sign_P[:, None]).tocsr(), sign_P)
+    return np.asarray(differences(test) @ model.coef_[0])
 
 
 def _plot(columns: dict[str, dict[str, np.ndarray]], path: Path) -> None:

@@ -32,7 +32,7 @@ from jaxgpt.rlhf_reviews.data import (
     split_reviews,
     write_lines,
 )
-from jaxgpt.rlhf_reviews.judges import pooled, positive_logits
+from jaxgpt.rlhf_reviews.judges import train_labeller
 from jaxgpt.rlhf_reviews.report import write_report
 from jaxgpt.run import Run, has_run, load_run, text_tokenizer
 from jaxgpt.terminal import log_line
@@ -78,7 +78,8 @@ def run_experiment(
 
     stage("data", lambda: write_data(out, settings, reviews))
     train("policy", settings.policy, "--data.path", data / "A.jsonl")
-    train("labeller", settings.labeller, "--data.path", data / "B-pieces.jsonl")
+    clips = "--data.path", data / "C-pieces.jsonl"
+    train("gold-classifier", settings.gold_classifier, *clips)
     train("gold-lm", settings.gold_lm, "--data.path", data / "C.jsonl")
     separately("beginnings", write_beginnings)
     separately("preferences", write_preferences)
@@ -164,11 +165,11 @@ def _child(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def write_data(out: Path, settings: Settings, reviews: Path) -> None:
-    """Writes A.jsonl to D.jsonl, and the pieces of part B."""
+    """Writes A.jsonl to D.jsonl, and the pieces of part C."""
     parts = split_reviews(reviews)
     for part in PARTS:
         write_lines(out / "data" / f"{part}.jsonl", parts[part])
-    write_lines(out / "data" / "B-pieces.jsonl", pieces(parts["B"], settings.piece))
+    write_lines(out / "data" / "C-pieces.jsonl", pieces(parts["C"], settings.piece))
 
 
 def _load_policy(out: Path, settings: Settings) -> tuple[Run, Rules]:
@@ -194,14 +195,15 @@ def write_beginnings(out: Path, settings: Settings) -> None:
 def write_preferences(out: Path, settings: Settings) -> None:
     """Writes preferences.jsonl: continuations of part A's beginnings, labelled."""
     policy, rules = _load_policy(out, settings)
-    labeller, tokenizer = load_run(out / "labeller"), text_tokenizer(policy)
+    labeller = train_labeller(read_lines(out / "data" / "B.jsonl"))
+    tokenizer = text_tokenizer(policy)
     prompts = [row["prompt"] for row in read_lines(out / "data" / "prompts.jsonl")]
     prompts = [prompts[n % len(prompts)] for n in range(settings.pairs)]
     twice = [prompt for prompt in prompts for _ in range(2)]
     ids = encode_prompts(tokenizer, policy.config, twice)
     texts = continuations(respond(policy, ids, rules, _DATA_SEED), tokenizer)
     whole = [prompt + text for prompt, text in zip(twice, texts, strict=True)]
-    logits_N2 = positive_logits(labeller, pooled(labeller, whole)).reshape(-1, 2)
+    logits_N2 = labeller.positive_logits(whole).reshape(-1, 2)
     pairs = list(zip(texts[::2], texts[1::2], strict=True))
     rows = label_pairs(prompts, pairs, logits_N2, settings.flipped, _DATA_SEED)
     write_lines(out / "data" / "preferences.jsonl", rows)
