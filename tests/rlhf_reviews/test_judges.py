@@ -1,12 +1,12 @@
-from types import SimpleNamespace
-
 import jax
 import numpy as np
 import pytest
 from conftest import ONE_ROW, TINY, changed
 
 from jaxgpt import CharTokenizer
+from jaxgpt.classification import classify
 from jaxgpt.models import build_model
+from jaxgpt.parallel.mesh import replicated, single_device_mesh
 from jaxgpt.rlhf_reviews import judges
 from jaxgpt.run import Run
 
@@ -14,7 +14,8 @@ from jaxgpt.run import Run
 def random_run(config, tokenizer):
     """A run of random parameters."""
     model = build_model(config.model, "cpu")
-    params = jax.device_put(model.init(jax.random.key(0), ONE_ROW[:, :2])["params"])
+    params = model.init(jax.random.key(0), ONE_ROW[:, :2])["params"]
+    params = jax.device_put(params, replicated(single_device_mesh()))
     return Run(config, tokenizer, model, params, 0)
 
 
@@ -58,23 +59,20 @@ def test_mean_log_probs_are_of_the_continuation_alone():
         assert found == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_the_logits_are_those_of_the_labeller():
+def test_the_judge_of_sentiment_reads_the_label_by_its_name():
     tokenizer = CharTokenizer("abcdefghi.", ["<|endoftext|>"])
-    for labels, bias in (
-        (("negative", "positive"), True),
-        (judges.LABELS[::-1], False),
-    ):
-        model = {"architecture": "classifier", "labels": labels, "bias": bias}
+    texts = ["abc", "defgh", "a.a.a", "hhh"]
+    for labels in (judges.LABELS, judges.LABELS[::-1]):
+        model = {"architecture": "classifier", "labels": labels}
         run = random_run(changed(TINY, model=model), tokenizer)
-        features_NC = judges.pooled(run, ["abc", "defgh"])
-        logits_N = judges.positive_logits(run, features_NC)
-        for text, found in zip(["abc", "defgh"], logits_N, strict=True):
-            ids = np.array([[tokenizer.end_of_text, *tokenizer.encode(text)]])
-            logits_K = run.model.apply({"params": run.params}, ids)[0]
-            sign = 1 if labels[1] == "positive" else -1
-            assert found == pytest.approx(
-                sign * float(logits_K[1] - logits_K[0]), abs=1e-5
-            )
+        probs_NK = classify(run, texts)
+        expected = probs_NK[:, labels.index("positive")] > 0.5
+        assert judges.is_positive(run, texts).tolist() == expected.tolist()
+
+
+def finds_great(classifier, texts):
+    """Stands for a classifier that knows one word."""
+    return np.array(["great" in text for text in texts])
 
 
 def test_gold_is_every_part_and_each_is_told_alone(monkeypatch):
@@ -83,8 +81,8 @@ def test_gold_is_every_part_and_each_is_told_alone(monkeypatch):
     texts = [" a great film.", " a dull film.", " so great so great so great."]
     texts += [" a great film", " a great film.", " a great film.", " a great film."]
     rows = [{"prompt": "It is", "text": t, "ended": t.endswith(".")} for t in texts]
-    is_positive = lambda texts: np.array(["great" in text for text in texts])  # noqa: E731
-    gold = judges.Gold(SimpleNamespace(is_positive=is_positive), None, (-5.0, -2.0))
+    monkeypatch.setattr(judges, "is_positive", finds_great)
+    gold = judges.Gold(None, None, (-5.0, -2.0))
     found = judges.judge(gold, rows)
     wrong = {"positive": [1], "no_repeat": [2], "ended": [3], "likely": [4, 5]}
     for name, at in wrong.items():
@@ -94,15 +92,17 @@ def test_gold_is_every_part_and_each_is_told_alone(monkeypatch):
     assert np.flatnonzero(~found["vader"]).tolist() == [1]
 
 
-def test_the_classifier_learns_words_and_is_measured_on_others():
+def test_the_labeller_learns_words():
     rows = [
         {"text": f"film {n} was {word}", "label": label}
         for n in range(40)
         for word, label in (("superb", "positive"), ("awful", "negative"))
     ]
-    classifier = judges.train_classifier(rows[:60], rows[60:])
-    assert classifier.accuracy == 1
-    assert classifier.is_positive(["superb", "awful"]).tolist() == [True, False]
+    labeller = judges.train_labeller(rows)
+    logits_N = labeller.positive_logits(["superb", "awful", "superb awful", "x"])
+    assert logits_N[0] > 1
+    assert logits_N[1] < -1
+    assert logits_N[2:] == pytest.approx(0, abs=0.1)
 
 
 def test_a_missing_package_is_named_with_how_to_install_it(monkeypatch):
