@@ -92,7 +92,11 @@ FULL = Settings(
             _PPO + "--ppo.kl-target 1.83 --ppo.beta 0.3 --train.max-steps 40"
         ),
         "ppo": Arm(_PPO + "--ppo.kl-target 6 --ppo.beta 0.15 --train.max-steps 60"),
-        "dpo": Arm("dpo", checkpoint="best"),
+        "dpo": Arm(
+            "dpo --optimizer.learning-rate 3e-4 --train.max-steps 300 "
+            "--train.eval-iters 10",
+            checkpoint="best",
+        ),
         "beta-0": Arm(_PPO + "--ppo.beta 0 --train.max-steps 100"),
     },
     pairs=24_000,
