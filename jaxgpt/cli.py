@@ -235,16 +235,18 @@ def _start_from(run_dir: Path, checkpoint: str, preset: Config) -> Config:
     """
     saved, folder = load_config(run_dir), find_checkpoint(run_dir, checkpoint)
     model = saved.model
-    if model.task not in (preset.model.task, _STARTS.get(preset.model.task)):
+    own = {*_TRAINING_FIELDS, *_head_fields(preset.model)}
+    values = vars(model) | {n: v for n, v in vars(preset.model).items() if n in own}
+    kind: Any = type(model if preset.model.task == "next-token" else preset.model)
+    names = {each.name for each in dataclasses.fields(kind)}
+    is_start = model.task in (preset.model.task, _STARTS.get(preset.model.task))
+    if not is_start or names - values.keys():
         raise ValueError(
             f"--init-from {run_dir}: architecture={preset.model.architecture} can't "
             f"start from architecture={model.architecture}; give another run or preset"
         )
     log_line(f"starting from {folder}")
-    own = {*_TRAINING_FIELDS, *_head_fields(preset.model)}
-    values = vars(model) | {n: v for n, v in vars(preset.model).items() if n in own}
-    kind: Any = type(model if preset.model.task == "next-token" else preset.model)
-    model = kind(**{each.name: values[each.name] for each in dataclasses.fields(kind)})
+    model = kind(**{name: values[name] for name in names})
     data, tokenizer = preset.data, (run_dir / TOKENIZER).resolve()
     if kind_of(preset) in ("preferences", "prompts"):  # they begin as in the run
         data = dataclasses.replace(data, packing=saved.data.packing)

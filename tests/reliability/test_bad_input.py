@@ -111,6 +111,9 @@ CONVERSATION = (
     '{"messages": [{"role": "user", "content": "Hi"}, '
     '{"role": "assistant", "content": "Lo"}]}\n'
 )
+PREFERENCES = "train.py reward --init-from runs/tiny --data.path a.jsonl"
+PREFERENCE = '{"prompt": "To", "chosen": "be", "rejected": "not"}\n'
+HI = '[{"role": "user", "content": "To"}]'
 INIT_FROM = f"{TRAIN} --init-from runs/tiny"
 PPO = "train.py ppo --init-from runs/tiny --data.path a.jsonl"
 DISTRIBUTED = f"{SMOKE} --num-processes 2 --process-id"
@@ -249,6 +252,27 @@ CASES = {
         ("conversations for a run without a tokenizer",
          f"{CHATS} --init-from runs/imported --model.block-size 8", "runs/imported",
          {"a.jsonl": CONVERSATION}),
+    ],
+    "Preferences": [
+        ("a line without its responses", PREFERENCES, "a.jsonl:1 chosen",
+         {"a.jsonl": '{"prompt": "To"}\n'}),
+        ("a line without a prompt", PREFERENCES, "a.jsonl:1 messages",
+         {"a.jsonl": '{"chosen": "be", "rejected": "not"}\n'}),
+        ("two responses that are the same", PREFERENCES, "a.jsonl:1 chosen rejected",
+         {"a.jsonl": '{"prompt": "To", "chosen": "be", "rejected": "be"}\n'}),
+        ("too few preferences", PREFERENCES, "split hash", {"a.jsonl": PREFERENCE}),
+        ("no response that fits", PREFERENCES, "split block_size=8",
+         {"a.jsonl": PREFERENCE.replace("be", "be" * 9)}),
+        ("no preferences", "train.py reward --init-from runs/tiny", "--data.path"),
+        ("messages for a run without their tokens", PREFERENCES, "special tokens",
+         {"a.jsonl": PREFERENCE.replace('"prompt": "To"', f'"messages": {HI}')}),
+        ("weights of preferences", f"{PREFERENCES} --data.weights 1", "--data.weights",
+         {"a.jsonl": PREFERENCE}),
+        ("DPO of no run", "train.py dpo --data.path a.jsonl", "dpo --init-from",
+         {"a.jsonl": PREFERENCE}),
+        ("a reward model from a bigram model",
+         f"{PREFERENCES.replace('tiny', 'bigram')}", "architecture=bigram",
+         {"a.jsonl": PREFERENCE}),
     ],
     "The run directory": [
         ("it has a run", f"{TRAIN} --out-dir runs/tiny", "runs/tiny --overwrite"),
@@ -393,6 +417,10 @@ CASES = {
          {"p.txt": b"\xff"}),
         ("no tokens", f"{GENERATE} --max-new-tokens 0", "max_new_tokens=0"),
         ("no samples", f"{GENERATE} --num-samples 0", "num_samples=0"),
+        ("the best of some without a reward model", f"{GENERATE} --best-of 4",
+         "--reward-model"),
+        ("a reward model that is a GPT",
+         f"{GENERATE} --best-of 4 --reward-model runs/tiny", "architecture=gpt"),
         ("a temperature of nan", f"{GENERATE} --temperature nan", "temperature=nan"),
         ("a negative temperature", f"{GENERATE} --temperature -1", "temperature=-1"),
         ("a top-k of 0", f"{GENERATE} --top-k 0", "top_k=0"),

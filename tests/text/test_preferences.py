@@ -137,7 +137,7 @@ def test_the_hash_of_the_prompt_alone_determines_the_split(tmp_path):
 
 def test_a_split_without_pairs_is_an_error_that_names_it(tmp_path):
     _, (found,) = rows_of(tmp_path, [pair("a")])
-    split = SPLITS[found - 1]
+    split = SPLITS[int(found) - 1]
     with pytest.raises(ValueError, match=f"the {split} split has no prompts"):
         examples_of(tmp_path, [pair("a")], TOKENIZERS["char"], split=split)
 
