@@ -20,7 +20,9 @@ def rewards_of(judge, prompt, texts):
     """The rewards of prompt and text, each read alone."""
     found = []
     for text in texts:
-        ids = judge.tokenizer.encode(prompt + text)[-judge.config.model.block_size :]
+        ids = judge.tokenizer.encode_prompt(prompt + text)[
+            -judge.config.model.block_size :
+        ]
         found.append(judge.model.apply({"params": judge.params}, ids[None])[0])
     return np.array(found)
 
