@@ -135,7 +135,14 @@ def _train(run_dir: Path, arguments: Sequence[str]) -> float:
         arguments = ["--resume"] if has_run(run_dir) else arguments
         command = [str(_TRAIN), *arguments, "--out-dir", str(run_dir)]
         log_line(f"python {' '.join(command)}")
-        status = subprocess.run([sys.executable, *command], stdout=2).returncode
+        with subprocess.Popen([sys.executable, *command], stdout=2) as process:
+            try:
+                status = process.wait()
+            except (
+                KeyboardInterrupt
+            ):  # a signal; Popen waits until a checkpoint is saved
+                process.terminate()
+                raise
         if status:
             raise ChildProcessError(
                 f"the training of {run_dir} ended with status {status}; the same "
