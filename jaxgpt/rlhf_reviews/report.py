@@ -315,7 +315,7 @@ def _arms_table(report: dict[str, Any]) -> str:
     low, high = report["likely_band"]
     lines += [
         "",
-        f"Means of {len(report['seeds'])} seeds, ± the standard error over beginnings "
+        f"Means over seeds {', '.join(map(str, report['seeds']))}, ± the standard error over beginnings "
         "and seeds. KL in nats per continuation; proxy in standard deviations of the "
         "pre-trained policy's. Gold's classifier is right for "
         f"{report['gold_classifier_accuracy']:.1%} of held-out pieces; likely is a "
