@@ -313,10 +313,11 @@ def _arms_table(report: dict[str, Any]) -> str:
     cells = ["people", "", "", people[0], "", *people[1:], ""]
     lines.append(f"| {' | '.join(cells)} |")
     low, high = report["likely_band"]
+    seeds = ", ".join(map(str, report["seeds"]))
     lines += [
         "",
-        f"Means over seeds {', '.join(map(str, report['seeds']))}, ± the standard error over beginnings "
-        "and seeds. KL in nats per continuation; proxy in standard deviations of the "
+        f"Means over seeds {seeds}, ± the standard error over beginnings and seeds. KL "
+        "in nats per continuation; proxy in standard deviations of the "
         "pre-trained policy's. Gold's classifier is right for "
         f"{report['gold_classifier_accuracy']:.1%} of held-out pieces; likely is a "
         f"mean log-probability of a token between {low:.2f} and {high:.2f}.",
