@@ -453,7 +453,7 @@ class PPOConfig:
     reward_std: float = 1.0
     reference_sha256: str = ""  # of the reference; set by the first run
     max_new_tokens: int = 32  # longest response
-    # an end before this many tokens of the response is an ordinary token
+    # the end of a sentence before this many tokens does not end the response
     min_new_tokens: int = 0
     # what ends a response: a special token (the end of text or of a turn), or also the
     # end of a sentence
@@ -477,6 +477,11 @@ class PPOConfig:
         _check_at_least(self, 1, "kl_horizon")
         _check_at_least(self, 0, "min_new_tokens", "no_end_penalty", "beta")
         _check_at_least(self, 0, "kl_target", "value_clip", "value_coefficient")
+        _check(
+            not self.min_new_tokens or self.end == "sentence",
+            f"min_new_tokens={self.min_new_tokens} has no effect with end={self.end}; "
+            "use --ppo.end sentence",
+        )
         _check(
             self.min_new_tokens <= self.max_new_tokens,
             f"min_new_tokens={self.min_new_tokens} is above max_new_tokens="

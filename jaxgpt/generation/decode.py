@@ -14,7 +14,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -60,6 +60,16 @@ class DecodingState:
     finished_B: Array
     caches: tuple[KV, ...] | None
     memory: tuple[Memory, ...] | None = None
+
+
+class LateEnds(NamedTuple):
+    """Tokens that end a row only as its `first`-th new token or a later one."""
+
+    tokens: tuple[int, ...]
+    first: int
+
+
+NO_LATE_ENDS = LateEnds((), 0)
 
 
 @partial(jax.jit, static_argnums=(0, 5))
@@ -116,12 +126,11 @@ def append(
     state: DecodingState,
     token_B: Array,
     end_tokens: tuple[int, ...],
-    min_new_tokens: int = 0,
+    late_ends: LateEnds = NO_LATE_ENDS,
 ) -> DecodingState:
     """Appends a token, i32, to each row; end tokens finish it.
 
-    A full window drops its first token. A finished row does not change. An end token
-    before the `min_new_tokens`-th new token is an ordinary one.
+    A full window drops its first token. A finished row does not change.
     """
     tokens_BT, length_B, finished_B = state.tokens_BT, state.length_B, state.finished_B
     T = tokens_BT.shape[1]
@@ -129,8 +138,9 @@ def append(
     new_BT = jnp.arange(T) == jnp.minimum(length_B, T - 1)[:, None]
     appended_BT = jnp.where(new_BT, token_B[:, None], kept_BT)
     ends_B = jnp.isin(token_B, jnp.array(end_tokens, jnp.int32))
-    if min_new_tokens > 1:
-        ends_B &= state.drawn_B + 1 >= min_new_tokens
+    if late_ends.tokens:
+        is_late_B = state.drawn_B + 1 >= late_ends.first
+        ends_B |= is_late_B & jnp.isin(token_B, jnp.array(late_ends.tokens))
     return replace(
         state,
         tokens_BT=jnp.where(finished_B[:, None], tokens_BT, appended_BT),
@@ -146,7 +156,7 @@ def decode_step(
     end_tokens: tuple[int, ...],
     params: Any,
     state: DecodingState,
-    min_new_tokens: int = 0,
+    late_ends: LateEnds = NO_LATE_ENDS,
 ) -> tuple[DecodingState, tuple[Array, Array]]:
     """Samples the next token of each row; the arguments are those of `append`.
 
@@ -162,7 +172,7 @@ def decode_step(
     last_token_B = take(state.tokens_BT, state.length_B - 1)[:, 0]
     token_B = jnp.where(finished_B, last_token_B, token_B)
     log_prob_B = jnp.where(finished_B, 0, log_prob_B)
-    state = append(state, token_B, end_tokens, min_new_tokens)
+    state = append(state, token_B, end_tokens, late_ends)
     return state, (token_B, log_prob_B)
 
 

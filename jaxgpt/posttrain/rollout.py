@@ -19,7 +19,13 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jaxgpt.config import PPOConfig, SamplingConfig
-from jaxgpt.generation.decode import decode_step, prefill, unstack_layers
+from jaxgpt.generation.decode import (
+    NO_LATE_ENDS,
+    LateEnds,
+    decode_step,
+    prefill,
+    unstack_layers,
+)
 from jaxgpt.parallel.feeding import shard_batch
 from jaxgpt.parallel.mesh import (
     activation_sharding,
@@ -82,29 +88,31 @@ class Rules(NamedTuple):
 
     Attributes:
       max_new_tokens: N.
-      min_new_tokens: an end before this many tokens of the response is no end.
       end_tokens: a response ends with the first of these.
+      late_ends: or of these, if it has enough tokens.
       temperature: logits are divided by it.
     """
 
     max_new_tokens: int
-    min_new_tokens: int
-    end_tokens: tuple[int, ...]
-    temperature: float
+    end_tokens: tuple[int, ...] = ()
+    late_ends: LateEnds = NO_LATE_ENDS
+    temperature: float = 1.0
 
 
 def make_rules(config: PPOConfig, tokenizer: Tokenizer) -> Rules:
     """The rules of a config.
 
     Special tokens end a response: the end of text, and the end of a turn. With
-    end=sentence so do tokens of a full stop, exclamation or question mark.
+    end=sentence so do, from min_new_tokens on, tokens of a full stop, exclamation or
+    question mark.
     """
-    ends = {tokenizer.special_id(token) for token in tokenizer.special}
+    ends = tuple(tokenizer.special_id(token) for token in tokenizer.special)
+    late_ends = NO_LATE_ENDS
     if config.end == "sentence":
         ids = range(tokenizer.vocab_size)
-        ends |= {i for i in ids if _SENTENCE_END.fullmatch(tokenizer.decode([i]))}
-    lengths = config.max_new_tokens, config.min_new_tokens
-    return Rules(*lengths, tuple(sorted(ends)), config.temperature)
+        found = (i for i in ids if _SENTENCE_END.fullmatch(tokenizer.decode([i])))
+        late_ends = LateEnds(tuple(found), config.min_new_tokens)
+    return Rules(config.max_new_tokens, ends, late_ends, config.temperature)
 
 
 @flax.struct.dataclass
@@ -150,7 +158,7 @@ def rollout(
     def step(carry: Any) -> Any:
         n, state = carry
         state, _ = decode_step(
-            model, sampling, rules.end_tokens, params, state, rules.min_new_tokens
+            model, sampling, rules.end_tokens, params, state, rules.late_ends
         )
         return n + 1, state
 

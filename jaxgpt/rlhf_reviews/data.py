@@ -95,11 +95,12 @@ def beginnings(
 
 def cut(ids: np.ndarray, rules: Rules) -> tuple[int, bool]:
     """How many tokens of a text the rules keep, and whether they end it."""
-    N = rules.max_new_tokens
-    ends = np.flatnonzero(np.isin(ids[:N], rules.end_tokens)) + 1
-    ends = ends[ends >= rules.min_new_tokens]
-    if len(ends):
-        return int(ends[0]), True
+    N, late_ends = rules.max_new_tokens, rules.late_ends
+    is_end = np.isin(ids[:N], rules.end_tokens)
+    is_late = np.arange(1, len(is_end) + 1) >= late_ends.first
+    is_end |= is_late & np.isin(ids[:N], late_ends.tokens)
+    if is_end.any():
+        return int(is_end.argmax()) + 1, True
     return min(len(ids), N), len(ids) < N
 
 

@@ -80,7 +80,7 @@ def mean_log_probs(
     The tokens are the model's own, so the text alone counts.
     """
     rolled = as_rollout(model, prompts, texts)
-    rules = Rules(int(rolled.counts_B.max(initial=1)), 0, (), 1.0)
+    rules = Rules(int(rolled.counts_B.max(initial=1)))
     return log_probs(model, rolled, rules).sum(1) / np.maximum(rolled.counts_B, 1)
 
 

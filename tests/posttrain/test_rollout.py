@@ -7,12 +7,13 @@ from conftest import TINY, changed, init_model
 
 from jaxgpt.config import SamplingConfig
 from jaxgpt.generation import decode
+from jaxgpt.generation.decode import LateEnds
 from jaxgpt.parallel.feeding import shard_batch
 from jaxgpt.parallel.mesh import AXES, make_mesh, replicated
 from jaxgpt.posttrain.rollout import Rules, make_rollout
 from jaxgpt.text.examples import PromptBatch
 
-N, RULES = 5, Rules(5, 0, (3, 7), 0.9)
+N, RULES = 5, Rules(5, (3, 7), temperature=0.9)
 PROMPTS = [[1, 2, 3], [4], [5, 6], [3, 1, 4], [2], [7, 7], [9, 10, 8], [1]]
 
 
@@ -59,10 +60,14 @@ def test_a_rollout_has_the_tokens_of_generate_tokens_up_to_its_end(tiny):
     assert 0 < rolled.ended_B.sum() < len(PROMPTS)
 
 
-def test_an_end_before_min_new_tokens_is_an_ordinary_token(tiny):
+def test_a_late_end_before_its_first_place_is_an_ordinary_token(tiny):
     _, free = responses(tiny, batch_of(PROMPTS))
     assert min(map(len, free)) < 3
-    _, found = responses(tiny, batch_of(PROMPTS), RULES._replace(min_new_tokens=3))
+    _, found = responses(
+        tiny,
+        batch_of(PROMPTS),
+        RULES._replace(end_tokens=(), late_ends=LateEnds((3, 7), 3)),
+    )
     assert min(map(len, found)) == 3
     for row, other in zip(found, free, strict=True):
         assert row[: len(other)] == other

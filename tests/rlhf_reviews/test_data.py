@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxgpt import CharTokenizer
+from jaxgpt.generation.decode import LateEnds
 from jaxgpt.posttrain.rollout import Rollout, Rules
 from jaxgpt.rlhf_reviews import data
 
@@ -11,8 +12,8 @@ TOKENIZER = CharTokenizer("abcdefgh .!", ["<|endoftext|>"])
 
 
 def rules(longest=8, shortest=3):
-    ends = (TOKENIZER.special_id("<|endoftext|>"), *TOKENIZER.encode(".!").tolist())
-    return Rules(longest, shortest, tuple(ends), 1.0)
+    late_ends = LateEnds(tuple(TOKENIZER.encode(".!").tolist()), shortest)
+    return Rules(longest, (TOKENIZER.special_id("<|endoftext|>"),), late_ends)
 
 
 def test_the_parts_are_disjoint_stable_and_without_other_sources(tmp_path):
