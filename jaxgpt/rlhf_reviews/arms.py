@@ -97,7 +97,7 @@ FULL = Settings(
             "--train.eval-iters 10",
             checkpoint="best",
         ),
-        "beta-0": Arm(_PPO + "--ppo.beta 0 --train.max-steps 100"),
+        "beta-0": Arm(_PPO + "--ppo.beta 0 --train.max-steps 60"),
     },
     pairs=24_000,
 )
