@@ -85,8 +85,8 @@ FULL = Settings(
     gold_classifier="sentiment --model.block-size 64 --model.vocab-size 4096 "
     "--data.batch-size 64 --train.max-steps 1000 --train.eval-interval 250",
     gold_lm=_LM + "--train.max-steps 3000",
-    reward="reward --data.batch-size 32 --optimizer.learning-rate 5e-3 "
-    "--optimizer.warmup-steps 50 --train.max-steps 600 --train.eval-interval 200",
+    reward="reward --data.batch-size 32 --optimizer.learning-rate 3e-3 "
+    "--optimizer.warmup-steps 50 --train.max-steps 1000 --train.eval-interval 200",
     arms={
         "ppo-low": Arm(
             _PPO + "--ppo.kl-target 1.83 --ppo.beta 0.3 --train.max-steps 40"
@@ -99,7 +99,7 @@ FULL = Settings(
         ),
         "beta-0": Arm(_PPO + "--ppo.beta 0 --train.max-steps 60"),
     },
-    pairs=24_000,
+    pairs=40_000,
 )
 
 _SMALL = (
