@@ -70,7 +70,12 @@ def config(tiny_run, prompts, monkeypatch):
     )
     base = changed(
         load_config(tiny_run),
-        data={"path": (str(prompts),), "batch_size": 32, "sha256": ""},
+        data={
+            "path": (str(prompts),),
+            "tokenizer": str(tiny_run / "tokenizer.json"),
+            "batch_size": 32,
+            "sha256": "",
+        },
         optimizer={"learning_rate": 3e-3, "warmup_steps": 0, "weight_decay": 0.0},
         train={
             "max_steps": 4,
