@@ -17,6 +17,7 @@ from jaxgpt.files import replace_file
 from jaxgpt.posttrain.rollout import Rollout, Rules
 from jaxgpt.run import Run, text_tokenizer
 from jaxgpt.text.preferences import encode_prompts
+from jaxgpt.text.tables import read_jsonl
 from jaxgpt.text.tokenizer import Tokenizer
 
 PARTS = "ABCD"
@@ -41,11 +42,16 @@ def part_of(text: str) -> str:
 
 
 def split_reviews(reviews: Path) -> dict[str, list[dict[str, str]]]:
-    """The reviews of IMDb of each part, with a label in words."""
+    """The reviews of IMDb of each part, with a label in words.
+
+    Raises ValueError with file and line if one has no text, label 0 or 1, and source.
+    """
     parts: dict[str, list[dict[str, str]]] = {part: [] for part in PARTS}
-    for row in read_lines(reviews):
+    for place, row in read_jsonl(reviews, ("text", "label", "source")):
+        if row["label"] not in ("0", "1"):
+            raise ValueError(f"{place}: label={row['label']} must be 0 or 1")
         if row["source"] == "imdb":
-            review = {"text": row["text"], "label": LABELS[row["label"]]}
+            review = {"text": row["text"], "label": LABELS[int(row["label"])]}
             parts[part_of(row["text"])].append(review)
     return parts
 

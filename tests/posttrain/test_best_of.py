@@ -1,5 +1,6 @@
 import re
 
+import jax
 import numpy as np
 import pytest
 from conftest import changed, save_params
@@ -18,12 +19,12 @@ def runs(untrained):
 
 def rewards_of(judge, prompt, texts):
     """The rewards of prompt and text, each read alone."""
-    found = []
+    T, found = judge.config.model.block_size, []
+    apply = jax.jit(judge.model.apply)
     for text in texts:
-        ids = judge.tokenizer.encode_prompt(prompt + text)[
-            -judge.config.model.block_size :
-        ]
-        found.append(judge.model.apply({"params": judge.params}, ids[None])[0])
+        ids = judge.tokenizer.encode_prompt(prompt + text)[-T:]
+        padded = np.pad(ids, (0, T - len(ids)))[None]
+        found.append(apply({"params": judge.params}, padded, np.array([len(ids)]))[0])
     return np.array(found)
 
 

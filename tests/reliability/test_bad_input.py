@@ -15,6 +15,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,14 @@ def lock(path):
     return file
 
 
+def hide(package):
+    """Makes Python find no such package, until the result is closed."""
+    patch, held = pytest.MonkeyPatch(), ExitStack()
+    patch.setitem(sys.modules, package.name, None)
+    held.callback(patch.undo)
+    return held
+
+
 def change(path, new):
     """Makes a case's change to a file; returns what to close at the end, or None."""
     if callable(new):
@@ -126,6 +135,7 @@ CHATTING = "-m jaxgpt chat --run-dir runs/chat"
 TRANSLATE = "-m jaxgpt translate --run-dir runs/seq2seq"
 ATTENTION = "-m jaxgpt attention --run-dir runs/tiny"
 COMPARE, LECTURE = "-m jaxgpt compare", "-m jaxgpt lecture"
+REVIEWS = "-m jaxgpt rlhf-reviews --out-dir new --reviews reviews.jsonl"
 PREPARE = "-m jaxgpt prepare --tokenizer char --out-dir new"
 IMPORT, EXPORT = "-m jaxgpt import", "-m jaxgpt export"
 CKPT = f"{IMPORT} nanogpt ckpt.pt runs/tiny --overwrite"
@@ -381,6 +391,15 @@ CASES = {
          f"{PPO} --reward distinct-words --ppo.max-new-tokens 8", "tokens=8 size=8",
          {"a.jsonl": '{"prompt": "To"}\n'}),
         ("its cost", f"{PPO} --reward distinct-words --dry-run", "PPO"),
+    ],
+    "rlhf-reviews": [
+        ("a repeated seed", f"{REVIEWS} --seeds 7 7", "--seeds 7"),
+        ("a negative seed", f"{REVIEWS} --seeds -1", "seed=-1"),
+        ("reviews that do not exist", REVIEWS, "reviews.jsonl"),
+        ("a folder of other settings", REVIEWS, "new --out-dir",
+         {"new/settings.json": "{}", "reviews.jsonl": ""}),
+        ("a package that is not installed", REVIEWS,
+         "scikit-learn requirements-rlhf.txt", {"sklearn": hide}),
     ],
     "Devices and processes": [
         ("too few devices", f"{TRAIN} --mesh.data 64", "mesh.data=64 8"),

@@ -111,14 +111,8 @@ def test_a_killed_ppo_run_equals_the_uninterrupted_one(tiny_run, tmp_path):
     flags = (
         *("train.py", "ppo", "--init-from", tiny_run, "--data.path", prompts),
         *("--reward", "distinct-words", "--ppo.max-new-tokens", "4"),
-        *(
-            "--ppo.end",
-            "sentence",
-            "--ppo.kl-target",
-            "0.1",
-            "--ppo.kl-horizon",
-            "1000",
-        ),
+        *("--ppo.end", "sentence"),
+        *("--ppo.kl-target", "0.1", "--ppo.kl-horizon", "1000"),
         *("--data.batch-size", "32", "--train.max-steps", "8"),
         *("--train.eval-interval", "4", "--train.checkpoint-interval", "1"),
     )

@@ -36,6 +36,14 @@ def test_the_parts_are_disjoint_stable_and_without_other_sources(tmp_path):
     )
 
 
+@pytest.mark.parametrize("other", [{"label": 2}, {"source": None}])
+def test_a_review_without_its_label_or_source_is_named(tmp_path, other):
+    path = tmp_path / "reviews.jsonl"
+    path.write_text(json.dumps({"text": "fine", "label": 1, "source": "imdb"} | other))
+    with pytest.raises(ValueError, match=f"reviews.jsonl:1.*{next(iter(other))}"):
+        data.split_reviews(path)
+
+
 def test_pieces_have_every_word_but_a_short_end():
     words = [f"w{n}" for n in range(23)]
     review = {"text": "\n ".join(words), "label": "positive"}

@@ -98,9 +98,10 @@ def test_examples_train_alike_however_they_are_split(architecture):
     whole = changed(config, mesh={"data": 1})
     expected = run(whole, batches=batches)
     assert_same(run(whole, steps_per_call=1, batches=batches), expected, 0)
-    for microbatches, devices in [(2, 2), (4, 1), (1, 8)]:
+    cube = {"data": 2, "fsdp": 2, "tensor": 2}
+    for microbatches, mesh in [(2, {"data": 2}), (4, {"data": 1}), (1, cube)]:
         data = {"gradient_accumulation_steps": microbatches}
-        split = changed(config, data=data, mesh={"data": devices})
+        split = changed(config, data=data, mesh=mesh)
         assert_same(run(split, batches=batches), expected, 2e-5)
 
 
