@@ -75,7 +75,7 @@ def build(contender: str, rows: int, seconds: float) -> tuple[Facts, Run]:
         for _ in generate_tokens(model, params, prompts_BT.tolist(), NEW, sampling):
             pass
 
-    respond = make_rollout(model, Rules(NEW, 0, (), 1.0), mesh)
+    respond = make_rollout(model, Rules(NEW), mesh)
     row_B, everywhere = np.arange(rows), jax.device_put(params, replicated(mesh))
     weights_B, keys_B = np.ones(rows, np.float32), row_keys(0, row_B)
     batch = Prompts(Sequences.join(prompts_BT)).read(row_B, 16, weights_B, keys_B)

@@ -440,7 +440,8 @@ class PPOConfig:
     epochs over them in minibatches. Warmup counts iterations too.
     """
 
-    # what is maximised: a function of jaxgpt/posttrain/rewards.py, or MODULE:FUNCTION
+    # what is maximised: a function of jaxgpt/posttrain/rewards.py, or MODULE:FUNCTION;
+    # a run resumes exactly only if the function is the same
     reward: Annotated[str, tyro.conf.arg(prefix_name=False, metavar="NAME")] = ""
     # or a reward model's run; cli.py turns it into the folder of its best checkpoint
     reward_model: Annotated[
@@ -491,6 +492,10 @@ class PPOConfig:
             0 < self.temperature < _FLOAT32_MAX,
             f"temperature={self.temperature} must be above 0 and finite",
         )
+        _check(
+            0 < self.reward_std < _FLOAT32_MAX,
+            f"reward_std={self.reward_std} must be above 0 and finite",
+        )
         _check(0 < self.clip < 1, f"clip={self.clip} must be above 0 and below 1")
         _check(
             0 <= self.gae_lambda <= 1,
@@ -540,11 +545,10 @@ class Config:
             f"architecture={self.model.architecture} can't be trained by PPO or DPO",
         )
         _check(
-            self.data.microbatch_size % (self.ppo.minibatches if self.ppo else 1) == 0,
-            f"batch_size={self.data.batch_size} does not divide into ppo.minibatches="
-            f"{self.ppo and self.ppo.minibatches} of gradient_accumulation_steps="
-            f"{self.data.microbatches} parts; use a multiple of their product",
+            not (self.ppo and self.dpo), "a run is trained by ppo or by dpo; omit one"
         )
+        if self.ppo:
+            self._check_ppo(self.ppo)
         _check(
             self.data.tokenizer != "bpe" or self.model.vocab_size is not None,
             "tokenizer=bpe needs a vocabulary size to train to; give one, as in "
@@ -561,6 +565,27 @@ class Config:
             f"packing={self.data.packing} needs a model that keeps them apart, "
             f"but architecture={self.model.architecture} does not; use "
             "packing=windows",
+        )
+
+    def _check_ppo(self, ppo: PPOConfig) -> None:
+        """Raises ValueError if PPO can't run with the other sections."""
+        batch_size = self.data.batch_size
+        _check(
+            self.data.microbatch_size % ppo.minibatches == 0,
+            f"batch_size={batch_size} does not divide into ppo.minibatches="
+            f"{ppo.minibatches} of gradient_accumulation_steps="
+            f"{self.data.microbatches} parts; use a multiple of their product",
+        )
+        # An iteration lowers beta by a fifth of batch_size / kl_horizon.
+        _check(
+            not ppo.kl_target or batch_size < 5 * ppo.kl_horizon,
+            f"kl_horizon={ppo.kl_horizon} lets beta fall below 0 with batch_size="
+            f"{batch_size}; raise it above a fifth of batch_size",
+        )
+        _check(
+            getattr(self.model, "compute_dtype", "") != "bfloat16",
+            "compute_dtype=bfloat16 is too coarse for PPO, which compares small changes "
+            "of probabilities; give --model.compute-dtype float32",
         )
 
     @property
@@ -628,6 +653,21 @@ def training_contradictions(config: Config) -> list[str]:
             f"log_interval={train.log_interval} is more than max_steps="
             f"{train.max_steps}: no training loss is logged; lower --train.log-interval"
         )
+    if config.ppo:
+        horizon = (
+            PPOConfig.kl_horizon if config.ppo.kl_target else config.ppo.kl_horizon
+        )
+        unused = {
+            "dropout": getattr(config.model, "dropout", 0.0) > 0,
+            "steps_per_call": train.steps_per_call > 1,
+            "kl_horizon without kl_target": horizon != PPOConfig.kl_horizon,
+        }
+        lines += [
+            f"{name} has no effect in PPO; omit it"
+            for name, given in unused.items()
+            if given
+        ]
+        return lines
     intervals = ("eval_interval", "checkpoint_interval")
     interval, name = min((getattr(train, name), name) for name in intervals)
     if interval < min(train.steps_per_call, train.max_steps):

@@ -42,6 +42,22 @@ def test_from_dict_inverts_to_dict_and_json(preset):
             ({"model": {"architecture": "classifier", "labels": labels}}, "labels=")
             for labels in (["a"], ["a", "b", "a"], ["a", ""])
         ),
+        *(
+            ({"ppo": {"kl_target": 6.0}} | values, message)
+            for values, message in (
+                ({"dpo": {}}, "ppo or by dpo"),
+                ({"ppo": {"reward_std": 0.0}}, "reward_std=0.0"),
+                ({"ppo": {"reward_std": -1.0}}, "reward_std=-1.0"),
+                ({"model": {"compute_dtype": "bfloat16"}}, "bfloat16.*float32"),
+                (
+                    {
+                        "ppo": {"kl_target": 6.0, "kl_horizon": 100},
+                        "data": {"batch_size": 500},
+                    },
+                    "kl_horizon=100 .*batch_size=500",
+                ),
+            )
+        ),
         ({"data": {"tokenizer": "bpe"}}, r"--model\.vocab-size 1024"),
         ({"modle": {}}, "'modle'"),
     ],
@@ -101,6 +117,22 @@ def test_a_setting_that_others_keep_from_taking_effect_is_named(train, names):
     lines = training_contradictions(changed(PRESETS["smoke"](), train=train))
     for line, words in zip(lines, names, strict=True):
         assert all(word in line for word in words.split())
+
+
+@pytest.mark.parametrize(
+    ("sections", "names"),
+    [
+        ({}, []),
+        ({"model": {"dropout": 0.1}}, ["dropout"]),
+        ({"train": {"steps_per_call": 20}}, ["steps_per_call"]),
+        ({"ppo": {"kl_horizon": 9}}, ["kl_horizon without kl_target"]),
+        ({"ppo": {"kl_horizon": 99, "kl_target": 1.0}}, []),
+    ],
+)
+def test_a_setting_without_effect_in_ppo_is_named(sections, names):
+    lines = training_contradictions(changed(PRESETS["ppo"](), **sections))
+    for line, name in zip(lines, names, strict=True):
+        assert line.startswith(f"{name} has no effect")
 
 
 @pytest.mark.parametrize("steps", [0, -2])

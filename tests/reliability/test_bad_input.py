@@ -390,6 +390,10 @@ CASES = {
         ("responses as long as the context",
          f"{PPO} --reward distinct-words --ppo.max-new-tokens 8", "tokens=8 size=8",
          {"a.jsonl": '{"prompt": "To"}\n'}),
+        ("16 bits", f"{PPO} --model.compute-dtype bfloat16", "=bfloat16 float32"),
+        ("a scale of 0", f"{PPO} --ppo.reward-std 0", "reward_std=0.0"),
+        ("beta that would fall below 0",
+         f"{PPO} --ppo.kl-target 6 --ppo.kl-horizon 50", "=50 batch_size=256"),
         ("its cost", f"{PPO} --reward distinct-words --dry-run", "PPO"),
     ],
     "rlhf-reviews": [
