@@ -584,8 +584,8 @@ class Config:
         )
         _check(
             getattr(self.model, "compute_dtype", "") != "bfloat16",
-            "compute_dtype=bfloat16 is too coarse for PPO, which compares small changes "
-            "of probabilities; give --model.compute-dtype float32",
+            "compute_dtype=bfloat16 is too coarse for PPO, which compares small "
+            "changes of probabilities; give --model.compute-dtype float32",
         )
 
     @property

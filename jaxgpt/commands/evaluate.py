@@ -145,8 +145,8 @@ def evaluate(
             "conversations; give a text with --data-path, or omit --packing"
         )
     # The mesh is for this machine's devices, not for those that trained the run.
-    off = {"minibatches": 1, "kl_target": 0.0}  # only training has them
-    ppo = config.ppo and dataclasses.replace(config.ppo, **off)
+    ppo = config.ppo  # only training has minibatches and a target
+    ppo = ppo and dataclasses.replace(ppo, minibatches=1, kl_target=0.0)
     config = dataclasses.replace(config, data=data, mesh=mesh, ppo=ppo)
     devices = make_mesh(config, log_line)
     run = load_run(run_dir, checkpoint, devices)

@@ -41,7 +41,7 @@ from jaxgpt.training.checkpoint import digest
 from jaxgpt.training.evaluation import EvalStep, read_examples
 from jaxgpt.training.objectives import LossSum
 from jaxgpt.training.optimizer import run_optimizer
-from jaxgpt.training.step import TrainState, make_train_step
+from jaxgpt.training.step import TrainState, dropout_key, make_train_step
 
 _SCALED_BY = 1024  # prompts whose responses scale the rewards
 # Largest |ratio - 1|, and divergence, before the first update: there is none but for
@@ -81,12 +81,12 @@ def prepare_ppo(
     gives all responses the same reward.
     """
     reference, settings = load_initial_params(config, mesh), _settings(config)
-    respond = make_rollout(model, make_rules(settings, tokenizer), mesh)
+    sample = make_rollout(model, make_rules(settings, tokenizer), mesh)
     reward = make_reward(settings, tokenizer, mesh)
     if checkpoint := settings.reward_model:
         found = digest(Path(checkpoint))
         if not settings.reward_sha256:
-            of_reference = partial(respond, reference)
+            of_reference = partial(sample, reference)
             mean, std = _reward_scale(config, mesh, prompts, of_reference, reward)
             log(f"rewards before training: mean {mean:.4f}, std {std:.4f}; now 0 and 1")
             settings = replace(settings, reward_mean=mean, reward_std=std)
@@ -114,13 +114,13 @@ def prepare_ppo(
 
     def compile_all(prompts: PromptBatch) -> Any:
         """Compiles the programs of an iteration."""
-        _, rolled = respond.compile(state.params, prompts)
+        _, rolled = sample.compile(state.params, prompts)
         _, found_BN = log_probs.compile(state.params, rolled)
         if isinstance(reward, Program):
             reward.compile(rolled)
         reward_B = found_BN.update(shape=found_BN.shape[:1])
         update.compile(state, rolled, found_BN, reward_B)
-        return make_iteration(respond, judge, update)
+        return make_iteration(sample, judge, update)
 
     programs: dict[Any, Future[Any]] = {}
 
@@ -131,12 +131,12 @@ def prepare_ppo(
             programs[shape] = in_background(partial(compile_all, *_unstack(prompts)))
         return programs[shape]
 
-    eval_step = make_ppo_eval_step(settings, mesh, respond, judge, log_probs)
+    eval_step = make_ppo_eval_step(settings, mesh, sample, judge, log_probs)
     return config, train_program, eval_step
 
 
 def _reward_scale(
-    config: Config, mesh: Mesh, prompts: Prompts, respond: Any, reward: Reward
+    config: Config, mesh: Mesh, prompts: Prompts, sample: Any, reward: Reward
 ) -> tuple[float, float]:
     """Mean and standard deviation of rewards of responses to up to 1,024 prompts."""
     rng, found = np.random.default_rng(config.train.seed), list[np.ndarray]()
@@ -145,7 +145,7 @@ def _reward_scale(
     for _, batches in read_examples(chosen, config, mesh):
         for batch in _unstack(batches):
             weights_B = on_host(batch.weights_B)
-            found.append(on_host(reward(respond(batch)))[weights_B > 0])
+            found.append(on_host(reward(sample(batch)))[weights_B > 0])
     rewards = np.concatenate(found)
     if not 0 < rewards.std() < math.inf:
         raise ValueError(
@@ -211,13 +211,13 @@ def make_update(
             rows = jax.lax.with_sharding_constraint(rows, batch_sharding(mesh))
             return train_step(carry, rows)
 
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        key_E = jax.random.split(key, settings.epochs)
+        key_E = jax.random.split(dropout_key(config, state.step), settings.epochs)
         order_EB = jax.vmap(partial(jax.random.permutation, x=B))(key_E)
         carry = replace(state, params=trained, extra=None)
         carry, steps = jax.lax.scan(step, carry, order_EB.reshape(-1, B // M))
         tokens, kl = mask_BN.sum(), kl_BN.sum() / B
-        metrics = {name: values.mean() for name, values in steps.items()} | {
+        weigh = partial(jnp.average, weights=steps["tokens"])
+        metrics = {name: weigh(values) for name, values in steps.items()} | {
             "first_ratio_error": steps["ratio_error"][0],
             "first_kl": jnp.abs(steps["update_kl"][0]),
             "learning_rate": steps["learning_rate"][-1],
@@ -231,14 +231,13 @@ def make_update(
             "response_tokens": tokens / B,
             "ended": rolled.ended_B.mean(),
         }
+        counts = carry.skipped <= limit
+        next_beta = jnp.where(counts, ppo.adapt(beta, kl, B, settings), beta)
         state = replace(
             carry,
-            step=state.step + (carry.skipped <= limit),
+            step=state.step + counts,
             params=carry.params["policy"],
-            extra={
-                "value": carry.params["value"],
-                "beta": ppo.adapt(beta, kl, B, settings),
-            },
+            extra={"value": carry.params["value"], "beta": next_beta},
         )
         return state, metrics
 
@@ -248,7 +247,7 @@ def make_update(
 
 
 def make_iteration(
-    respond: Program, judge: Judge, update: Program
+    sample: Program, judge: Judge, update: Program
 ) -> Callable[..., tuple[TrainState, dict[str, np.ndarray]]]:
     """Makes `iteration(state, prompts) -> state, metrics`, the train program of PPO.
 
@@ -267,7 +266,7 @@ def make_iteration(
             times.append(time.monotonic())
             return result
 
-        rolled = timed(respond(state.params, *_unstack(prompts)))
+        rolled = timed(sample(state.params, *_unstack(prompts)))
         judged = timed(judge(rolled))
         state, metrics = timed(update(state, rolled, *judged))
         found = {name: float(value) for name, value in metrics.items()}
@@ -287,7 +286,7 @@ def make_iteration(
 
 
 def make_ppo_eval_step(
-    config: PPOConfig, mesh: Mesh, respond: Program, judge: Judge, log_probs: Program
+    config: PPOConfig, mesh: Mesh, sample: Program, judge: Judge, log_probs: Program
 ) -> EvalStep:
     """Makes the `EvalStep` of -(reward - beta KL), with the config's beta.
 
@@ -319,7 +318,7 @@ def make_ppo_eval_step(
         }
 
     def of_batch(params: Any, prompts: PromptBatch) -> dict[str, LossSum]:
-        rolled = respond(params, prompts)
+        rolled = sample(params, prompts)
         found = log_probs(params, rolled), judge(rolled), prompts.weights_B
         return jax.device_get(total(rolled, *found))
 

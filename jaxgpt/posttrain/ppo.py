@@ -169,9 +169,11 @@ def on_prompts(model: nn.Module) -> Objective:
 def adapt(beta: Array, kl: Array, responses: int, config: PPOConfig) -> Array:
     """The coefficient of the next iteration, so that the divergence nears its target.
 
-    Source: Ziegler et al. 2019, section 2.2.
+    It stays as it is if the divergence is not finite. Source: Ziegler et al. 2019,
+    section 2.2.
     """
     if not config.kl_target:
         return beta
     error = jnp.clip(kl / config.kl_target - 1, -0.2, 0.2)
+    error = jnp.where(jnp.isfinite(kl), error, 0)
     return beta * (1 + error * responses / config.kl_horizon)

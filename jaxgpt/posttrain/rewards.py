@@ -88,12 +88,12 @@ def _scores(
 ) -> Array:
     """The score at the last token of each text, f32 [B].
 
-    An end-of-text token is not part of the text, as in preferences.
+    An end-of-text token is not part of the text, as in preferences, unless it is all.
     """
     lengths_B = rolled.lengths()
     if end_of_text is not None:
         last_B1 = jnp.take_along_axis(rolled.tokens_BT, lengths_B[:, None] - 1, axis=1)
-        lengths_B -= last_B1[:, 0] == end_of_text
+        lengths_B = jnp.maximum(lengths_B - (last_B1[:, 0] == end_of_text), 1)
     rewards_B: Array = model.apply({"params": params}, rolled.tokens_BT, lengths_B)
     return rewards_B
 

@@ -142,7 +142,9 @@ def test_losses_gradients_and_entropy_are_those_of_trl(numbers):
     np.testing.assert_allclose(grads["value"]["bias"], bias.grad, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kl", "expected"), [(6.6, 1.01), (60, 1.02), (0, 0.98)])
+@pytest.mark.parametrize(
+    ("kl", "expected"), [(6.6, 1.01), (60, 1.02), (0, 0.98), (np.nan, 1), (np.inf, 1)]
+)
 def test_beta_adapts_by_at_most_a_fifth_per_horizon(kl, expected):
     """Ziegler et al. 2019: beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)."""
     config = PPOConfig(beta=0.1, kl_target=6.0, kl_horizon=1000)
