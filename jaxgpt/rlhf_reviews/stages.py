@@ -85,29 +85,35 @@ def run_experiment(
     separately("preferences", write_preferences)
     pairs = "--data.path", data / "preferences.jsonl"
 
+    policy = "--init-from", out / "policy"
+
     def tune(arm: str, seed: int) -> None:
-        flags, folder = settings.arms[arm].flags, f"seed-{seed}"
-        flags += f" --train.seed {seed} --init-from {out / 'policy'}"
+        folder = f"seed-{seed}"
+        flags = f"{settings.arms[arm].flags} --train.seed {seed}"
         if flags.startswith("ppo"):
             flags += f" {settings.response_flags()}"
             files = "--data.path", data / "prompts.jsonl"
             model = "--reward-model", out / folder / "reward"
-            train(f"{folder}/{arm}", flags, *files, *model)
+            train(f"{folder}/{arm}", flags, *policy, *files, *model)
         else:
-            train(f"{folder}/{arm}", flags, *pairs)
+            train(f"{folder}/{arm}", flags, *policy, *pairs)
+
+    def sample(arm: str, seed: int) -> None:
+        separately(f"seed-{seed}/samples/{arm}", write_samples, seed, arm)
 
     last = [arm for arm in arms if arm == "beta-0"]  # it takes long
-    for some in ([arm for arm in arms if arm not in last], last):
-        for seed in seeds:
-            folder = f"seed-{seed}"
-            flags = f"{settings.reward} --train.seed {seed} --init-from"
-            train(f"{folder}/reward", flags, out / "policy", *pairs)
-            for arm in some:
-                tune(arm, seed)
-            for name in ((), (PRETRAINED, settings.best_of_name))[some is not last]:
-                separately(f"{folder}/samples/{name}", write_samples, seed, name)
-            for name in some:
-                separately(f"{folder}/samples/{name}", write_samples, seed, name)
+    first = [arm for arm in arms if arm not in last]
+    for seed in seeds:
+        flags = f"{settings.reward} --train.seed {seed}"
+        train(f"seed-{seed}/reward", flags, *policy, *pairs)
+        for arm in first:
+            tune(arm, seed)
+        for arm in (PRETRAINED, settings.best_of_name, *first):
+            sample(arm, seed)
+    for seed in seeds:
+        for arm in last:
+            tune(arm, seed)
+            sample(arm, seed)
     names = [PRETRAINED, settings.best_of_name, *arms]
     _in_process(write_report, out, settings, list(seeds), names)
 
@@ -138,10 +144,8 @@ def _train(run_dir: Path, arguments: Sequence[str]) -> float:
         with subprocess.Popen([sys.executable, *command], stdout=2) as process:
             try:
                 status = process.wait()
-            except (
-                KeyboardInterrupt
-            ):  # a signal; Popen waits until a checkpoint is saved
-                process.terminate()
+            except KeyboardInterrupt:  # a signal
+                process.terminate()  # Popen waits until a checkpoint is saved
                 raise
         if status:
             raise ChildProcessError(
@@ -185,18 +189,26 @@ def _load_policy(out: Path, settings: Settings) -> tuple[Run, Rules]:
 
 
 def write_beginnings(out: Path, settings: Settings) -> None:
-    """Writes prompts.jsonl, all of part A, and beginnings.jsonl, of part D."""
+    """Writes prompts.jsonl, all of part A, and beginnings.jsonl, of part D.
+
+    A beginning that both parts have is A's alone.
+    """
     policy, rules = _load_policy(out, settings)
-    for part, name in (("A", "prompts"), ("D", "beginnings")):
+
+    def find(part: str) -> list[dict[str, Any]]:
         reviews = read_lines(out / "data" / f"{part}.jsonl")
-        found = beginnings(reviews, text_tokenizer(policy), rules, settings.beginning)
-        count = settings.evaluated if part == "D" else len(found)
-        if len(found) < count:
-            raise ValueError(
-                f"part D has {len(found)} beginnings, fewer than {count}; give more "
-                "reviews"
-            )
-        write_lines(out / "data" / f"{name}.jsonl", found[:count])
+        return beginnings(reviews, text_tokenizer(policy), rules, settings.beginning)
+
+    trained_on = find("A")
+    known = {row["prompt"] for row in trained_on}
+    judged = [row for row in find("D") if row["prompt"] not in known]
+    if len(judged) < settings.evaluated:
+        raise ValueError(
+            f"part D has {len(judged)} beginnings that part A lacks, fewer than "
+            f"{settings.evaluated}; give more reviews"
+        )
+    write_lines(out / "data" / "prompts.jsonl", trained_on)
+    write_lines(out / "data" / "beginnings.jsonl", judged[: settings.evaluated])
 
 
 def write_preferences(out: Path, settings: Settings) -> None:
