@@ -79,25 +79,17 @@ _LM = (
     "reviews-bpe --model.block-size 48 --model.vocab-size 2048 --model.n-embd 128 "
     "--data.batch-size 32 --optimizer.learning-rate 4e-3 --optimizer.min-lr 4e-5 "
 )
-_PPO = "ppo --optimizer.learning-rate 2e-4 --train.eval-interval 20 "
 FULL = Settings(
     policy=_LM + "--train.max-steps 4000",
     gold_classifier="sentiment --model.block-size 64 --model.vocab-size 4096 "
     "--data.batch-size 64 --train.max-steps 1000 --train.eval-interval 250",
     gold_lm=_LM + "--train.max-steps 3000",
-    reward="reward --data.batch-size 32 --optimizer.learning-rate 3e-3 "
-    "--optimizer.warmup-steps 50 --train.max-steps 1000 --train.eval-interval 200",
+    reward="reward",
     arms={
-        "ppo-low": Arm(
-            _PPO + "--ppo.kl-target 1.83 --ppo.beta 0.3 --train.max-steps 40"
-        ),
-        "ppo": Arm(_PPO + "--ppo.kl-target 6 --ppo.beta 0.15 --train.max-steps 60"),
-        "dpo": Arm(
-            "dpo --optimizer.learning-rate 3e-4 --train.max-steps 300 "
-            "--train.eval-iters 10",
-            checkpoint="best",
-        ),
-        "beta-0": Arm(_PPO + "--ppo.beta 0 --train.max-steps 60"),
+        "ppo-low": Arm("ppo --ppo.kl-target 1.83 --ppo.beta 0.3 --train.max-steps 40"),
+        "ppo": Arm("ppo"),
+        "dpo": Arm("dpo", checkpoint="best"),
+        "beta-0": Arm("ppo --ppo.beta 0 --ppo.kl-target 0"),
     },
     pairs=40_000,
 )
