@@ -59,16 +59,21 @@ def test_an_invalid_flag_exits_with_a_message_that_names_it(capsys, argv, messag
     assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
-def test_the_help_explains_every_field_and_lists_the_presets(capsys):
+@pytest.mark.parametrize("preset", ["", "ppo", "dpo"])
+def test_the_help_explains_every_field_and_lists_the_presets(capsys, preset):
+    config = PRESETS[preset]() if preset else Config()
     with pytest.raises(SystemExit, match="0"):
-        parse_arguments(["--help"])
+        parse_arguments([*preset.split(), "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", "").split())
     for preset in PRESETS:
         assert f" {preset}: " in text
     assert "--model.n-layer INT Transformer blocks (default: 4)" in text
-    for section in fields(Config):
-        for setting in fields(getattr(Config(), section.name)):
-            flag = f"--{section.name}.{setting.name.replace('_', '-')}"
+    sections = [each.name for each in fields(Config) if getattr(config, each.name)]
+    for section in sections:
+        for setting in fields(getattr(config, section)):
+            flag = f"--{section}.{setting.name.replace('_', '-')}"
+            if setting.name in ("reward", "reward_model"):
+                flag = flag.replace("ppo.", "")
             values_and_help = re.search(rf"{flag}\b(.*?)\(default", text)
             if setting.name == "init_from":  # --init-from fills it in
                 assert not values_and_help

@@ -125,7 +125,10 @@ def test_a_setting_that_others_keep_from_taking_effect_is_named(train, names):
         ({}, []),
         ({"model": {"dropout": 0.1}}, ["dropout"]),
         ({"train": {"steps_per_call": 20}}, ["steps_per_call"]),
-        ({"ppo": {"kl_horizon": 9}}, ["kl_horizon without kl_target"]),
+        (
+            {"ppo": {"kl_horizon": 9, "kl_target": 0.0}},
+            ["kl_horizon without kl_target"],
+        ),
         ({"ppo": {"kl_horizon": 99, "kl_target": 1.0}}, []),
     ],
 )

@@ -34,7 +34,7 @@ from jaxgpt.text.corpus import load_corpus
 from jaxgpt.text.pretrained import save_nanogpt_meta
 
 DOCS = ROOT / "docs"
-README, PRESETS_PAGE, SCALING, PYTORCH, LECTURE, DATA, CHAT = (
+README, PRESETS_PAGE, SCALING, PYTORCH, LECTURE, DATA, CHAT, CHATGPT = (
     (DOCS / name).with_suffix(".md").read_text(encoding="utf-8")
     for name in (
         "../README",
@@ -44,11 +44,13 @@ README, PRESETS_PAGE, SCALING, PYTORCH, LECTURE, DATA, CHAT = (
         "lecture",
         "data",
         "chat",
+        "chatgpt",
     )
 )
 RESULTS = json.loads((DOCS / "lecture.json").read_text(encoding="utf-8"))
 TRAIN = re.findall(
-    r"python train\.py(?! --help)([^#`\n]*)", README + SCALING + LECTURE + DATA + CHAT
+    r"python train\.py(?! --help)([^#`\n]*)",
+    README + SCALING + LECTURE + DATA + CHAT + CHATGPT,
 )
 
 SHORTER = {
@@ -114,10 +116,11 @@ def test_every_command_of_the_lectures_page_works(
 
 
 @pytest.mark.parametrize("flags", sorted(set(TRAIN)))
-def test_every_train_command_is_valid(tiny_run, flags):
-    parse_arguments(
-        shlex.split(re.sub(r"\bDIR\b|runs/(gpt2|reviews-bpe)\b", str(tiny_run), flags))
-    )
+def test_every_train_command_is_valid(tiny_run, untrained, flags):
+    policy, reward = str(untrained / "gpt"), str(untrained / "reward")
+    flags = re.sub(r"\bDIR\b|runs/(gpt2|reviews-bpe)\b", str(tiny_run), flags)
+    flags = re.sub(r"\bRUN\b|runs/policy\b", policy, flags)
+    parse_arguments(shlex.split(flags.replace("runs/reward", reward)))
 
 
 def test_every_prepare_command_is_valid(call, monkeypatch):
