@@ -43,8 +43,8 @@ from jaxgpt.config import (
 )
 from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.feeding import batch_shapes
-from jaxgpt.parallel.mesh import make_mesh
-from jaxgpt.run import save_config
+from jaxgpt.parallel.mesh import make_mesh, replicated, single_device_mesh
+from jaxgpt.run import Run, save_config
 from jaxgpt.text.conversations import CHAT_TOKENS
 from jaxgpt.text.examples import (
     LabelledTexts,
@@ -250,6 +250,14 @@ def init_model(**fields):
     """Such a model, and its initial parameters."""
     model = build(**fields)
     return model, jax.jit(model.init)(jax.random.key(0), ONE_ROW[:, :1])["params"]
+
+
+def random_run(config, tokenizer):
+    """A run of initial parameters."""
+    model = build_model(config.model, "cpu")
+    params = model.init(jax.random.key(0), ONE_ROW[:, :2])["params"]
+    params = jax.device_put(params, replicated(single_device_mesh()))
+    return Run(config, tokenizer, model, params, 0)
 
 
 def random_params(model, mean=0.2, std=0.4):

@@ -159,7 +159,8 @@ def continuations(rolled: Rollout, tokenizer: Tokenizer) -> list[str]:
 def as_rollout(run: Run, prompts: Sequence[str], texts: Sequence[str]) -> Rollout:
     """Prompts and their continuations as the tokens of a run.
 
-    Of what exceeds block_size, the last tokens are kept, at least one of the prompt.
+    If both exceed block_size = T, the prompt loses its first tokens, but not its last;
+    a continuation of T or more tokens loses all from token T on.
     """
     T, tokenizer = run.config.model.block_size, text_tokenizer(run)
     tokens_NT = np.zeros((len(texts), T), np.int32)

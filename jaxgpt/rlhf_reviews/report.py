@@ -15,7 +15,7 @@ from jaxgpt.files import replace_file
 from jaxgpt.posttrain.rewards import score
 from jaxgpt.rlhf_reviews import judges
 from jaxgpt.rlhf_reviews.arms import PRETRAINED, Settings
-from jaxgpt.rlhf_reviews.data import as_rollout, read_lines, write_lines
+from jaxgpt.rlhf_reviews.data import LABELS, as_rollout, pieces, read_lines, write_lines
 from jaxgpt.rlhf_reviews.statistics import (
     Interval,
     Resamples,
@@ -25,19 +25,24 @@ from jaxgpt.rlhf_reviews.statistics import (
 )
 from jaxgpt.run import Run, load_run
 from jaxgpt.text.tables import SPLITS, splits_of
-from jaxgpt.training.monitor import read_rows
 
 _JUDGED = ("gold", "not_counting_ended", *judges.PARTS, "vader")
 _FREE_KL = 30  # nats that PPO without a penalty is to reach
 _SHOWN = 4  # beginnings
+_REVIEWS = 500  # of part D, to measure gold's classifier on
+_Key = tuple[str, int | None]  # arm and seed
+_HUMANS: _Key = ("people", None)
+_Rows = Sequence[dict[str, Any]]
+_Judged = dict[_Key, dict[str, np.ndarray]]
 
 
 def write_report(
     out: Path, settings: Settings, seeds: Sequence[int], arms: Sequence[str]
 ) -> None:
-    """Judges all continuations; writes judged.jsonl, report.json and .md, and gold.png.
+    """Judges continuations, and writes judged.jsonl, report.json and .md, and gold.png.
 
-    A report of the same seeds and arms stays as it is.
+    A report of the same seeds and arms stays as it is. Another one judges only what
+    judged.jsonl lacks.
     """
     path = out / "report.json"
     asked = {"seeds": list(seeds), "arms": list(arms)}
@@ -46,37 +51,33 @@ def write_report(
         if all(report[name] == value for name, value in asked.items()):
             return
     gold = _make_gold(out, settings)
-    samples = {
-        arm: [read_lines(out / f"seed-{s}" / "samples" / f"{arm}.jsonl") for s in seeds]
+    samples: dict[_Key, _Rows] = {
+        (arm, seed): read_lines(out / f"seed-{seed}" / "samples" / f"{arm}.jsonl")
         for arm in arms
+        for seed in seeds
     }
-    columns = {arm: _columns(arm, samples[arm], gold, settings) for arm in arms}
-    for arm in arms:  # in units of the pre-trained policy's standard deviation
-        scores_SN = np.array([[row["score"] for row in rows] for rows in samples[arm]])
-        base = [[row["score"] for row in rows] for rows in samples[PRETRAINED]]
-        mean_S1 = np.mean(base, axis=1, keepdims=True)
-        columns[arm]["proxy"] = (scores_SN - mean_S1) / np.std(
-            base, axis=1, keepdims=True
-        )
-    humans = judges.judge(
-        gold, read_lines(out / "data" / "beginnings.jsonl")[: settings.evaluated]
-    )
+    humans = {_HUMANS: read_lines(out / "data" / "beginnings.jsonl")}
+    judged = _judge_once(out / "judged.jsonl", gold, samples | humans)
+    columns = {arm: _columns(arm, seeds, samples, judged) for arm in arms}
+    if settings.best_of_name in columns:
+        kl_SN = columns[settings.best_of_name]["kl"]
+        columns[settings.best_of_name]["kl"] = np.full_like(kl_SN, settings.best_of_kl)
     draws = resample(len(seeds), settings.evaluated)
     report = asked | {
-        "gold_classifier_accuracy": _best_accuracy(out / "gold-classifier"),
+        "best_of": settings.best_of_name,
+        "gold_classifier_accuracy": _accuracy(out, gold.classifier, settings.piece),
         "likely_band": gold.band,
-        "humans": {name: float(humans[name].mean()) for name in _JUDGED},
+        "humans": {name: float(judged[_HUMANS][name].mean()) for name in _JUDGED},
         "results": {arm: _summary(columns[arm], draws) for arm in arms},
         "comparisons": _comparisons(columns, draws, settings),
         "reward_model": _check_reward_models(out, seeds),
         "seconds": json.loads((out / "times.json").read_text(encoding="utf-8")),
         "samples": [
-            {arm: samples[arm][0][n]["text"] for arm in arms}
-            | {"prompt": samples[arms[0]][0][n]["prompt"]}
+            {arm: samples[arm, seeds[0]][n]["text"] for arm in arms}
+            | {"prompt": samples[arms[0], seeds[0]][n]["prompt"]}
             for n in range(_SHOWN)
         ],
     }
-    write_lines(out / "judged.jsonl", _judged_lines(columns, seeds))
     _plot(columns, out / "gold.png")
     for name, text in (
         ("report.md", to_markdown(report)),
@@ -97,42 +98,57 @@ def _make_gold(out: Path, settings: Settings) -> judges.Gold:
     return judges.Gold(load_run(out / "gold-classifier"), model, band)
 
 
-def _best_accuracy(run_dir: Path) -> float:
-    """A classifier's accuracy on its val split where it was best."""
-    rows = read_rows(run_dir / "metrics.jsonl")
-    return max(row["val_accuracy"] for row in rows if row["event"] == "eval")
+def _judge_once(path: Path, gold: judges.Gold, samples: dict[_Key, _Rows]) -> _Judged:
+    """Judges what the file lacks, which it then has; returns bool [N] by name."""
+    lines = read_lines(path) if path.exists() else []
+    known = {(line["arm"], line["seed"]) for line in lines}
+    for (arm, seed), rows in samples.items():
+        if (arm, seed) not in known:
+            found = judges.judge(gold, rows)
+            for n in range(len(rows)):
+                line = {name: bool(found[name][n]) for name in _JUDGED}
+                lines.append({"arm": arm, "seed": seed, "beginning": n} | line)
+    write_lines(path, lines)
+    judged: _Judged = {}
+    for key in samples:
+        each = [line for line in lines if (line["arm"], line["seed"]) == key]
+        judged[key] = {
+            name: np.array([line[name] for line in each]) for name in _JUDGED
+        }
+    return judged
+
+
+def _accuracy(out: Path, classifier: Run, words: int) -> float:
+    """A classifier's share of right labels on pieces of part D, which is new to it."""
+    reviews = read_lines(out / "data" / "D.jsonl")
+    found = pieces(reviews[:: max(1, len(reviews) // _REVIEWS)], words)
+    labels_N = np.array([piece["label"] == LABELS[1] for piece in found])
+    positive_N = judges.is_positive(classifier, [piece["text"] for piece in found])
+    return float((positive_N == labels_N).mean())
 
 
 def _columns(
-    arm: str,
-    rows_SN: Sequence[Sequence[dict[str, Any]]],
-    gold: judges.Gold,
-    settings: Settings,
+    arm: str, seeds: Sequence[int], samples: dict[_Key, _Rows], judged: _Judged
 ) -> dict[str, np.ndarray]:
-    """The figures of each continuation of an arm, [S, N] each."""
-    judged = [judges.judge(gold, rows) for rows in rows_SN]
-    found = {name: np.array([each[name] for each in judged]) for name in _JUDGED}
+    """The figures of each continuation of an arm, [S, N] each.
 
-    def values(name: str) -> np.ndarray:
-        return np.array([[row[name] for row in rows] for rows in rows_SN])
+    The proxy is in units of the pre-trained policy's standard deviation, of each seed.
+    """
 
-    found["tokens"] = values("tokens")
-    found["kl"] = values("log_prob") - values("reference_log_prob")
-    if arm == settings.best_of_name:
-        found["kl"] = np.full_like(found["kl"], settings.best_of_kl)
-    return found
+    def values(name: str, arm: str = arm) -> np.ndarray:
+        return np.array([[row[name] for row in samples[arm, seed]] for seed in seeds])
 
-
-def _judged_lines(
-    columns: dict[str, dict[str, np.ndarray]], seeds: Sequence[int]
-) -> list[dict[str, Any]]:
-    return [
-        {"arm": arm, "seed": seed, "beginning": n}
-        | {name: values_SN[s, n].item() for name, values_SN in found.items()}
-        for arm, found in columns.items()
-        for s, seed in enumerate(seeds)
-        for n in range(found["kl"].shape[1])
-    ]
+    base_SN = values("score", PRETRAINED)
+    mean_S1 = base_SN.mean(axis=1, keepdims=True)
+    std_S1 = base_SN.std(axis=1, keepdims=True)
+    found = {
+        name: np.array([judged[arm, seed][name] for seed in seeds]) for name in _JUDGED
+    }
+    return found | {
+        "tokens": values("tokens"),
+        "kl": values("log_prob") - values("reference_log_prob"),
+        "proxy": (values("score") - mean_S1) / std_S1,
+    }
 
 
 def _summary(columns: dict[str, np.ndarray], draws: Resamples) -> dict[str, Any]:
@@ -194,13 +210,16 @@ def _check_reward_models(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
     That is a Bradley-Terry model of the labeller's own features, trained on the same
     preferences, flips included. The quartiles are of the labeller's margin, from the
-    smallest.
+    smallest; pairs without a margin are left out.
     """
     pairs = read_lines(out / "data" / "preferences.jsonl")
     prompts = [pair["prompt"] for pair in pairs]
     split_P = splits_of([json.dumps(prompt) for prompt in prompts], 0.1)
-    test = [pairs[p] for p in np.flatnonzero(split_P == SPLITS.index("test"))]
-    train = [pairs[p] for p in np.flatnonzero(split_P == SPLITS.index("train"))]
+    train, test = (
+        [pairs[p] for p in np.flatnonzero(split_P == SPLITS.index(name))]
+        for name in ("train", "test")
+    )
+    test = [pair for pair in test if pair["margin"]]
     margin_P = np.array([pair["margin"] for pair in test])
     quartile_P = np.searchsorted(
         np.percentile(np.abs(margin_P), (25, 50, 75)), np.abs(margin_P)
@@ -301,7 +320,9 @@ def _arms_table(report: dict[str, Any]) -> str:
         kl, gold = found["kl"], found["gold"]
         cells = [
             arm,
-            f"{kl['mean']:.2f} ± {kl['error']:.2f}",
+            f"≤ {kl['mean']:.2f}"
+            if arm == report["best_of"]
+            else f"{kl['mean']:.2f} ± {kl['error']:.2f}",
             f"{found['proxy']['mean']:+.2f}",
             f"{gold['mean']:.1%} ± {gold['error']:.1%}",
             " ".join(f"{value:.1%}" for value in gold["seeds"]),
@@ -316,11 +337,13 @@ def _arms_table(report: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, report["seeds"]))
     lines += [
         "",
-        f"Means over seeds {seeds}, ± the standard error over beginnings and seeds. KL "
-        "in nats per continuation; proxy in standard deviations of the "
-        "pre-trained policy's. Gold's classifier is right for "
-        f"{report['gold_classifier_accuracy']:.1%} of held-out pieces; likely is a "
-        f"mean log-probability of a token between {low:.2f} and {high:.2f}.",
+        f"Means over seeds {seeds}, ± the standard error over beginnings and seeds; "
+        "with few seeds it is rough. KL is in nats per continuation; that of "
+        f"{report['best_of']} is the bound log n - (n - 1) / n. The proxy, the reward "
+        "model's score, is in standard deviations of the pre-trained policy's. Gold's "
+        f"classifier labels {report['gold_classifier_accuracy']:.1%} of pieces of part "
+        f"D's reviews correctly. A continuation is likely if the mean log-probability "
+        f"of its tokens is between {low:.2f} and {high:.2f}.",
     ]
     return "\n".join(lines)
 
@@ -339,14 +362,18 @@ def _comparison_text(report: dict[str, Any]) -> str:
             f"{_points(each['not_counting_ended'])}, VADER {_points(each['vader'])}"
         )
     for arm, each in found["ppo_at_equal_kl"].items():
-        beyond = (
-            "" if each["inside"] else "; its KL is beyond PPO's, whose last is used"
-        )
+        beyond = "" if each["inside"] else f"; PPO's largest KL is below {arm}'s"
         lines.append(
             f"- PPO minus {arm} at {arm}'s KL: gold {_points(each['gold'])}, without "
             f"ended {_points(each['not_counting_ended'])}{beyond}"
         )
-    lines += ["", "PPO at another KL is interpolated in the square root of KL."]
+    lines += [
+        "",
+        "PPO at an arm's KL is interpolated linearly in the square root of KL between "
+        "the pre-trained policy, ppo-low and ppo; beyond, it is the last of them. "
+        f"The KL of {report['best_of']} is an upper bound, so PPO may be given more KL "
+        "than it used.",
+    ]
     return "\n".join(lines)
 
 
@@ -406,6 +433,20 @@ def _inline(text: str) -> str:
 
 def _times_text(report: dict[str, Any]) -> str:
     lines = ["| stage | seconds |", "|---|--:|"]
-    for name, seconds in report["seconds"].items():
-        lines.append(f"| {name} | {seconds:.0f} |")
+    seconds, totals = report["seconds"], []
+    for name, each in seconds.items():
+        lines.append(f"| {name} | {each:.0f} |")
+    shared = sum(each for name, each in seconds.items() if not name.startswith("seed-"))
+    for seed in report["seeds"]:
+        own = sum(
+            each
+            for name, each in seconds.items()
+            if name.startswith(f"seed-{seed}/") and not name.endswith("/beta-0")
+        )
+        totals.append(f"{(shared + own) / 60:.1f} minutes with seed {seed}")
+    lines += [
+        "",
+        f"All stages but those of beta-0 take {', '.join(totals)}, of which "
+        f"{shared / 60:.1f} are shared by all seeds.",
+    ]
     return "\n".join(lines)

@@ -21,7 +21,7 @@ class Interval(NamedTuple):
 
 
 class Resamples(NamedTuple):
-    """How often each seed and each beginning is in each resample.
+    """The weight of each seed and each beginning in each resample.
 
     Drawn for all arms alike, so differences between arms are paired.
     """
@@ -36,7 +36,11 @@ class Resamples(NamedTuple):
 
 
 def resample(S: int, N: int, count: int = _RESAMPLES) -> Resamples:
-    """Draws seeds and beginnings with replacement: the bootstrap, in both."""
+    """Draws seeds and beginnings with replacement: the bootstrap, in both.
+
+    A resample of few seeds varies too little, by (S - 1) / S in variance; the weights
+    of seeds are therefore spread by the inverse of its root.
+    """
     rng = np.random.default_rng(_SEED)
 
     def draw(size: int) -> np.ndarray:
@@ -44,7 +48,8 @@ def resample(S: int, N: int, count: int = _RESAMPLES) -> Resamples:
         counts[0] = 1
         return counts.astype(np.float64)
 
-    return Resamples(draw(S), draw(N))
+    spread = (S / max(S - 1, 1)) ** 0.5
+    return Resamples(1 + spread * (draw(S) - 1), draw(N))
 
 
 def interval(values_R: np.ndarray) -> Interval:

@@ -2,10 +2,11 @@ import json
 
 import numpy as np
 import pytest
+from conftest import TINY, changed, random_run
 
 from jaxgpt import CharTokenizer
 from jaxgpt.generation.decode import LateEnds
-from jaxgpt.posttrain.rollout import Rollout, Rules
+from jaxgpt.posttrain.rollout import Rollout, Rules, respond
 from jaxgpt.rlhf_reviews import data
 
 TOKENIZER = CharTokenizer("abcdefgh .!", ["<|endoftext|>"])
@@ -70,6 +71,21 @@ def test_a_human_continuation_is_cut_as_the_policys():
     assert cut("abcdef!.") == (7, True)
     assert cut("abcd") == (4, True)  # the review ends
     assert cut("abcdefgh") == (8, False)
+
+
+def test_a_rollout_ends_where_a_human_continuation_is_cut():
+    model = {"vocab_size": TOKENIZER.vocab_size}
+    run = random_run(changed(TINY, model=model), TOKENIZER)
+    limits = rules(longest=5, shortest=3)
+    prompts = [TOKENIZER.encode("ab")] * 200
+    rolled = respond(run, prompts, limits, 0)
+    for tokens, count, ended in zip(
+        rolled.tokens_BT, rolled.counts_B, rolled.ended_B, strict=True
+    ):
+        rest = np.append(tokens[2 : 2 + count], TOKENIZER.encode("a"))
+        assert data.cut(rest, limits) == (count, ended)
+    assert len(set(rolled.counts_B)) == 5
+    assert set(rolled.ended_B) == {True, False}
 
 
 def test_beginnings_are_distinct_and_continue_as_the_review_does():

@@ -1,22 +1,11 @@
 import jax
 import numpy as np
 import pytest
-from conftest import ONE_ROW, TINY, changed
+from conftest import TINY, changed, random_run
 
 from jaxgpt import CharTokenizer
 from jaxgpt.classification import classify
-from jaxgpt.models import build_model
-from jaxgpt.parallel.mesh import replicated, single_device_mesh
 from jaxgpt.rlhf_reviews import judges
-from jaxgpt.run import Run
-
-
-def random_run(config, tokenizer):
-    """A run of random parameters."""
-    model = build_model(config.model, "cpu")
-    params = model.init(jax.random.key(0), ONE_ROW[:, :2])["params"]
-    params = jax.device_put(params, replicated(single_device_mesh()))
-    return Run(config, tokenizer, model, params, 0)
 
 
 @pytest.mark.parametrize(

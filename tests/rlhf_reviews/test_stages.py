@@ -52,7 +52,7 @@ def test_seeds_that_cannot_be_trained_with_are_refused(seeds, tmp_path):
 @pytest.mark.processes
 @pytest.mark.slow
 def test_a_killed_experiment_goes_on_and_reports_every_arm(tmp_path):
-    out, reviews = tmp_path / "out", tmp_path / "reviews.jsonl"
+    out, reviews = tmp_path / "with a space", tmp_path / "reviews.jsonl"
     write_reviews(reviews)
     command = ["-m", "jaxgpt", "rlhf-reviews", "--scale", "tiny", "--out-dir", str(out)]
     command += ["--reviews", str(reviews), "--seeds", "1", "2"]
@@ -92,7 +92,13 @@ def test_a_killed_experiment_goes_on_and_reports_every_arm(tmp_path):
             if arm == "pre-trained":
                 assert all(r["log_prob"] == r["reference_log_prob"] for r in rows)
     judged = [json.loads(line) for line in (out / "judged.jsonl").open()]
-    assert len(judged) == len(arms) * 2 * TINY.evaluated
+    assert len(judged) == (len(arms) * 2 + 1) * TINY.evaluated  # and people
+    prompts, judged_on = (
+        {json.loads(line)["prompt"] for line in (out / "data" / name).open()}
+        for name in ("prompts.jsonl", "beginnings.jsonl")
+    )
+    assert len(judged_on) == TINY.evaluated
+    assert not prompts & judged_on
     parts = ("positive", "no_repeat", "ended", "likely")
     assert all(row["gold"] == all(row[part] for part in parts) for row in judged)
     assert (out / "gold.png").stat().st_size > 10_000

@@ -9,12 +9,20 @@ def test_the_first_resample_is_the_data_and_means_count_what_is_drawn():
     draws = resample(3, 4, count=50)
     means_R = draws.means(values_SN)
     assert means_R[0] == pytest.approx(values_SN.mean())
+    assert draws.seeds_RS.sum(axis=1) == pytest.approx(3)
     for r in range(50):
-        rows = np.repeat(np.arange(3), draws.seeds_RS[r].astype(int))
         columns = np.repeat(np.arange(4), draws.beginnings_RN[r].astype(int))
-        assert (len(rows), len(columns)) == (3, 4)
-        assert means_R[r] == pytest.approx(values_SN[rows][:, columns].mean())
+        assert len(columns) == 4
+        by_seed_S = values_SN[:, columns].mean(axis=1)
+        expected = np.average(by_seed_S, weights=draws.seeds_RS[r])
+        assert means_R[r] == pytest.approx(expected)
     assert len(set(means_R)) > 20
+
+
+def test_the_error_of_few_seeds_is_not_underestimated():
+    values_S = np.array([0.1, 0.5, 0.3])
+    means_R = resample(3, 10).means(np.repeat(values_S[:, None], 10, axis=1))
+    assert means_R[1:].std() == pytest.approx(values_S.std(ddof=1) / 3**0.5, rel=0.05)
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
