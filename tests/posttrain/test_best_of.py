@@ -11,6 +11,8 @@ from jaxgpt.posttrain.best_of import best_of, best_rows
 from jaxgpt.run import save_config
 from jaxgpt.training.checkpoint import open_checkpoints
 
+MORE = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(untrained):
@@ -28,7 +30,9 @@ def rewards_of(judge, prompt, texts):
     return np.array(found)
 
 
-@pytest.mark.parametrize("stop", ["", "e", "in"])
+@pytest.mark.parametrize(
+    "stop", [*(pytest.param(stop, marks=MORE) for stop in ("", "e")), "in"]
+)
 def test_the_best_are_the_samples_with_the_highest_reward(runs, stop):
     run, judge = runs
     options = {"max_new_tokens": 12, "seed": 5, "stop": stop}
@@ -48,6 +52,7 @@ def test_the_best_are_the_samples_with_the_highest_reward(runs, stop):
     assert np.ptp(rewards) > 0.1
 
 
+@MORE
 def test_a_reward_model_reads_the_last_tokens_of_a_long_text(runs):
     run, judge = runs
     prompt = "Lear tells a tale of winters.\n" * 2

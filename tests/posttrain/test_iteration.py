@@ -133,6 +133,7 @@ def outcome(run_dir):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)], rows
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_bit_for_bit(
     config, reward_run, tmp_path, monkeypatch, call
 ):
@@ -198,6 +199,7 @@ def test_a_run_refuses_another_reference_or_reward_model(
         run(replace(config, ppo=settings), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_not_the_one_that_sampled_stops_the_run(
     config, tmp_path, monkeypatch
 ):
