@@ -123,6 +123,15 @@ def test_ppo_raises_the_reward_and_reports_its_phases(config, tmp_path, call):
     call("jaxgpt", "export", "nanogpt", tmp_path / "run", tmp_path / "ckpt.pt")
 
 
+def test_metrics_weigh_each_token_equally(config, tmp_path):
+    """Without learning, the policy's loss is minus the mean of whitened advantages."""
+    optimizer = {"learning_rate": 1e-12, "min_lr": 0.0}
+    run(changed(config, optimizer=optimizer), tmp_path / "run")
+    for row in rows_of(tmp_path / "run", "train"):
+        assert row["response_tokens"] < 4
+        assert row["policy_loss"] == pytest.approx(0, abs=1e-6)
+
+
 def outcome(run_dir):
     """The state, and the rows without times."""
     _, state, _ = load_state(run_dir, "latest")
