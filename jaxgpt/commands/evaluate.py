@@ -86,7 +86,8 @@ def evaluate(
     masked language model, the loss and accuracy of the masked tokens. Of an
     encoder-decoder, it reports the loss of the targets and, of the translations, exact
     matches, BLEU and chrF, also of copies of the sources. Of a policy that PPO trained,
-    it reports beta KL - reward, and both, of its responses to prompts.
+    it reports beta KL - reward, and both, of its responses to prompts; the reward is
+    scaled, and less the penalty for responses without an end, as in training.
 
     Of a reward model, or a run that DPO trained, it reports the loss per pair and the
     accuracy, also by quartile of the difference of the two rewards.

@@ -344,6 +344,7 @@ def plot_losses(metrics: Path, picture: Path, label: str) -> None:
 def plot_rewards(metrics: Path, picture: Path) -> None:
     """Plots PPO's rewards against the root of the divergence to a PNG file.
 
+    The rewards are scaled, and less the penalty for responses without an end.
     Source: Gao et al. 2022, figure 1. Takes paths as `plot_losses` does.
     """
     from matplotlib.figure import Figure
