@@ -337,13 +337,16 @@ def _arms_table(report: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, report["seeds"]))
     lines += [
         "",
-        f"Means over seeds {seeds}, ± the standard error over beginnings and seeds; "
-        "with few seeds it is rough. KL is in nats per continuation; that of "
-        f"{report['best_of']} is the bound log n - (n - 1) / n. The proxy, the reward "
-        "model's score, is in standard deviations of the pre-trained policy's. Gold's "
-        f"classifier labels {report['gold_classifier_accuracy']:.1%} of pieces of part "
-        f"D's reviews correctly. A continuation is likely if the mean log-probability "
-        f"of its tokens is between {low:.2f} and {high:.2f}.",
+        "Gold is the share of continuations that are positive, repeat no trigram, have "
+        "ended and are likely; `without ended` does not ask for the end. Likely is a "
+        f"mean log-probability of the tokens between {low:.2f} and {high:.2f}. Gold's "
+        f"classifier is right for {report['gold_classifier_accuracy']:.1%} of pieces "
+        "of part D's reviews.",
+        "",
+        f"Means over seeds {seeds}; ± is the standard error over beginnings and "
+        "seeds, which is rough with few seeds. KL is in nats per continuation; that of "
+        f"{report['best_of']} is an upper bound, log n - (n - 1) / n. The proxy is the "
+        "reward model's score, in standard deviations of the pre-trained policy's.",
     ]
     return "\n".join(lines)
 
@@ -371,8 +374,7 @@ def _comparison_text(report: dict[str, Any]) -> str:
         "",
         "PPO at an arm's KL is interpolated linearly in the square root of KL between "
         "the pre-trained policy, ppo-low and ppo; beyond, it is the last of them. "
-        f"The KL of {report['best_of']} is an upper bound, so PPO may be given more KL "
-        "than it used.",
+        f"At the upper bound of {report['best_of']}'s KL, PPO may have the larger KL.",
     ]
     return "\n".join(lines)
 
