@@ -192,5 +192,5 @@ def test_the_time_of_a_seed_has_what_is_shared_and_not_beta_0():
     seconds |= {"seed-1/beta-0": 9e3, "seed-1/samples/beta-0": 9e3}
     seconds |= {"seed-2/reward": 300.0, "seed-12/reward": 9e3}
     text = report._times_text({"seconds": seconds, "seeds": [1, 2]})
-    assert "12.0 minutes with seed 1, 15.0 minutes with seed 2" in text
+    assert "take 12.0 minutes with seed 1, 15.0 minutes with seed 2" in text
     assert "10.0 are shared" in text
