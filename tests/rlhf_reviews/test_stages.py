@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, contents, finish, start_script
 
 from jaxgpt.commands import rlhf_reviews
+from jaxgpt.rlhf_reviews import stages
 from jaxgpt.rlhf_reviews.arms import TINY
 from jaxgpt.rlhf_reviews.stages import read_times
 
@@ -47,6 +48,31 @@ def test_seeds_that_cannot_be_trained_with_are_refused(seeds, tmp_path):
     with pytest.raises(ValueError, match="seed"):
         rlhf_reviews.rlhf_reviews(tmp_path, seeds=seeds, scale="tiny")
     assert not contents(tmp_path)
+
+
+def test_stages_run_once_with_beta_0_last_in_any_folder(tmp_path, monkeypatch):
+    commands, out = {}, tmp_path / "with a space"
+    out.mkdir()
+
+    def train(run_dir, arguments):
+        commands[run_dir.relative_to(out).as_posix()] = arguments
+
+    monkeypatch.setattr(stages, "_train", train)
+    monkeypatch.setattr(stages, "_in_process", lambda *_: None)
+    monkeypatch.setattr(stages, "write_data", lambda *_: None)
+    arms = [*TINY.arms]
+    stages.run_experiment(out, TINY, tmp_path, (1, 2), arms)
+    assert [*commands][-2:] == ["seed-1/beta-0", "seed-2/beta-0"]
+    for seed in ("seed-1", "seed-2"):
+        assert all(f"{seed}/{arm}" in commands for arm in ("reward", *arms))
+        ppo = commands[f"{seed}/ppo"]
+        assert ppo[ppo.index("--init-from") + 1] == str(out / "policy")
+        assert ppo[ppo.index("--reward-model") + 1] == str(out / seed / "reward")
+        assert "--reward-model" not in commands[f"{seed}/dpo"]
+    assert read_times(out).keys() > commands.keys()
+    commands.clear()
+    stages.run_experiment(out, TINY, tmp_path, (1, 2), arms)
+    assert not commands
 
 
 @pytest.mark.processes
