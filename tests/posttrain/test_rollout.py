@@ -19,7 +19,7 @@ PROMPTS = [[1, 2, 3], [4], [5, 6], [3, 1, 4], [2], [7, 7], [9, 10, 8], [1]]
 
 @pytest.fixture(scope="module")
 def tiny():
-    return init_model(block_size=8, n_layer=1)
+    return init_model(block_size=8)
 
 
 def batch_of(prompts, seed=5):
