@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt import exits, start
@@ -35,6 +34,7 @@ from jaxgpt.parallel.mesh import make_mesh, model_mesh
 from jaxgpt.planning.plan import describe
 from jaxgpt.posttrain.iteration import before_and_after, prepare_ppo
 from jaxgpt.posttrain.ppo import on_prompts
+from jaxgpt.posttrain.rewards import score_texts
 from jaxgpt.run import (
     PROFILE,
     Run,
@@ -53,19 +53,16 @@ from jaxgpt.terminal import log_line
 from jaxgpt.text.batches import evaluation_source, predictions, training_source
 from jaxgpt.text.conversations import END_OF_TURN, Message
 from jaxgpt.text.corpus import load_corpus, load_split
-from jaxgpt.text.examples import Examples, Preferences, bucket_lengths, row_keys
+from jaxgpt.text.examples import Examples, bucket_lengths
 from jaxgpt.text.packing import as_rows
 from jaxgpt.text.tasks import kind_of
-from jaxgpt.text.tokenizer import Tokenizer
 from jaxgpt.training import checkpoint, evaluation
 from jaxgpt.training.diagnosis import diagnose_non_finite
 from jaxgpt.training.loggers import check_installed
 from jaxgpt.training.monitor import Monitor, check_finite
 from jaxgpt.training.objectives import (
     Batch,
-    Context,
     make_objective,
-    pair_rewards,
     validation_metric,
 )
 from jaxgpt.training.profile import profiled
@@ -140,8 +137,16 @@ def show_sample(run: Run) -> None:
         for prompt, *responses in before_and_after(run, examples, 3):
             print(prompt, *(f"  {text}" for text in responses), sep="\n")
         return
+    if kind == "preferences" and run.config.dpo:
+        prompt = tokenizer.decode(examples.texts[0][: examples.prompts_N[0]])
+        print(prompt + generate(run, prompt, max_new_tokens=100)[0])
+        return
     if kind == "preferences":
-        show_pairs(run, tokenizer, examples)
+        texts = examples.texts.select(np.arange(2 * len(examples)) < 6)
+        for row, reward in enumerate(score_texts(run, texts)):
+            response = tokenizer.decode(texts[row][examples.prompts_N[row // 2] :])
+            name = ("chosen", "rejected")[row % 2]
+            print(f"{name}\t{reward:.4f}\t{' '.join(response.split())[:60]}")
         return
     if kind == "conversations":
         user, end = map(tokenizer.special_id, ("<|user|>", END_OF_TURN))
@@ -161,27 +166,6 @@ def show_sample(run: Run) -> None:
     for i, text in enumerate(translate(run, sources)):
         target = tokenizer.decode(examples.targets[i][:-1])
         print(f"{sources[i]}\t{text}\t(reference: {target})")
-
-
-def show_pairs(run: Run, tokenizer: Tokenizer, examples: Preferences) -> None:
-    """Prints rewards of a few pairs, or of DPO a response to the first prompt."""
-    row_B = np.arange(min(3, len(examples)))
-    prompts_B = examples.prompts_N[row_B].tolist()
-    if run.config.dpo:
-        prompt = tokenizer.decode(examples.texts[0][: prompts_B[0]])
-        print(prompt + generate(run, prompt, max_new_tokens=100)[0])
-        return
-    T, weights_B = run.config.model.block_size, np.ones(len(row_B), np.float32)
-    batch = examples.read(row_B, T, weights_B, row_keys(0, row_B))
-    find_rewards = jax.jit(partial(pair_rewards, run.model))
-    rewards_B2 = find_rewards(
-        run.params, batch, Context(None, jnp.asarray(row_B))
-    ).tolist()
-    for row, prompt_length in enumerate(prompts_B):
-        for column, name in enumerate(("chosen", "rejected")):
-            response = examples.texts[2 * row + column][prompt_length:]
-            text = " ".join(tokenizer.decode(response).split())
-            print(f"{name}\t{rewards_B2[row][column]:.4f}\t{text[:60]}")
 
 
 def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> int:

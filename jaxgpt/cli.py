@@ -18,7 +18,7 @@ import tyro
 
 from jaxgpt.config import BlockConfig, Config, ModelConfig, PPOConfig
 from jaxgpt.parallel.defaults import default_preset
-from jaxgpt.posttrain.rewards import find_reward
+from jaxgpt.posttrain.rewards import check_same_tokenizer, find_reward
 from jaxgpt.presets import PRESETS
 from jaxgpt.run import (
     TOKENIZER,
@@ -167,6 +167,8 @@ def _resumed(run_dir: Path, flags: list[str]) -> Config:
         model = dataclasses.replace(config.model, vocab_size=saved.model.vocab_size)
         config = dataclasses.replace(config, model=model)
     _check_same_model(saved, config)
+    if saved.ppo and config.ppo and config.ppo.reward_model != saved.ppo.reward_model:
+        config = dataclasses.replace(config, ppo=_find_reward(config, config.ppo))
     for name in ("reward", "reward_model") if saved.ppo else ():
         before, after = (getattr(each.ppo, name) for each in (saved, config))
         if after != before:
@@ -202,12 +204,7 @@ def _find_reward(config: Config, ppo: PPOConfig) -> PPOConfig:
             f"{model.block_size}"
         )
     policy_dir = Path(config.train.init_from).parent.parent
-    own, policys = map(saved_tokenizer, (run_dir, policy_dir))
-    if not (own and policys) or own.to_json() != policys.to_json():
-        raise ValueError(
-            f"--reward-model {run_dir} has another tokenizer than the run to start "
-            f"from, {policy_dir}; train the reward model with --init-from that run"
-        )
+    check_same_tokenizer(saved_tokenizer(run_dir), saved_tokenizer(policy_dir))
     return dataclasses.replace(ppo, reward_model=str(folder))
 
 

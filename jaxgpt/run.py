@@ -158,7 +158,7 @@ def load_initial_params(config: Config, mesh: Mesh) -> Any:
         unused = ", ".join(sorted(params.keys() - expected.keys()))
         log_line(f"the classifier is new; {unused} of {checkpoint} is not used")
         params = {name: params[name] for name in params if name in expected}
-    if config.model.task == "reward" != run.config.model.task:
+    if config.model.task == "reward" and run.config.model.task != "reward":
         expected = {name: expected[name] for name in expected if name != "reward"}
     check_shapes(shapes(params), shapes(expected), str(checkpoint))
     return params

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.table import Table
 
 from jaxgpt.config import Config
 from jaxgpt.run import Run, load_initial_params, with_reference
@@ -71,12 +69,10 @@ def _accuracy(margin_N: np.ndarray) -> dict[str, Any]:
 
 
 def show_quartiles(report: dict[str, Any]) -> None:
-    """Prints a table of the quartiles."""
-    table = Table(title="By the difference of the rewards")
-    for heading in ("from", "to", "pairs", "accuracy"):
-        table.add_column(heading, justify="right")
+    """Prints a line for each quartile."""
     for part in report["quartiles"]:
-        error = f"± {part['accuracy_standard_error']:.4f}"
-        bounds = f"{part['from']:.4f}", f"{part['to']:.4f}"
-        table.add_row(*bounds, str(part["pairs"]), f"{part['accuracy']:.4f} {error}")
-    Console().print(table)
+        print(
+            f"difference {part['from']:.4f} to {part['to']:.4f}: "
+            f"{part['pairs']} pairs, accuracy {part['accuracy']:.4f} "
+            f"± {part['accuracy_standard_error']:.4f}"
+        )

@@ -80,7 +80,8 @@ def prepare_ppo(
     Raises ValueError if the reward model has changed since the run began, or if it
     gives all responses the same reward.
     """
-    reference, settings = load_initial_params(config, mesh), _settings(config)
+    settings: Any = config.ppo
+    reference = load_initial_params(config, mesh)
     sample = make_rollout(model, make_rules(settings, tokenizer), mesh)
     reward = make_reward(settings, tokenizer, mesh)
     if checkpoint := settings.reward_model:
@@ -114,8 +115,8 @@ def prepare_ppo(
 
     def compile_all(prompts: PromptBatch) -> Any:
         """Compiles the programs of an iteration."""
-        _, rolled = sample.compile(state.params, prompts)
-        _, found_BN = log_probs.compile(state.params, rolled)
+        rolled = sample.compile(state.params, prompts).out_info
+        found_BN = log_probs.compile(state.params, rolled).out_info
         if isinstance(reward, Program):
             reward.compile(rolled)
         reward_B = found_BN.update(shape=found_BN.shape[:1])
@@ -167,7 +168,8 @@ def make_update(
     """Makes `update(state, rollout, reference_BN, reward_B) -> state, metrics`.
 
     Advantages, then all epochs of minibatches, as one program. It donates the buffers
-    of the state.
+    of the state. The metric `reward` is the mean of the given rewards: scaled, and less
+    the penalty for a response without an end.
 
     Args:
       model: the policy's model.
@@ -175,7 +177,7 @@ def make_update(
       mesh: the run's mesh.
       state: the result of `abstract_state`, for its shardings.
     """
-    settings = _settings(config)
+    settings: Any = config.ppo
     M, N = settings.minibatches, settings.max_new_tokens
     B, limit = config.data.batch_size, config.train.max_skipped_steps
     data = replace(config.data, batch_size=B // M)
@@ -201,8 +203,12 @@ def make_update(
         rewards_BN = ppo.token_rewards(reward_B, kl_BN, rolled.counts_B, beta)
         gained_BN = ppo.advantages(rewards_BN, values_BN, mask_BN, settings.gae_lambda)
         batch = ppo.PPOBatch(
-            *(rolled.tokens_BT, rolled.prompts_B, rolled.counts_B),
-            *(log_probs_BN, values_BN, ppo.whiten(gained_BN, mask_BN)),
+            rolled.tokens_BT,
+            rolled.prompts_B,
+            rolled.counts_B,
+            log_probs_BN,
+            values_BN,
+            ppo.whiten(gained_BN, mask_BN),
             gained_BN + values_BN,
         )
 
@@ -290,8 +296,8 @@ def make_ppo_eval_step(
 ) -> EvalStep:
     """Makes the `EvalStep` of -(reward - beta KL), with the config's beta.
 
-    Its other metrics are means of the responses: `reward`, `kl` in nats, `ended` and
-    `response_tokens`.
+    Its other metrics are means of the responses: `reward`, scaled and less the penalty
+    for a response without an end; `kl` in nats, `ended` and `response_tokens`.
     """
 
     def eval_step(params: Any, batches: PromptBatch) -> dict[str, LossSum]:
@@ -333,7 +339,8 @@ def before_and_after(
 
     Both are drawn with the same keys.
     """
-    settings, checkpoint = _settings(run.config), Path(run.config.train.init_from)
+    settings: Any = run.config.ppo
+    checkpoint = Path(run.config.train.init_from)
     initial = load_run(checkpoint.parent.parent, checkpoint.name)
     tokenizer, first = text_tokenizer(run), range(min(count, len(prompts)))
     given = [prompts.prompts[i] for i in first], make_rules(settings, tokenizer), 1337
@@ -341,9 +348,3 @@ def before_and_after(
         decode_responses(respond(each, *given), tokenizer) for each in (initial, run)
     )
     return list(zip(*texts, after, strict=True))
-
-
-def _settings(config: Config) -> PPOConfig:
-    if config.ppo is None:
-        raise TypeError("the config has no section ppo")
-    return config.ppo

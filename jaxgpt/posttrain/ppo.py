@@ -18,7 +18,6 @@ from jax import Array
 
 from jaxgpt.config import PPOConfig
 from jaxgpt.posttrain.rollout import predict_responses, response_mask
-from jaxgpt.text.examples import PromptBatch
 from jaxgpt.training.objectives import Context, LossSum, Objective
 
 
@@ -154,16 +153,9 @@ def ppo(model: nn.Module, config: PPOConfig) -> Objective:
     return objective
 
 
-def on_prompts(model: nn.Module) -> Objective:
-    """Makes an objective that only runs the policy on prompts, to diagnose it."""
-
-    def objective(
-        params: Any, batch: PromptBatch, context: Context
-    ) -> tuple[LossSum, dict[str, LossSum]]:
-        total = model.apply({"params": params}, batch.tokens_BP).sum()
-        return LossSum(total, batch.weights_B.sum()), {}
-
-    return objective
+def on_prompts(model: nn.Module) -> Any:
+    """Makes what only runs the policy on prompts, in place of an objective."""
+    return lambda params, batch, _: model.apply({"params": params}, batch.tokens_BP)
 
 
 def adapt(beta: Array, kl: Array, responses: int, config: PPOConfig) -> Array:

@@ -23,6 +23,7 @@ from jaxgpt.parallel.mesh import batch_sharding
 from jaxgpt.parallel.processes import several_processes
 from jaxgpt.posttrain.rollout import Program, Rollout, in_batches
 from jaxgpt.run import Run, load_run, text_tokenizer
+from jaxgpt.text.examples import Sequences
 from jaxgpt.text.tokenizer import Tokenizer
 
 # Maps a rollout to the reward of each response, f32 [B], before it is scaled.
@@ -101,7 +102,25 @@ def _scores(
 def score(run: Run, rolled: Rollout) -> np.ndarray:
     """The reward model's score of each response, f32 [B], on the host."""
     end = text_tokenizer(run).end_of_text
-    return in_batches(partial(_scores, run.model, end), run, rolled)
+    reward_B: np.ndarray = in_batches(partial(_scores, run.model, end), run, rolled)
+    return reward_B
+
+
+def score_texts(run: Run, texts: Sequences) -> np.ndarray:
+    """The reward model's score of each text, f32 [B], on the host."""
+    lengths_B = texts.lengths.astype(np.int32)
+    tokens_BT = texts.padded(np.arange(len(texts)), int(lengths_B.max()))
+    columns: Any = tokens_BT, lengths_B, 0 * lengths_B, lengths_B < 0
+    return score(run, Rollout(*columns))
+
+
+def check_same_tokenizer(judge: Tokenizer | None, policy: Tokenizer | None) -> None:
+    """Raises ValueError unless a reward model reads the tokens of a policy."""
+    if not (judge and policy) or judge.to_json() != policy.to_json():
+        raise ValueError(
+            "the reward model has another tokenizer than the run, so it can't read the "
+            "run's tokens; give one that was trained from this run with --init-from"
+        )
 
 
 def decode_responses(

@@ -39,6 +39,7 @@ from jaxgpt.text.examples import PromptBatch, Prompts, Sequences, row_keys
 from jaxgpt.text.tokenizer import Tokenizer
 
 _SENTENCE_END = re.compile(r"[\s\"'(]*[.!?]+[\s\"')]*")
+_ROWS = 512  # most rows of a batch of `in_batches`
 _MULTIPLE = 8  # of T, so that it divides over devices
 
 
@@ -59,28 +60,21 @@ class Program:
         """Takes the first arguments of all calls, `bound`, and options of `jax.jit`."""
         self._jitted = jax.jit(function, out_shardings=out_shardings, **options)
         self._mesh, self._bound, self._lock = mesh, bound, threading.Lock()
-        self._compiled: dict[Any, tuple[jax.stages.Compiled, Any]] = {}
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
 
-    def compile(self, *arguments: Any) -> tuple[jax.stages.Compiled, Any]:
-        """The program for the arguments, arrays or their shapes; and its results'."""
+    def compile(self, *arguments: Any) -> jax.stages.Compiled:
+        """The compiled program for the arguments, which are arrays or their shapes."""
         arguments = *self._bound, *arguments
         key = tuple((a.shape, a.dtype) for a in jax.tree.leaves(arguments))
         with self._lock:
             if key not in self._compiled:
                 with activation_sharding(self._mesh):
-                    lowered = self._jitted.lower(*arguments)
-                program = lowered.compile()
-                results = jax.tree.map(
-                    lambda a, where: a.update(sharding=where),
-                    *(lowered.out_info, program.output_shardings),
-                )
-                self._compiled[key] = program, results
+                    self._compiled[key] = self._jitted.lower(*arguments).compile()
             return self._compiled[key]
 
     def __call__(self, *arguments: Any) -> Any:
         """Runs the program, which it compiles first if it is new."""
-        program, _ = self.compile(*arguments)
-        return program(*self._bound, *arguments)
+        return self.compile(*arguments)(*self._bound, *arguments)
 
 
 class Rules(NamedTuple):
@@ -176,14 +170,13 @@ def make_rollout(model: nn.Module, rules: Rules, mesh: Mesh) -> Program:
 
 
 def respond(
-    run: Run, prompts: Sequence[np.ndarray], rules: Rules, seed: int, rows: int = 512
+    run: Run, prompts: Sequence[np.ndarray], rules: Rules, seed: int
 ) -> Rollout:
     """Samples a response of a run to each prompt, in batches over all local devices.
 
     Args:
       prompts: token ids of each, at least one; each response depends only on its
         prompt, (seed, its index) and the model.
-      rows: most rows of a batch.
 
     Returns arrays on the host. Raises ValueError if a prompt leaves no room in
     block_size for max_new_tokens.
@@ -195,42 +188,28 @@ def respond(
             f"a prompt of {longest} tokens and max_new_tokens={rules.max_new_tokens} "
             f"exceed block_size={T}; shorten one of them"
         )
-    rows = min(rows, len(examples))
-    mesh = data_parallel_mesh(run.config.model, run.params, rows, 1)
-    mesh = mesh or single_device_mesh()
-    program = make_rollout(run.model, rules, mesh)
-    params = jax.device_put(run.params, replicated(mesh))
-    found = []
-    for start in range(0, len(examples), rows):
-        row_B = np.minimum(np.arange(start, start + rows), len(examples) - 1)
-        weights_B, keys_B = np.ones(rows, np.float32), row_keys(seed, row_B)
-        batch = examples.read(row_B, longest, weights_B, keys_B)
-        found.append(jax.device_get(program(params, shard_batch(mesh, batch))))
-    count = len(examples)
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *found)
+    row_B, weights_B = np.arange(len(prompts)), np.ones(len(prompts), np.float32)
+    batch = examples.read(row_B, longest, weights_B, row_keys(seed, row_B))
+    rolled: Rollout = in_batches(partial(rollout, run.model, rules), run, batch)
+    return rolled
 
 
-def in_batches(
-    function: Callable[[Any, Rollout], Array],
-    run: Run,
-    rolled: Rollout,
-    rows: int = 512,
-) -> np.ndarray:
-    """`function(params, rollout)` of all rows of a rollout, on the host.
+def in_batches(function: Callable[[Any, Any], Any], run: Run, rows: Any) -> Any:
+    """`function(params, rows)` of all rows of a pytree, on the host.
 
     It runs on batches over all local devices.
     """
-    B = len(rolled.counts_B)
-    rows = min(rows, B)
-    mesh = data_parallel_mesh(run.config.model, run.params, rows, 1)
+    total = len(jax.tree.leaves(rows)[0])
+    size, found = min(_ROWS, total), []
+    mesh = data_parallel_mesh(run.config.model, run.params, size, 1)
     mesh = mesh or single_device_mesh()
     program = Program(function, mesh, batch_sharding(mesh))
-    params, found = jax.device_put(run.params, replicated(mesh)), []
-    for start in range(0, B, rows):
-        row_B = np.minimum(np.arange(start, start + rows), B - 1)
-        batch = jax.tree.map(lambda a, row_B=row_B: np.asarray(a)[row_B], rolled)
-        found.append(np.asarray(program(params, shard_batch(mesh, batch))))
-    return np.concatenate(found)[:B]
+    params = jax.device_put(run.params, replicated(mesh))
+    for start in range(0, total, size):
+        row_B = np.minimum(np.arange(start, start + size), total - 1)
+        batch = jax.tree.map(lambda a, row_B=row_B: np.asarray(a)[row_B], rows)
+        found.append(jax.device_get(program(params, shard_batch(mesh, batch))))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:total], *found)
 
 
 def log_probs(run: Run, rolled: Rollout, rules: Rules) -> np.ndarray:
@@ -244,7 +223,8 @@ def log_probs(run: Run, rolled: Rollout, rules: Rules) -> np.ndarray:
         found_BN, *_ = predict_responses(run.model, params, *texts, rules.temperature)
         return found_BN * response_mask(rolled.counts_B, rules.max_new_tokens)
 
-    return in_batches(predict, run, rolled)
+    found_BN: np.ndarray = in_batches(predict, run, rolled)
+    return found_BN
 
 
 def response_mask(counts_B: Array, N: int) -> Array:
