@@ -119,7 +119,7 @@ def prepare_ppo(
         found_BN = log_probs.compile(state.params, rolled).out_info
         if isinstance(reward, Program):
             reward.compile(rolled)
-        reward_B = found_BN.update(shape=found_BN.shape[:1])
+        reward_B = jax.ShapeDtypeStruct(found_BN.shape[:1], np.float32, sharding=rows)
         update.compile(state, rolled, found_BN, reward_B)
         return make_iteration(sample, judge, update)
 
