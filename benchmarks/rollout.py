@@ -63,8 +63,8 @@ def build(contender: str, rows: int, seconds: float) -> tuple[Facts, Run]:
     from jaxgpt.posttrain.rollout import Rules, make_rollout
     from jaxgpt.text.examples import Prompts, Sequences, row_keys
 
-    sizes = {"block_size": 64, "vocab_size": 2048, "n_layer": 4, "n_embd": 128}
-    config = Config(GPTConfig(**sizes), DataConfig(batch_size=rows))
+    policy = GPTConfig(block_size=64, vocab_size=2048, n_layer=4, n_embd=128)
+    config = Config(policy, DataConfig(batch_size=rows))
     mesh = make_mesh(config)
     model = build_model(config.model, platform_of(mesh))
     prompts_BT = np.random.default_rng(0).integers(2048, size=(rows, PROMPT))
