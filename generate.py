@@ -39,7 +39,7 @@ class Arguments:
     seed: int = 1337  # random seed; the same seed gives the same text
     # a sample ends before this text, or where the model ends the document
     stop: str = ""
-    # print the best of so many continuations for each sample, by --reward-model
+    # print the best of so many continuations for each sample, by a reward model
     best_of: int | None = None
     reward_model: Path | None = None  # run directory of the reward model
     # how to shard a model that is too large for one device: fsdp, tensor

@@ -541,7 +541,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(
-            not (self.ppo or self.dpo) or isinstance(self.model, GPTConfig),
+            not (self.ppo or self.dpo) or self.model.architecture == "gpt",
             f"architecture={self.model.architecture} can't be trained by PPO or DPO",
         )
         _check(
