@@ -272,7 +272,8 @@ def find_fonts(characters: Iterable[str]) -> tuple[list[str], set[str]]:
         entry.name: entry.fname
         for entry in fontManager.ttflist
         if (entry.style, entry.weight, entry.stretch) == ("normal", 400, "normal")
-        and "LastResort" not in entry.name  # has a box for every character
+        # It has a box for every character; matplotlib 3.11.2 writes it with a space.
+        and "LastResort" not in entry.name.replace(" ", "")
     }
     families, missing = [_FONTS[0]], set(characters)  # this one for the escapes too
     for family in dict.fromkeys((*_FONTS, *paths)):

@@ -121,10 +121,7 @@ def test_maps_in_bfloat16_are_near_those_in_float32_and_can_be_drawn(tmp_path):
     assert text_of(tmp_path / "maps.png") == "To be,"
 
 
-def test_labels_escape_what_no_font_has_and_what_cannot_be_seen(tmp_path, monkeypatch):
-    fonts = font_manager.fontManager
-    entries = [entry for entry in fonts.ttflist if "matplotlib" in entry.fname]
-    monkeypatch.setattr(fonts, "ttflist", entries)  # other machines have more
+def test_labels_escape_what_no_font_has_and_what_cannot_be_seen(tmp_path):
     labels = {
         "a\N{COMBINING ACUTE ACCENT}": "a\N{COMBINING ACUTE ACCENT}",
         "\N{COMBINING ACUTE ACCENT}a": r"\u0301a",
