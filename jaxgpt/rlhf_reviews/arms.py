@@ -89,7 +89,7 @@ FULL = Settings(
         "ppo-low": Arm("ppo --ppo.kl-target 1.83 --ppo.beta 0.3 --train.max-steps 40"),
         "ppo": Arm("ppo"),
         "dpo": Arm("dpo", checkpoint="best"),
-        "beta-0": Arm("ppo --ppo.beta 0 --ppo.kl-target 0"),
+        "beta-0": Arm("ppo --ppo.beta 0 --ppo.kl-target 0 --train.max-steps 40"),
     },
     pairs=40_000,
 )
