@@ -14,6 +14,7 @@ from conftest import ROOT, contents, finish, start_script
 from jaxgpt.commands import rlhf_reviews
 from jaxgpt.rlhf_reviews import stages
 from jaxgpt.rlhf_reviews.arms import TINY
+from jaxgpt.rlhf_reviews.data import read_lines
 from jaxgpt.rlhf_reviews.stages import read_times
 
 GOOD, BAD = ["superb", "lovely", "moving", "great"], ["awful", "boring", "weak", "dull"]
@@ -110,15 +111,15 @@ def test_a_killed_experiment_goes_on_and_reports_every_arm(tmp_path):
     for arm in arms:
         assert f"| {arm} |" in page
         path = out / "seed-1" / "samples" / f"{arm}.jsonl"
-        rows = [json.loads(line) for line in path.open()]
+        rows = read_lines(path)
         assert len(rows) == TINY.evaluated
         assert all(row["ended"] or row["tokens"] == 12 for row in rows)
         if arm == "pre-trained":
             assert all(r["log_prob"] == r["reference_log_prob"] for r in rows)
-    judged = [json.loads(line) for line in (out / "judged.jsonl").open()]
+    judged = read_lines(out / "judged.jsonl")
     assert len(judged) == (len(arms) + 1) * TINY.evaluated  # and people
     prompts, judged_on = (
-        {json.loads(line)["prompt"] for line in (out / "data" / name).open()}
+        {row["prompt"] for row in read_lines(out / "data" / name)}
         for name in ("prompts.jsonl", "beginnings.jsonl")
     )
     assert len(judged_on) == TINY.evaluated
@@ -131,6 +132,5 @@ def test_a_killed_experiment_goes_on_and_reports_every_arm(tmp_path):
     again, err = finish(start_script(*command))  # nothing is left to do
     assert (again, contents(out)) == (page, written)
     assert "==" not in err
-    *others, _ = command
-    _, err = finish(start_script(*others[:4], "full", *others[5:]), code=1)
+    _, err = finish(start_script(*command[:4], "full", *command[5:]), code=1)
     assert "--out-dir" in err
