@@ -33,7 +33,8 @@ def test_a_step_takes_6_flops_per_weight_and_token_and_those_of_attention(preset
         if path[-1].key == "kernel" or path[0].key == "wte"
     )
     attention = 12 * shape.n_layer * shape.n_embd * shape.block_size
-    tokens = config.data.batch_size * shape.block_size
+    texts = 2 if config.dpo else 1  # of each row
+    tokens = config.data.batch_size * texts * shape.block_size
     assert step_flops(config) == tokens * (6 * weights + attention)
 
 
