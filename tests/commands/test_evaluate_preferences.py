@@ -50,7 +50,7 @@ def test_evaluate_has_the_loss_that_training_reported(trained, call):
     assert report["pairs"] == len(pairs)
     assert sum(part["pairs"] for part in report["quartiles"]) == len(pairs)
     out = call("jaxgpt", *flags, "--data-path", trained / "preferences.jsonl").out
-    assert f"{240}" in out.split("pairs")[1]
+    assert "240" in out.split("pairs")[1]
     assert out.count("difference") == 4
 
 
@@ -71,10 +71,9 @@ def test_rows_have_accuracy_and_margin_and_the_run_is_shown(trained, capsys):
         assert {line[2] for line in lines} == {"aaa", "hg"}
 
 
+@pytest.mark.parametrize("trained", ["dpo"], indirect=True)
 def test_a_dpo_run_names_its_reference_and_refuses_another(trained, tmp_path):
     config = load_config(trained / "run")
-    if not config.dpo:
-        pytest.skip("a reward model has no reference")
     assert len(config.dpo.reference_sha256) == 64
     run_dir = shutil.copytree(trained / "run", tmp_path / "run")
     start, kept = trained / "start" / "checkpoints" / "8", tmp_path / "kept"
