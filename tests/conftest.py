@@ -1,6 +1,7 @@
 """What all tests share: a cache, 8 CPU devices, a small corpus and a tiny model."""
 
 import dataclasses
+import gc
 import io
 import json
 import logging
@@ -68,8 +69,21 @@ jax.config.update("jax_num_cpu_devices", 8)
 # The tests build the same programs over and over, as a user's runs do.
 jax.config.update("jax_compilation_cache_dir", os.environ["JAXGPT_CACHE"] + "/xla")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-# Most run once: LLVM would take longer than it saves. Scripts run as a user's do.
+# Most run once: XLA and LLVM would take longer than they save.
 jax.config.update("jax_disable_most_optimizations", True)
+COMPILE_FAST = {
+    # XLA's emitters of fusions by MLIR compile the programs of the tests in twice the
+    # time of those before them.
+    "xla_cpu_use_fusion_emitters": "false",
+    # xdist has a worker per core, so parts of a program are not compiled in parallel.
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+# XLA reads its flags once, with the first device. Scripts run as a user's do.
+with pytest.MonkeyPatch.context() as patch:
+    known = (name for name in COMPILE_FAST if start._measured_and_known(name))
+    flags = [f"--{name}={COMPILE_FAST[name]}" for name in known]
+    patch.setenv("XLA_FLAGS", " ".join([os.environ.get("XLA_FLAGS", ""), *flags]))
+    jax.devices()
 # As in `start`: if several files can't be read or written, it logs all but one.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
@@ -115,6 +129,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     settings.load_profile("full" if config.getoption("full") else "ci")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # so that collections skip the million objects of imported modules
 
 
 def tpu(test):
