@@ -111,7 +111,8 @@ def bytes_per_device(state):
 
 @pytest.mark.devices
 def test_fsdp_over_8_devices_stores_an_eighth_of_any_preset_on_each():
-    data = {"batch_size": 8, "gradient_accumulation_steps": 1}
+    # 8 rows at once for PPO too, which splits them into 4 minibatches.
+    data = {"batch_size": 32, "gradient_accumulation_steps": 1}
     for name, make in PRESETS.items():
         if isinstance(make().model, GPTConfig) and make().model.n_embd % 8 == 0:
             config = changed(make(), model={"vocab_size": 65}, data=data)
