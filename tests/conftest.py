@@ -133,6 +133,7 @@ def pytest_configure(config):
 
 def pytest_collection_finish():
     gc.freeze()  # so that collections skip the million objects of imported modules
+    gc.set_threshold(20_000)
 
 
 def tpu(test):
@@ -273,7 +274,7 @@ def init_model(**fields):
 def random_run(config, tokenizer):
     """A run of initial parameters."""
     model = build_model(config.model, "cpu")
-    params = model.init(jax.random.key(0), ONE_ROW[:, :2])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), ONE_ROW[:, :2])["params"]
     params = jax.device_put(params, replicated(single_device_mesh()))
     return Run(config, tokenizer, model, params, 0)
 

@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, changed, random_run
+from conftest import TINY, changed, logits_of, random_run
 
 from jaxgpt import CharTokenizer
 from jaxgpt.classification import classify
@@ -41,7 +41,7 @@ def test_mean_log_probs_are_of_the_continuation_alone():
         ids = np.array([end, *tokenizer.encode(kept + text)])
         if not kept:  # of what exceeds the window, one token of the prompt is left
             ids[0] = tokenizer.encode("c")[0]
-        logits_TV = run.model.apply({"params": run.params}, ids[None])[0]
+        logits_TV = logits_of(run.model, run.params, ids[None])[0]
         log_probs_TV = jax.nn.log_softmax(logits_TV)
         at = range(len(ids) - len(text), len(ids))
         expected = np.mean([log_probs_TV[t - 1, ids[t]] for t in at])
