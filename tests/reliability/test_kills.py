@@ -92,7 +92,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
     after = random.Random(kill).randint(1, 95)
     process = start_script(*SMOKE, "--out-dir", run_dir)
     while not moment(run_dir, after) and process.poll() is None:
-        time.sleep(0.001)
+        time.sleep(0.005)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -120,7 +120,7 @@ def test_a_killed_ppo_run_equals_the_uninterrupted_one(tiny_run, tmp_path):
     run_dir = tmp_path / "run"
     process = start_script(*flags, "--out-dir", run_dir)
     while not in_steps(run_dir, 3) and process.poll() is None:
-        time.sleep(0.001)
+        time.sleep(0.005)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
