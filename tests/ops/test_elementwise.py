@@ -70,6 +70,10 @@ def test_only_tpus_sum_gradients_of_embeddings_in_bfloat16():
     assert [gradient(p).item() for p in PLATFORMS] == [1000, 256, 1000, 1000]
 
 
+# As for users, LLVM optimises; without, the gradient of tanh is rounded more often.
+OPTIMISED = {"xla_backend_optimization_level": 3}
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize(("kind", "approximate"), [("exact", "none"), ("tanh", "tanh")])
 def test_gelu_and_its_gradient_are_pytorchs(platform, kind, approximate):
@@ -79,7 +83,8 @@ def test_gelu_and_its_gradient_are_pytorchs(platform, kind, approximate):
     y.sum().backward()
     gelu = partial(ops.gelu, kind=kind, platform=platform)
     np.testing.assert_allclose(gelu(jnp.array(x)), y.detach(), atol=2e-6)
-    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), theirs.grad, atol=5e-6)
+    gradient = jax.jit(jax.vmap(jax.grad(gelu)), compiler_options=OPTIMISED)
+    np.testing.assert_allclose(gradient(x), theirs.grad, atol=5e-6)
 
 
 def test_gpus_store_only_the_input_for_the_gradient_of_gelu():
