@@ -99,7 +99,8 @@ def run(config, run_dir, **options):
 
 
 def test_ppo_raises_the_reward_and_reports_its_phases(config, tmp_path, call):
-    config = changed(config, train={"max_steps": 24, "eval_interval": 12})
+    steps = {"max_steps": 24, "eval_interval": 12, "checkpoint_interval": 12}
+    config = changed(config, train=steps)
     assert run(config, tmp_path / "run") == 0
     first, *_, last = rows_of(tmp_path / "run", "eval")
     # A response has at most 4 letters t, and without an end a penalty of 1.
@@ -126,8 +127,11 @@ def test_ppo_raises_the_reward_and_reports_its_phases(config, tmp_path, call):
 def test_metrics_weigh_each_token_equally(config, tmp_path):
     """Without learning, the policy's loss is minus the mean of whitened advantages."""
     optimizer = {"learning_rate": 1e-12, "min_lr": 0.0}
-    run(changed(config, optimizer=optimizer), tmp_path / "run")
-    for row in rows_of(tmp_path / "run", "train"):
+    once = {"eval_interval": 4, "checkpoint_interval": 4}
+    run(changed(config, optimizer=optimizer, train=once), tmp_path / "run")
+    rows = rows_of(tmp_path / "run", "train")
+    assert len(rows) == 4
+    for row in rows:
         assert row["response_tokens"] < 4
         assert row["policy_loss"] == pytest.approx(0, abs=1e-6)
 
