@@ -65,6 +65,7 @@ ROOT = Path(__file__).parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is an accelerator
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of PyTorch; xdist has a worker per core
 os.environ["JAXGPT_CACHE"] = str(ROOT / ".pytest_cache" / "jaxgpt")
+jax.config.update("jax_platforms", "cpu")  # JAX may have read the environment before
 jax.config.update("jax_num_cpu_devices", 8)
 # The tests build the same programs over and over, as a user's runs do.
 jax.config.update("jax_compilation_cache_dir", os.environ["JAXGPT_CACHE"] + "/xla")
