@@ -525,6 +525,7 @@ def test_rows_are_followed_while_they_are_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_and_writes_its_report(tmp_path):
     out = tmp_path / "gpu.json"
     flags = ["--device", "cpu", "--preset", "smoke", "--shape", "shakespeare-char-cpu"]

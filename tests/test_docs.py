@@ -87,6 +87,7 @@ def short_shakespeare(tmp_path, monkeypatch):
 
 @pytest.mark.processes
 @pytest.mark.usefixtures("short_shakespeare")
+@pytest.mark.slow
 def test_every_command_of_the_lectures_page_works(
     call, untrained, tmp_path, monkeypatch
 ):

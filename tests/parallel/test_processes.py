@@ -138,6 +138,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(tmp_path, alone):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_train_by_ppo_as_one(tiny_run, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     words = itertools.product("Tobern t,", repeat=3)

@@ -579,6 +579,7 @@ def test_only_a_tokenizer_of_proper_merges_in_the_order_of_ids_suits_tiktoken():
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_killed_at_five_random_times_the_bytes_are_the_same(tmp_path):
     rng, path = random.Random(5), tmp_path / "a.jsonl"
     write(path, [" ".join(rng.choices(TEXTS, k=40)) for _ in range(5_000)])
