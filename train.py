@@ -32,7 +32,7 @@ from jaxgpt.parallel.defaults import (
 from jaxgpt.parallel.feeding import read_batches
 from jaxgpt.parallel.mesh import make_mesh, model_mesh
 from jaxgpt.planning.plan import describe
-from jaxgpt.posttrain.iteration import before_and_after, prepare_ppo
+from jaxgpt.posttrain.iteration import before_and_after, prepare_rewarded
 from jaxgpt.posttrain.ppo import on_prompts
 from jaxgpt.posttrain.rewards import score_texts
 from jaxgpt.run import (
@@ -53,7 +53,7 @@ from jaxgpt.terminal import log_line
 from jaxgpt.text.batches import evaluation_source, predictions, training_source
 from jaxgpt.text.conversations import END_OF_TURN, Message
 from jaxgpt.text.corpus import load_corpus, load_split
-from jaxgpt.text.examples import Examples, bucket_lengths
+from jaxgpt.text.examples import Examples
 from jaxgpt.text.packing import as_rows
 from jaxgpt.text.tasks import kind_of
 from jaxgpt.training import checkpoint, evaluation
@@ -116,7 +116,9 @@ def main() -> None:
         log_line(f"stopped; resume with: {resume_command}")
         sys.exit(128 + signal)
     saved = load_config(run_dir)
-    plain = dataclasses.replace(saved, ppo=None, dpo=None)  # what the model is for
+    plain = dataclasses.replace(
+        saved, ppo=None, grpo=None, dpo=None
+    )  # what the model is for
     log_line(_NEXT[kind_of(plain)].format(quoted_dir))
     if not processes.several_processes():
         mesh = model_mesh(saved, dataclasses.replace(saved.mesh, data=1))
@@ -181,9 +183,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         mesh = make_mesh(config, log_line)
         schedule = with_steps_per_call(config, mesh).train
         if isinstance(corpus.train, Examples):
-            lengths = ", ".join(map(str, bucket_lengths(config.model.block_size)))
+            lengths = np.unique(corpus.train.buckets(config.model.block_size)).tolist()
             log_line(
-                f"batches have {lengths} tokens a row; a program for each compiles"
+                f"batches have {', '.join(map(str, lengths))} tokens a row; a program "
+                "for each compiles"
             )
         model = build_model(config.model, platform_of(mesh))
         if config.dpo:
@@ -199,10 +202,10 @@ def train(config: Config, run_dir: Path, *, resume: bool, overwrite: bool) -> in
         sources = {"train": evaluation_source(train_rows, config)}
         sources["val"] = evaluation_source(val, config)
         abstract = abstract_state(model, config, mesh)
-        diagnosed = on_prompts if config.ppo else make
-        if config.ppo:
+        diagnosed = on_prompts if config.rewarded else make
+        if config.rewarded:
             settings = config, mesh, abstract, corpus.tokenizer, corpus.train, log_line
-            config, train_program, eval_step = prepare_ppo(model, *settings)
+            config, train_program, eval_step = prepare_rewarded(model, *settings)
         else:
             train_program = make_train_program(objective, config, mesh, abstract)
             eval_step = evaluation.make_eval_step(objective, mesh)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from jaxgpt.config import BlockConfig, Config, ModelConfig, PPOConfig
+from jaxgpt.config import BlockConfig, Config, GRPOConfig, ModelConfig, PPOConfig
 from jaxgpt.parallel.defaults import default_preset
 from jaxgpt.posttrain.rewards import check_same_tokenizer, find_reward
 from jaxgpt.presets import PRESETS
@@ -150,8 +150,8 @@ def parse_arguments(argv: list[str]) -> tuple[Config, Path, RunOptions]:
         start = _start_from(Path(init_from), options.checkpoint, base)
         config = _parse(flags, start)
         _check_start(start, config, run_dir)
-        if config.ppo:
-            config = dataclasses.replace(config, ppo=_find_reward(config, config.ppo))
+        if config.rewarded:
+            config = _with_reward(config, config.rewarded)
     else:
         config = _parse(flags, base)
     if not preset:
@@ -167,10 +167,11 @@ def _resumed(run_dir: Path, flags: list[str]) -> Config:
         model = dataclasses.replace(config.model, vocab_size=saved.model.vocab_size)
         config = dataclasses.replace(config, model=model)
     _check_same_model(saved, config)
-    if saved.ppo and config.ppo and config.ppo.reward_model != saved.ppo.reward_model:
-        config = dataclasses.replace(config, ppo=_find_reward(config, config.ppo))
-    for name in ("reward", "reward_model") if saved.ppo else ():
-        before, after = (getattr(each.ppo, name) for each in (saved, config))
+    old, new = saved.rewarded, config.rewarded
+    if old and new and new.reward_model != old.reward_model:
+        config = _with_reward(config, new)
+    for name in ("reward", "reward_model") if old else ():
+        before, after = (getattr(each.rewarded, name) for each in (saved, config))
         if after != before:
             raise ValueError(
                 f"--{name.replace('_', '-')} {after} contradicts the run, which has "
@@ -184,17 +185,17 @@ def _resumed(run_dir: Path, flags: list[str]) -> Config:
     return config
 
 
-def _find_reward(config: Config, ppo: PPOConfig) -> PPOConfig:
+def _with_reward(config: Config, section: PPOConfig | GRPOConfig) -> Config:
     """Checks the reward; of the reward model's run, it finds the best checkpoint."""
-    if bool(ppo.reward) == bool(ppo.reward_model):
+    if bool(section.reward) == bool(section.reward_model):
         raise ValueError(
-            "ppo maximises one reward; give either --reward NAME or --reward-model "
-            "RUN_DIR"
+            f"{'ppo' if config.ppo else 'grpo'} maximises one reward; give either "
+            "--reward NAME or --reward-model RUN_DIR"
         )
-    if ppo.reward:
-        find_reward(ppo.reward)
-        return ppo
-    run_dir = Path(ppo.reward_model)
+    if section.reward:
+        find_reward(section.reward)
+        return config
+    run_dir = Path(section.reward_model)
     folder = find_checkpoint(run_dir, "best")
     model = require_task(load_config(run_dir), "reward")
     if model.block_size < config.model.block_size:
@@ -205,7 +206,8 @@ def _find_reward(config: Config, ppo: PPOConfig) -> PPOConfig:
         )
     policy_dir = Path(config.train.init_from).parent.parent
     check_same_tokenizer(saved_tokenizer(run_dir), saved_tokenizer(policy_dir))
-    return dataclasses.replace(ppo, reward_model=str(folder))
+    section = dataclasses.replace(section, reward_model=str(folder))
+    return config.with_rewarded(section)
 
 
 def _parse(flags: list[str], default: Config) -> Config:

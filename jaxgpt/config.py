@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 import tyro
 
+POST_TRAINING = "ppo", "grpo", "dpo"  # sections of `Config`, of which it has one
 INT32_LIMIT = 2**31  # sizes and counts are 32-bit integers on the device
 _FLOAT32_MAX = 3.4e38
 
@@ -264,10 +265,11 @@ class DataConfig:
     """The text, its tokenizer and the batch size."""
 
     # built-in corpus: Tiny Shakespeare; movie reviews, with a sentiment each; words to
-    # reverse; sentence pairs of Tatoeba; or conversations
-    corpus: Literal["tinyshakespeare", "reviews", "reverse", "tatoeba", "chitchat"] = (
-        "tinyshakespeare"
-    )
+    # reverse; sentence pairs of Tatoeba; conversations; or an assistant's: instructions
+    # with exact answers, and small talk
+    corpus: Literal[
+        "tinyshakespeare", "reviews", "reverse", "tatoeba", "chitchat", "assistant"
+    ] = "tinyshakespeare"
     # your own UTF-8 text, JSONL or parquet files, folders of them, or folders of token
     # files (written by `python -m jaxgpt prepare` or by nanoGPT); to classify, CSV or
     # JSONL of text and label; to translate, TSV or JSONL of source and target; with
@@ -281,6 +283,9 @@ class DataConfig:
     # what a row holds: block_size tokens from anywhere; whole documents, each of which
     # attends only to itself; or whole conversations, of which only answers are learned
     packing: Literal["windows", "documents", "conversations"] = "windows"
+    # of conversations, learn also what the user and the system say, as a model that has
+    # not been pre-trained should
+    learn_prompts: bool = False
     # char; gpt2; bpe, trained on the corpus with --model.vocab-size tokens; or the path
     # of a tokenizer.json, or of a directory with one or with vocab.json and merges.txt
     tokenizer: str = "char"
@@ -315,6 +320,11 @@ class DataConfig:
             f"batch_size={self.batch_size} is not divisible by "
             f"gradient_accumulation_steps={self.gradient_accumulation_steps}; use a "
             "divisor of batch_size",
+        )
+        _check(
+            not self.learn_prompts or self.packing == "conversations",
+            f"learn_prompts=True is for conversations, not for packing={self.packing}; "
+            "omit it, or give --data.packing conversations",
         )
         _check(
             len(self.weights) in (0, len(self.path)),
@@ -433,8 +443,8 @@ class DPOConfig:
 
 
 @dataclass(frozen=True)
-class PPOConfig:
-    """Proximal policy optimization; the reference is the run of --init-from.
+class RewardedConfig:
+    """Fields of PPO and GRPO; the reference is the run of --init-from.
 
     An update of train.max_steps is an iteration: data.batch_size responses, and then
     epochs over them in minibatches. Warmup counts iterations too.
@@ -462,22 +472,14 @@ class PPOConfig:
     no_end_penalty: float = 1.0  # taken from the reward of a response without an end
     temperature: float = 1.0  # logits are divided by it, in rollouts and updates
     beta: float = 0.05  # reward lost for each nat of divergence from the reference
-    # adapt beta so that the divergence stays at this many nats per response; 0: fixed
-    kl_target: float = 0.0
-    kl_horizon: int = 10_000  # responses over which beta adapts
     epochs: int = 4  # passes over the responses of an iteration
     minibatches: int = 4  # updates in each epoch
     clip: float = 0.2  # the ratio to the old policy counts within 1 -+ clip
-    value_clip: float = 0.2  # the value counts within so much of the old one
-    value_coefficient: float = 0.1  # weight of the value's loss
-    gae_lambda: float = 0.95  # decay of later rewards in the advantage
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_at_least(self, 1, "max_new_tokens", "epochs", "minibatches")
-        _check_at_least(self, 1, "kl_horizon")
         _check_at_least(self, 0, "min_new_tokens", "no_end_penalty", "beta")
-        _check_at_least(self, 0, "kl_target", "value_clip", "value_coefficient")
         _check(
             not self.min_new_tokens or self.end == "sentence",
             f"min_new_tokens={self.min_new_tokens} has no effect with end={self.end}; "
@@ -497,6 +499,23 @@ class PPOConfig:
             f"reward_std={self.reward_std} must be above 0 and finite",
         )
         _check(0 < self.clip < 1, f"clip={self.clip} must be above 0 and below 1")
+
+
+@dataclass(frozen=True)
+class PPOConfig(RewardedConfig):
+    """Proximal policy optimization."""
+
+    # adapt beta so that the divergence stays at this many nats per response; 0: fixed
+    kl_target: float = 0.0
+    kl_horizon: int = 10_000  # responses over which beta adapts
+    value_clip: float = 0.2  # the value counts within so much of the old one
+    value_coefficient: float = 0.1  # weight of the value's loss
+    gae_lambda: float = 0.95  # decay of later rewards in the advantage
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_at_least(self, 1, "kl_horizon")
+        _check_at_least(self, 0, "kl_target", "value_clip", "value_coefficient")
         _check(
             0 <= self.gae_lambda <= 1,
             f"gae_lambda={self.gae_lambda} must be from 0 to 1",
@@ -505,6 +524,17 @@ class PPOConfig:
             not self.kl_target or self.beta > 0,
             "beta=0 can't adapt to kl_target; raise --ppo.beta",
         )
+
+
+@dataclass(frozen=True)
+class GRPOConfig(RewardedConfig):
+    """Group relative policy optimization."""
+
+    group_size: int = 8  # responses to each prompt, which are compared
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_at_least(self, 1, "group_size")
 
 
 @dataclass(frozen=True)
@@ -537,18 +567,19 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     # post-training by one of these, if any
     ppo: tyro.conf.AvoidSubcommands[PPOConfig | None] = None
+    grpo: tyro.conf.AvoidSubcommands[GRPOConfig | None] = None
     dpo: tyro.conf.AvoidSubcommands[DPOConfig | None] = None
 
     def __post_init__(self) -> None:
+        kinds = [name for name in POST_TRAINING if getattr(self, name)]
         _check(
-            not (self.ppo or self.dpo) or self.model.architecture == "gpt",
-            f"architecture={self.model.architecture} can't be trained by PPO or DPO",
+            not kinds or self.model.architecture == "gpt",
+            f"architecture={self.model.architecture} can't be trained by "
+            f"{' or '.join(POST_TRAINING)}",
         )
-        _check(
-            not (self.ppo and self.dpo), "a run is trained by ppo or by dpo; omit one"
-        )
-        if self.ppo:
-            self._check_ppo(self.ppo)
+        _check(len(kinds) < 2, f"a run is trained by {' or by '.join(kinds)}; omit one")
+        if self.rewarded:
+            self._check_rewarded(self.rewarded)
         _check(
             self.data.tokenizer != "bpe" or self.model.vocab_size is not None,
             "tokenizer=bpe needs a vocabulary size to train to; give one, as in "
@@ -567,31 +598,53 @@ class Config:
             "packing=windows",
         )
 
-    def _check_ppo(self, ppo: PPOConfig) -> None:
-        """Raises ValueError if PPO can't run with the other sections."""
+    @property
+    def rewarded(self) -> PPOConfig | GRPOConfig | None:
+        """The section of PPO or GRPO, which maximise a reward."""
+        return self.ppo or self.grpo
+
+    def with_rewarded(self, section: PPOConfig | GRPOConfig) -> Self:
+        """Returns a config with another section of PPO or GRPO in place of its own."""
+        if isinstance(section, PPOConfig):
+            return dataclasses.replace(self, ppo=section)
+        return dataclasses.replace(self, grpo=section)
+
+    def _check_rewarded(self, section: PPOConfig | GRPOConfig) -> None:
+        """Raises ValueError if PPO or GRPO can't run with the other sections."""
         batch_size = self.data.batch_size
+        group_size = self.grpo.group_size if self.grpo else 1
         _check(
-            self.data.microbatch_size % ppo.minibatches == 0,
-            f"batch_size={batch_size} does not divide into ppo.minibatches="
-            f"{ppo.minibatches} of gradient_accumulation_steps="
+            batch_size % group_size == 0,
+            f"batch_size={batch_size} responses do not divide into groups of grpo."
+            f"group_size={group_size}; use a multiple of it",
+        )
+        _check(
+            self.data.microbatch_size % section.minibatches == 0,
+            f"batch_size={batch_size} does not divide into minibatches="
+            f"{section.minibatches} of gradient_accumulation_steps="
             f"{self.data.microbatches} parts; use a multiple of their product",
         )
         # An iteration lowers beta by a fifth of batch_size / kl_horizon.
+        horizon = (
+            self.ppo.kl_horizon if self.ppo and self.ppo.kl_target else INT32_LIMIT
+        )
         _check(
-            not ppo.kl_target or batch_size < 5 * ppo.kl_horizon,
-            f"kl_horizon={ppo.kl_horizon} lets beta fall below 0 with batch_size="
+            batch_size < 5 * horizon,
+            f"kl_horizon={horizon} lets beta fall below 0 with batch_size="
             f"{batch_size}; raise it above a fifth of batch_size",
         )
         _check(
             getattr(self.model, "compute_dtype", "") != "bfloat16",
-            "compute_dtype=bfloat16 is too coarse for PPO, which compares small "
-            "changes of probabilities; give --model.compute-dtype float32",
+            "compute_dtype=bfloat16 is too coarse for PPO and GRPO, which compare "
+            "small changes of probabilities; give --model.compute-dtype float32",
         )
 
     @property
     def rows_at_once(self) -> int:
         """Sequences of which an update computes gradients at once, over all devices."""
-        return self.data.microbatch_size // (self.ppo.minibatches if self.ppo else 1)
+        return self.data.microbatch_size // (
+            self.rewarded.minibatches if self.rewarded else 1
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a nested dict of plain values, for JSON."""
@@ -604,7 +657,7 @@ class Config:
         Raises ValueError or TypeError that names an unknown or invalid field.
         """
         kinds: dict[str, Any] = typing.get_type_hints(cls) | {"model": _read_model}
-        kinds |= {"ppo": PPOConfig, "dpo": DPOConfig}
+        kinds |= {"ppo": PPOConfig, "grpo": GRPOConfig, "dpo": DPOConfig}
         built: dict[str, Any] = {}
         for name, section in {**values}.items():
             if name not in kinds:
@@ -653,17 +706,22 @@ def training_contradictions(config: Config) -> list[str]:
             f"log_interval={train.log_interval} is more than max_steps="
             f"{train.max_steps}: no training loss is logged; lower --train.log-interval"
         )
-    if config.ppo:
-        horizon = (
-            PPOConfig.kl_horizon if config.ppo.kl_target else config.ppo.kl_horizon
-        )
+    if config.rewarded:
+        ppo, horizon = config.ppo, PPOConfig.kl_horizon
+        if ppo and not ppo.kl_target:
+            horizon = ppo.kl_horizon
         unused = {
             "dropout": getattr(config.model, "dropout", 0.0) > 0,
             "steps_per_call": train.steps_per_call > 1,
             "kl_horizon without kl_target": horizon != PPOConfig.kl_horizon,
         }
+        if config.grpo and config.grpo.group_size == 1:
+            lines.append(
+                "group_size=1 compares each response with nothing, so nothing is "
+                "learned; raise --grpo.group-size"
+            )
         lines += [
-            f"{name} has no effect in PPO; omit it"
+            f"{name} has no effect in PPO and GRPO; omit it"
             for name, given in unused.items()
             if given
         ]

@@ -18,6 +18,7 @@ from jaxgpt.config import (
     DataConfig,
     DPOConfig,
     GPTConfig,
+    GRPOConfig,
     LectureConfig,
     MaskedLMConfig,
     MeshConfig,
@@ -229,6 +230,42 @@ def dpo() -> Config:
     return _tuned(3e-4, 64, train=_train(every=100, max_steps=300), dpo=DPOConfig())
 
 
+def assistant_sft() -> Config:
+    """An assistant for tasks with exact answers, by fine-tuning: not measured yet.
+
+    It learns from demonstrations and small talk alone, unless --init-from names a run.
+    """
+    return Config(
+        model=GPTConfig(block_size=128, n_layer=4, n_embd=128),
+        data=DataConfig(
+            corpus="assistant",
+            packing="conversations",
+            learn_prompts=True,
+            batch_size=8,
+        ),
+        optimizer=OptimizerConfig(learning_rate=2e-3, min_lr=2e-5),
+        train=_train(every=1000, max_steps=10_000),
+    )
+
+
+def assistant_grpo() -> Config:
+    """GRPO of that assistant, which checks its answers: not measured yet.
+
+    Give the run to start from: --init-from runs/assistant-sft.
+    """
+    return replace(
+        _tuned(
+            1e-4,
+            256,
+            train=_train(every=20, max_steps=100, eval_iters=1, log_interval=1),
+        ),
+        data=DataConfig(corpus="assistant", batch_size=256),
+        grpo=GRPOConfig(
+            reward="tasks", max_new_tokens=52, beta=0.02, epochs=1, minibatches=1
+        ),
+    )
+
+
 def reviews_mlm() -> Config:
     """Masked language modelling on movie reviews: 5 min on 2 CPU cores, val 6.61.
 
@@ -411,6 +448,8 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "reward": reward,
     "ppo": ppo,
     "dpo": dpo,
+    "assistant-sft": assistant_sft,
+    "assistant-grpo": assistant_grpo,
     "reviews-mlm": reviews_mlm,
     "sentiment": sentiment,
     "reverse": reverse,

@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows has no flock, so run directories are not locked
     fcntl = None  # type: ignore[assignment]
 
-from jaxgpt.config import Config, DataConfig
+from jaxgpt.config import POST_TRAINING, Config, DataConfig
 from jaxgpt.files import (
     TMP_SUFFIX,
     delete,
@@ -165,15 +165,16 @@ def load_initial_params(config: Config, mesh: Mesh) -> Any:
 
 
 def with_reference(config: Config) -> Config:
-    """The config of DPO or PPO with the digest of its reference, else as it is.
+    """The config of PPO, GRPO or DPO with the digest of its reference, else as it is.
 
     Raises ValueError if there is no reference, or if it has changed since the run
     began; OSError if it can't be read.
     """
-    name = "ppo" if config.ppo else "dpo"
-    section: Any = getattr(config, name)
-    if not section:
+    names = [name for name in POST_TRAINING if getattr(config, name)]
+    if not names:
         return config
+    (name,) = names
+    section: Any = getattr(config, name)
     if not (reference := config.train.init_from):
         raise ValueError(
             f"{name} starts from a run, which is its reference; give --init-from DIR"

@@ -86,7 +86,7 @@ def with_steps_per_call(config: Config, mesh: Mesh) -> Config:
     a second, it divides only the shorter interval, and single updates fill the other.
     """
     train = config.train
-    if config.ppo:  # phases of an iteration are programs of their own
+    if config.rewarded:  # phases of an iteration are programs of their own
         return dataclasses.replace(
             config, train=dataclasses.replace(train, steps_per_call=1)
         )

@@ -159,7 +159,7 @@ def model_mesh(config: Config, mesh: MeshConfig) -> Mesh:
     data = dataclasses.replace(
         config.data, batch_size=rows, gradient_accumulation_steps=1
     )
-    config = dataclasses.replace(config, data=data, mesh=mesh, ppo=None)
+    config = dataclasses.replace(config, data=data, mesh=mesh, ppo=None, grpo=None)
     return make_mesh(config, lambda line: None)
 
 

@@ -104,10 +104,10 @@ def describe(config: Config, topology: str = "") -> Iterator[str]:
 
     Raises ValueError if the step does not fit in the chips' memory.
     """
-    if config.ppo:
+    if config.rewarded:
         raise ValueError(
-            "the cost of PPO depends on how long its responses get; train for a few "
-            "steps, and see its rows of metrics.jsonl"
+            "the cost of PPO and GRPO depends on how long the responses get; train for "
+            "a few steps, and see the rows of metrics.jsonl"
         )
     known: dict[str, Any] = {}
     if config.model.vocab_size is None:

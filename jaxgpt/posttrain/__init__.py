@@ -1,1 +1,1 @@
-"""Post-training by rewards: reward models, PPO, DPO and best-of-n."""
+"""Post-training by rewards: reward models, PPO, GRPO, DPO and best-of-n."""

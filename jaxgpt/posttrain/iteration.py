@@ -1,4 +1,4 @@
-"""One iteration of PPO: rollout, judgement, updates; and its evaluation.
+"""One iteration of PPO or GRPO: rollout, judgement, updates; and its evaluation.
 
 B responses   N tokens of responses   M minibatches   K updates
 """
@@ -20,11 +20,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxgpt.config import Config, PPOConfig
+from jaxgpt.config import Config, RewardedConfig
 from jaxgpt.exits import in_background
 from jaxgpt.parallel.defaults import train_jit_options, with_microbatches
 from jaxgpt.parallel.mesh import batch_sharding, replicated
-from jaxgpt.posttrain import ppo
+from jaxgpt.posttrain import grpo, ppo
 from jaxgpt.posttrain.rewards import Reward, decode_responses, make_reward, on_host
 from jaxgpt.posttrain.rollout import (
     Program,
@@ -54,7 +54,7 @@ Judge = Callable[[Rollout], tuple[Array, Array]]
 TrainProgram = Callable[[Any], Future[Any]]
 
 
-def prepare_ppo(
+def prepare_rewarded(
     model: nn.Module,
     config: Config,
     mesh: Mesh,
@@ -80,7 +80,7 @@ def prepare_ppo(
     Raises ValueError if the reward model has changed since the run began, or if it
     gives all responses the same reward.
     """
-    settings: Any = config.ppo
+    settings: Any = config.rewarded
     reference = load_initial_params(config, mesh)
     sample = make_rollout(model, make_rules(settings, tokenizer), mesh)
     reward = make_reward(settings, tokenizer, mesh)
@@ -98,7 +98,7 @@ def prepare_ppo(
                 "new run"
             )
         settings = replace(settings, reward_sha256=found)
-    config = replace(config, ppo=settings)
+    config = config.with_rewarded(settings)
 
     def predict(params: Any, rolled: Rollout) -> Array:
         texts = rolled.tokens_BT, rolled.prompts_B, settings.max_new_tokens
@@ -132,7 +132,7 @@ def prepare_ppo(
             programs[shape] = in_background(partial(compile_all, *_unstack(prompts)))
         return programs[shape]
 
-    eval_step = make_ppo_eval_step(settings, mesh, sample, judge, log_probs)
+    eval_step = make_eval_step(settings, mesh, sample, judge, log_probs)
     return config, train_program, eval_step
 
 
@@ -169,7 +169,8 @@ def make_update(
 
     Advantages, then all epochs of minibatches, as one program. It donates the buffers
     of the state. The metric `reward` is the mean of the given rewards: scaled, and less
-    the penalty for a response without an end.
+    the penalty for a response without an end. Of GRPO, `equal_groups` is the fraction
+    of the groups with equal rewards, from which nothing is learned.
 
     Args:
       model: the policy's model.
@@ -177,12 +178,14 @@ def make_update(
       mesh: the run's mesh.
       state: the result of `abstract_state`, for its shardings.
     """
-    settings: Any = config.ppo
+    settings: Any = config.rewarded
     M, N = settings.minibatches, settings.max_new_tokens
     B, limit = config.data.batch_size, config.train.max_skipped_steps
     data = replace(config.data, batch_size=B // M)
-    inner = with_microbatches(replace(config, data=data, ppo=None), mesh)
-    train_step = make_train_step(ppo.ppo(model, settings), run_optimizer(config), inner)
+    inner = with_microbatches(replace(config, data=data, ppo=None, grpo=None), mesh)
+    method: Any = ppo if config.ppo else grpo
+    objective = method.make_objective(model, settings)
+    train_step = make_train_step(objective, run_optimizer(config), inner)
 
     def split(a: Array) -> Array:
         """Strided slices [M, B / M, ...], so that rows stay on their devices."""
@@ -191,26 +194,17 @@ def make_update(
     def update(
         state: TrainState, rolled: Rollout, reference_BN: Array, reward_B: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        beta = state.extra["beta"]
-        trained = {"policy": state.params, "value": state.extra["value"]}
-        predict = partial(ppo.predict, model, settings, trained)
+        trained, beta = state.params, jnp.float32(settings.beta)
+        if config.ppo:
+            trained = {"policy": state.params, "value": state.extra["value"]}
+            beta = state.extra["beta"]
+        predict = partial(method.predict, model, settings, trained)
         old = jax.lax.map(predict, jax.tree.map(split, rolled))
-        log_probs_BN, entropy_BN, values_BN = jax.tree.map(
-            lambda a: a.swapaxes(0, 1).reshape(B, N), old
-        )
+        old = jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, N), old)
+        batch = method.make_batch(settings, rolled, old, reference_BN, reward_B, beta)
+        log_probs_BN, entropy_BN = old[:2]
         mask_BN = response_mask(rolled.counts_B, N)
         kl_BN = (log_probs_BN - reference_BN) * mask_BN
-        rewards_BN = ppo.token_rewards(reward_B, kl_BN, rolled.counts_B, beta)
-        gained_BN = ppo.advantages(rewards_BN, values_BN, mask_BN, settings.gae_lambda)
-        batch = ppo.PPOBatch(
-            rolled.tokens_BT,
-            rolled.prompts_B,
-            rolled.counts_B,
-            log_probs_BN,
-            values_BN,
-            ppo.whiten(gained_BN, mask_BN),
-            gained_BN + values_BN,
-        )
 
         def step(carry: TrainState, row_B: Array) -> tuple[TrainState, Any]:
             rows = jax.tree.map(lambda a: a[row_B], batch)
@@ -238,14 +232,18 @@ def make_update(
             "ended": rolled.ended_B.mean(),
         }
         counts = carry.skipped <= limit
-        next_beta = jnp.where(counts, ppo.adapt(beta, kl, B, settings), beta)
-        state = replace(
-            carry,
-            step=state.step + counts,
-            params=carry.params["policy"],
-            extra={"value": carry.params["value"], "beta": next_beta},
-        )
-        return state, metrics
+        params, extra = carry.params, None
+        if config.ppo:
+            next_beta = jnp.where(counts, ppo.adapt(beta, kl, B, config.ppo), beta)
+            params, extra = params["policy"], {"value": params["value"]}
+            extra["beta"] = next_beta
+        if config.grpo:
+            equal_P = ~batch.advantages_B.reshape(-1, config.grpo.group_size).any(
+                axis=1
+            )
+            metrics["equal_groups"] = equal_P.mean()
+        steps_done = state.step + counts
+        return replace(carry, step=steps_done, params=params, extra=extra), metrics
 
     where = jax.tree.map(attrgetter("sharding"), state)
     options = train_jit_options(config, mesh)
@@ -255,7 +253,7 @@ def make_update(
 def make_iteration(
     sample: Program, judge: Judge, update: Program
 ) -> Callable[..., tuple[TrainState, dict[str, np.ndarray]]]:
-    """Makes `iteration(state, prompts) -> state, metrics`, the train program of PPO.
+    """Makes `iteration(state, prompts) -> state, metrics`, the train program.
 
     Metrics are [1], and tell how long each phase took. The prompts are of one
     iteration, with leaves [1, B, ...]. Raises ArithmeticError if the first minibatch
@@ -291,8 +289,12 @@ def make_iteration(
     return iteration
 
 
-def make_ppo_eval_step(
-    config: PPOConfig, mesh: Mesh, sample: Program, judge: Judge, log_probs: Program
+def make_eval_step(
+    config: RewardedConfig,
+    mesh: Mesh,
+    sample: Program,
+    judge: Judge,
+    log_probs: Program,
 ) -> EvalStep:
     """Makes the `EvalStep` of -(reward - beta KL), with the config's beta.
 
@@ -339,7 +341,7 @@ def before_and_after(
 
     Both are drawn with the same keys.
     """
-    settings: Any = run.config.ppo
+    settings: Any = run.config.rewarded
     checkpoint = Path(run.config.train.init_from)
     initial = load_run(checkpoint.parent.parent, checkpoint.name)
     tokenizer, first = text_tokenizer(run), range(min(count, len(prompts)))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgpt.config import PPOConfig
-from jaxgpt.posttrain.rollout import predict_responses, response_mask
+from jaxgpt.posttrain.rollout import Rollout, predict_responses, response_mask
 from jaxgpt.training.objectives import Context, LossSum, Objective
 
 
@@ -79,18 +79,16 @@ def whiten(x_BN: Array, mask_BN: Array) -> Array:
     return (x_BN - mean) * jax.lax.rsqrt(variance + 1e-8) * mask_BN
 
 
-def policy_losses(
-    log_probs_BN: Array, batch: PPOBatch, clip: float
+def clipped_losses(
+    log_probs_BN: Array, old_BN: Array, advantages_BN: Array, clip: float
 ) -> tuple[Array, Array]:
     """The clipped surrogate of each token, and its ratio to the old policy.
 
     Source: Schulman et al. 2017, equation 7.
     """
-    ratio_BN = jnp.exp(log_probs_BN - batch.log_probs_BN)
+    ratio_BN = jnp.exp(log_probs_BN - old_BN)
     clipped_BN = jnp.clip(ratio_BN, 1 - clip, 1 + clip)
-    gain_BN = jnp.minimum(
-        ratio_BN * batch.advantages_BN, clipped_BN * batch.advantages_BN
-    )
+    gain_BN = jnp.minimum(ratio_BN * advantages_BN, clipped_BN * advantages_BN)
     return -gain_BN, ratio_BN
 
 
@@ -120,7 +118,32 @@ def predict(
     return log_probs_BN, entropy_BN, x_BNC @ head["kernel"] + head["bias"]
 
 
-def ppo(model: nn.Module, config: PPOConfig) -> Objective:
+def make_batch(
+    config: PPOConfig,
+    rolled: Rollout,
+    old: tuple[Array, Array, Array],
+    reference_BN: Array,
+    reward_B: Array,
+    beta: Array,
+) -> PPOBatch:
+    """Makes the batch of an iteration, from the result of `predict` before it."""
+    log_probs_BN, _, values_BN = old
+    mask_BN = response_mask(rolled.counts_B, config.max_new_tokens)
+    kl_BN = (log_probs_BN - reference_BN) * mask_BN
+    rewards_BN = token_rewards(reward_B, kl_BN, rolled.counts_B, beta)
+    gained_BN = advantages(rewards_BN, values_BN, mask_BN, config.gae_lambda)
+    return PPOBatch(
+        rolled.tokens_BT,
+        rolled.prompts_B,
+        rolled.counts_B,
+        log_probs_BN,
+        values_BN,
+        whiten(gained_BN, mask_BN),
+        gained_BN + values_BN,
+    )
+
+
+def make_objective(model: nn.Module, config: PPOConfig) -> Objective:
     """Makes the objective of PPO, without dropout; the weight is the tokens.
 
     A batch is a `PPOBatch`. The parameters are {"policy": ..., "value": ...}, of which
@@ -133,7 +156,10 @@ def ppo(model: nn.Module, config: PPOConfig) -> Objective:
         log_probs_BN, entropy_BN, values_BN = predict(model, config, params, batch)
         mask_BN = response_mask(batch.counts_B, config.max_new_tokens)
         log_probs_BN = jnp.where(mask_BN > 0, log_probs_BN, batch.log_probs_BN)
-        policy_BN, ratio_BN = policy_losses(log_probs_BN, batch, config.clip)
+        old_BN, advantages_BN = batch.log_probs_BN, batch.advantages_BN
+        policy_BN, ratio_BN = clipped_losses(
+            log_probs_BN, old_BN, advantages_BN, config.clip
+        )
         value_BN = value_losses(values_BN, batch, config.value_clip)
         weight = mask_BN.sum()
 

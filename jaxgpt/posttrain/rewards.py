@@ -17,13 +17,15 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxgpt.config import PPOConfig
+from jaxgpt.config import RewardedConfig
 from jaxgpt.parallel.feeding import shard_batch
 from jaxgpt.parallel.mesh import batch_sharding
 from jaxgpt.parallel.processes import several_processes
-from jaxgpt.posttrain.rollout import Program, Rollout, in_batches
+from jaxgpt.posttrain.rollout import Program, Rollout, in_batches, special_ids
 from jaxgpt.run import Run, load_run, text_tokenizer
+from jaxgpt.text.conversations import END_OF_TURN
 from jaxgpt.text.examples import Sequences
+from jaxgpt.text.instructions import is_right
 from jaxgpt.text.tokenizer import Tokenizer
 
 # Maps a rollout to the reward of each response, f32 [B], before it is scaled.
@@ -38,7 +40,20 @@ def distinct_words(prompts: list[str], responses: list[str]) -> list[float]:
     return [len(set(each)) / max(len(each), 1) for each in words]
 
 
-REWARDS: dict[str, RewardFunction] = {"distinct-words": distinct_words}
+def tasks(prompts: list[str], responses: list[str]) -> list[float]:
+    """1 for the right answer to a task of `instructions`, else 0."""
+    return [
+        float(is_right(_instruction(prompt), response))
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def _instruction(prompt: str) -> str:
+    """The text of a prompt, or of its last user's turn."""
+    return prompt.rpartition("<|user|>")[-1].partition(END_OF_TURN)[0]
+
+
+REWARDS: dict[str, RewardFunction] = {"distinct-words": distinct_words, "tasks": tasks}
 
 
 def find_reward(name: str) -> RewardFunction:
@@ -56,7 +71,7 @@ def find_reward(name: str) -> RewardFunction:
     return function
 
 
-def make_reward(config: PPOConfig, tokenizer: Tokenizer, mesh: Mesh) -> Reward:
+def make_reward(config: RewardedConfig, tokenizer: Tokenizer, mesh: Mesh) -> Reward:
     """Makes the reward of a config; a reward model is sharded over the mesh.
 
     A function runs on the host, in each process on all responses. Raises ValueError if
@@ -130,7 +145,7 @@ def decode_responses(
 
     Prompts lack the end-of-text token, and responses all special tokens.
     """
-    special = [tokenizer.special_id(token) for token in tokenizer.special]
+    special = special_ids(tokenizer)
     prompts, responses = list[str](), list[str]()
     rows = zip(rolled.tokens_BT, rolled.prompts_B, rolled.lengths(), strict=True)
     for tokens, start, stop in rows:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxgpt.config import PPOConfig, SamplingConfig
+from jaxgpt.config import RewardedConfig, SamplingConfig
 from jaxgpt.generation.decode import (
     NO_LATE_ENDS,
     LateEnds,
@@ -93,20 +93,25 @@ class Rules(NamedTuple):
     temperature: float = 1.0
 
 
-def make_rules(config: PPOConfig, tokenizer: Tokenizer) -> Rules:
+def make_rules(config: RewardedConfig, tokenizer: Tokenizer) -> Rules:
     """The rules of a config.
 
     Special tokens end a response: the end of text, and the end of a turn. With
     end=sentence so do, from min_new_tokens on, tokens of a full stop, exclamation or
     question mark.
     """
-    ends = tuple(tokenizer.special_id(token) for token in tokenizer.special)
     late_ends = NO_LATE_ENDS
     if config.end == "sentence":
         ids = range(tokenizer.vocab_size)
         found = (i for i in ids if _SENTENCE_END.fullmatch(tokenizer.decode([i])))
         late_ends = LateEnds(tuple(found), config.min_new_tokens)
-    return Rules(config.max_new_tokens, ends, late_ends, config.temperature)
+    ends, temperature = special_ids(tokenizer), config.temperature
+    return Rules(config.max_new_tokens, ends, late_ends, temperature)
+
+
+def special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids of all special tokens."""
+    return tuple(tokenizer.special_id(token) for token in tokenizer.special)
 
 
 @flax.struct.dataclass

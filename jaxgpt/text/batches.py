@@ -122,7 +122,8 @@ def training_source(split: Split | list[Any], config: Config) -> Source:
             "train split has none; give each document as a file of its own, or "
             "--data.packing windows"
         )
-    return _source(split, config, config.train.seed, config.data.batch_size)
+    source = partial(_source, split, config, config.train.seed, config.data.batch_size)
+    return source(config.grpo.group_size if config.grpo else 1)
 
 
 def evaluation_source(split: Split | list[Any], config: Config) -> Source:
@@ -134,7 +135,11 @@ def evaluation_source(split: Split | list[Any], config: Config) -> Source:
 
 
 def _source(
-    split: Split | list[Any], config: Config, seed: int, batch_size: int
+    split: Split | list[Any],
+    config: Config,
+    seed: int,
+    batch_size: int,
+    group_size: int = 1,
 ) -> Source:
     if isinstance(split, list):
         sources = [_source(part, config, seed, batch_size) for part in split]
@@ -143,7 +148,7 @@ def _source(
         return partial(get_packed_batch, split, seed, batch_size=batch_size)
     T = config.model.block_size
     if isinstance(split, Examples):
-        return bucketed_source(split, seed, batch_size, T)
+        return bucketed_source(split, seed, batch_size, T, group_size)
     return partial(get_batch, split, seed, batch_size=batch_size, block_size=T)
 
 
@@ -155,8 +160,8 @@ def longest_row(config: Config) -> Any:
     pair = Sequences(np.zeros(2 * T, np.int32), np.array([0, T, 2 * T]))
     examples: Examples
     match model:
-        case _ if config.ppo:
-            T -= config.ppo.max_new_tokens
+        case _ if config.rewarded:
+            T -= config.rewarded.max_new_tokens
             examples = Prompts(Sequences(texts.tokens, np.array([0, T])))
         case RewardConfig():
             examples = Preferences(pair, one)
@@ -171,5 +176,6 @@ def longest_row(config: Config) -> Any:
         case _:
             # Inputs and targets, with segments, with parts.
             leaves = {"windows": 2, "documents": 3, "conversations": 4}
-            return (np.zeros((1, T), np.int32),) * leaves[config.data.packing]
+            count = leaves[config.data.packing] - config.data.learn_prompts
+            return (np.zeros((1, T), np.int32),) * count
     return examples.read(one, T, np.ones(1, np.float32), keys)

@@ -265,7 +265,7 @@ def make_rows(
         lengths_P,
         np.ones(len(pieces), bool),
         np.cumsum([0, *map(len, rows)]),
-        arrays["parts"][positions],
+        None if config.data.learn_prompts else arrays["parts"][positions],
         np.array([n for n, *_ in placed]),
     )
 

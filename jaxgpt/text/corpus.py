@@ -19,6 +19,7 @@ from jaxgpt.config import ClassifierConfig, Config, DataConfig, is_token_folder
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
 from jaxgpt.text import (
+    assistant,
     preferences,
     pretrained,
     reverse,
@@ -54,18 +55,22 @@ class Corpus:
     parts: Sequence[Any] = ()
 
 
+# Of characters, by kind and name of a corpus.
+_VOCAB_SIZES = {
+    ("next-token", "tinyshakespeare"): tinyshakespeare.VOCAB_SIZE,
+    ("translation", "reverse"): reverse.VOCAB_SIZE,
+    ("conversations", "assistant"): assistant.VOCAB_SIZE,
+}
+
+
 def known_vocab_size(config: Config) -> int | None:
     """Returns the vocabulary size if known without reading the text, else None."""
-    data = config.data
-    if tasks.kind_of(config) not in ("next-token", "conversations"):
-        is_reverse = (data.tokenizer, data.corpus, data.path) == ("char", "reverse", ())
-        return reverse.VOCAB_SIZE if is_reverse else None
-    if data.tokenizer == "gpt2":
-        is_chat = tasks.kind_of(config) == "conversations"
-        new = CHAT_TOKENS[1:] if is_chat else ()  # after the end of text
+    data, kind = config.data, tasks.kind_of(config)
+    if (data.tokenizer, data.path) == ("char", ()):
+        return _VOCAB_SIZES.get((kind, data.corpus))
+    if data.tokenizer == "gpt2" and kind in ("next-token", "conversations"):
+        new = CHAT_TOKENS[1:] if kind == "conversations" else ()  # after the first
         return pretrained.GPT2_VOCAB_SIZE + len(new)
-    if (data.tokenizer, data.corpus, data.path) == ("char", "tinyshakespeare", ()):
-        return tinyshakespeare.VOCAB_SIZE
     return None
 
 

@@ -164,6 +164,10 @@ class Examples(ABC):
     def lengths(self) -> np.ndarray:
         """Tokens of each example's longest text, i64."""
 
+    def buckets(self, block_size: int) -> np.ndarray:
+        """Tokens in a row of the batches that each example is in, i64 [N]."""
+        return bucket_of(self.lengths, block_size)
+
     @abstractmethod
     def read(
         self, row_B: np.ndarray, T: int, weights_B: np.ndarray, keys_B: np.ndarray
@@ -297,7 +301,10 @@ class TextPairs(Examples):
 
 @dataclass(frozen=True)
 class Prompts(Examples):
-    """Prompts for a policy to continue, which are given as `PromptBatch`."""
+    """Prompts for a policy to continue, which are given as `PromptBatch`.
+
+    A batch has prompts of all lengths, so that it represents them all.
+    """
 
     prompts: Sequences
 
@@ -305,6 +312,11 @@ class Prompts(Examples):
     def lengths(self) -> np.ndarray:
         """Number of tokens of each prompt."""
         return self.prompts.lengths
+
+    def buckets(self, block_size: int) -> np.ndarray:
+        """For all the length of the longest prompt, rounded up to a multiple of 8."""
+        longest = -(-self.lengths.max() // 8) * 8
+        return np.full(len(self), min(longest, block_size))
 
     def read(
         self, row_B: np.ndarray, T: int, weights_B: np.ndarray, keys_B: np.ndarray
@@ -373,7 +385,7 @@ def row_keys(seed: int, numbers_B: np.ndarray) -> np.ndarray:
 
 
 def bucketed_source(
-    examples: Examples, seed: int, batch_size: int, block_size: int
+    examples: Examples, seed: int, batch_size: int, block_size: int, group_size: int = 1
 ) -> Callable[..., Any]:
     """Returns a source of batches of one bucket each; see `batches.Source`.
 
@@ -386,16 +398,17 @@ def bucketed_source(
       seed: with the step, the only source of randomness.
       batch_size: B.
       block_size: T of the longest batches.
+      group_size: rows in turn that have the same example, with keys that differ.
     """
-    B, bucket_N = batch_size, bucket_of(examples.lengths, block_size)
-    batches = -(-len(examples) // B)
+    B, bucket_N = batch_size, examples.buckets(block_size)
+    batches = -(-len(examples) * group_size // B)
 
     @lru_cache(maxsize=2)
     def epoch_order(epoch: int) -> np.ndarray:
         """Rows of the epoch's batches, [batches, B]."""
         rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-        order = np.resize(rng.permutation(len(examples)), batches * B)
-        order = order[np.argsort(bucket_N[order], kind="stable")]
+        order = np.resize(rng.permutation(len(examples)), batches * B // group_size)
+        order = order[np.argsort(bucket_N[order], kind="stable")].repeat(group_size)
         return order.reshape(batches, B)[rng.permutation(batches)]
 
     def read(step: int, rows: slice | np.ndarray = slice(None)) -> Any:

@@ -164,11 +164,11 @@ def make_examples(
     columns, rows = len(texts) // len(split_N), np.flatnonzero(keep_N)
     lengths_NK = texts.lengths.reshape(-1, columns)
     room_N = T - lengths_NK[:, 1:].max(axis=1, initial=0)
-    if config.ppo:
-        room_N = np.full(len(split_N), T - config.ppo.max_new_tokens)
+    if config.rewarded:
+        room_N = np.full(len(split_N), T - config.rewarded.max_new_tokens)
         if room_N[0] < 1:
             raise ValueError(
-                f"ppo.max_new_tokens={config.ppo.max_new_tokens} leaves no room for a "
+                f"max_new_tokens={config.rewarded.max_new_tokens} leaves no room for a "
                 f"prompt in block_size={T}; lower it"
             )
     fitting = rows[room_N[rows] > 0]
@@ -186,7 +186,7 @@ def make_examples(
             f"{split}: {cut:,} of {len(fitting):,} prompts are cut to their last tokens"
         )
     prompts = [texts[row * columns][-room_N[row] :] for row in fitting.tolist()]
-    if config.ppo:
+    if config.rewarded:
         return Prompts(Sequences.join(prompts))
     pairs = [
         np.concatenate([prompt, texts[row * columns + column]])

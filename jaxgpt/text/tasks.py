@@ -29,7 +29,14 @@ from jaxgpt.config import (
 )
 from jaxgpt.files import replace_file
 from jaxgpt.start import cache_dir
-from jaxgpt.text import conversations, labelled, pairs, preferences, pretrained
+from jaxgpt.text import (
+    assistant,
+    conversations,
+    labelled,
+    pairs,
+    preferences,
+    pretrained,
+)
 from jaxgpt.text.examples import (
     Examples,
     LabelledTexts,
@@ -54,9 +61,9 @@ CORPORA = {
     "classification": ("reviews",),
     "masked-tokens": ("reviews",),
     "translation": ("tatoeba", "reverse"),
-    "conversations": ("chitchat",),
+    "conversations": ("chitchat", "assistant"),
     "preferences": (),
-    "prompts": (),
+    "prompts": ("assistant",),
 }
 # To raise when the same files give other rows, splits, labels or tokens than before.
 _FORMAT = 1
@@ -81,7 +88,7 @@ def kind_of(config: Config) -> str:
     PPO needs prompts, DPO and reward models need preferences, and other models with
     packing=conversations need these.
     """
-    if config.ppo:
+    if config.rewarded:
         return "prompts"
     if config.dpo or config.model.task == "reward":
         return "preferences"
@@ -98,6 +105,8 @@ def check_corpus(config: Config) -> None:
         setting = f"architecture={config.model.architecture}"
         if kind == "conversations":
             setting = f"packing={kind}"
+        if kind == "prompts":
+            setting = "PPO and GRPO"
         raise ValueError(
             f"--data.corpus {data.corpus} does not fit {setting}; use --data.corpus "
             f"{' or '.join(CORPORA[kind])}, or your own --data.path"
@@ -123,7 +132,9 @@ def check_corpus(config: Config) -> None:
 
 def open_table(kind: str, data: DataConfig, log: Log) -> Table:
     """Finds a corpus of a kind; raises OSError or ValueError if it can't be used."""
-    if kind == "translation":
+    if (data.corpus, data.path) == ("assistant", ()):
+        table = assistant.open_assistant(kind, log)
+    elif kind == "translation":
         table = pairs.open_pairs(data, log)
     elif kind == "conversations":
         table = conversations.open_conversations(data, log)

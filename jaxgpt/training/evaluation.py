@@ -27,7 +27,6 @@ from jaxgpt.text.examples import (
     LabelledTexts,
     PreferenceBatch,
     Preferences,
-    bucket_of,
     row_keys,
 )
 from jaxgpt.text.packing import PackedDocuments, TokenRows, read_rows
@@ -301,7 +300,7 @@ def read_examples(
     over the mesh. Rows beyond these examples repeat one of them, with weight 0.
     """
     B, block_size = config.data.microbatch_size, config.model.block_size
-    bucket_N = bucket_of(examples.lengths, block_size)
+    bucket_N = examples.buckets(block_size)
     for T in np.unique(bucket_N).tolist():
         ids = np.flatnonzero(bucket_N == T)
         count = evaluations_per_call(config, mesh, -(-len(ids) // B))

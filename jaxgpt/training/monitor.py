@@ -60,9 +60,9 @@ class Monitor(AbstractContextManager):
         self._config = config.train
         units = {"classification": "example", "preferences": "pair"}
         self._loss = f"loss, nats per {units.get(kind_of(config), 'token')}"
-        if config.ppo:
+        if config.rewarded:
             self._loss = "loss: beta KL - reward, per response"
-        self._rewards = run_dir / REWARDS if config.ppo else None
+        self._rewards = run_dir / REWARDS if config.rewarded else None
         self._stack, elapsed = ExitStack(), time.monotonic() - self._started
         self._loggers = [
             self._stack.enter_context(open_logger(name, run_dir, config, elapsed))

@@ -71,10 +71,10 @@ def make_optimizer(config: OptimizerConfig, max_steps: int) -> Optimizer:
 
 
 def run_optimizer(config: Config) -> Optimizer:
-    """The optimizer of a run; in PPO an update of the run is many of the optimizer."""
+    """The optimizer of a run, of which an iteration of PPO or GRPO is many updates."""
     optimizer, count = config.optimizer, 1
-    if config.ppo:
-        count = config.ppo.epochs * config.ppo.minibatches
+    if config.rewarded:
+        count = config.rewarded.epochs * config.rewarded.minibatches
         warmup_steps = optimizer.warmup_steps * count
         optimizer = dataclasses.replace(optimizer, warmup_steps=warmup_steps)
     return make_optimizer(optimizer, config.train.max_steps * count)

@@ -1,10 +1,10 @@
-"""Runs of PPO: what they learn, and what they refuse."""
+"""Runs of PPO and GRPO: what they learn, and what they refuse."""
 
 import itertools
 import json
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jax
@@ -16,7 +16,7 @@ from conftest import changed
 import train
 from jaxgpt import CharTokenizer, exits, load_run
 from jaxgpt.cli import parse_arguments
-from jaxgpt.config import PPOConfig, RewardConfig
+from jaxgpt.config import GRPOConfig, PPOConfig, RewardConfig, RewardedConfig
 from jaxgpt.models import build_model
 from jaxgpt.parallel.mesh import AXES, single_device_mesh
 from jaxgpt.posttrain import iteration, rewards
@@ -50,8 +50,8 @@ def reward_run(tiny_run, make_once):
 
     def make(folder):
         base = load_config(tiny_run)
-        fields = {n: v for n, v in vars(base.model).items() if n != "architecture"}
-        config = replace(base, model=RewardConfig(**fields))
+        values = {n: v for n, v in vars(base.model).items() if n != "architecture"}
+        config = replace(base, model=RewardConfig(**values))
         model = build_model(config.model, "cpu")
         state = create_state(model, config, single_device_mesh())
         with open_checkpoints(folder / "run/checkpoints") as checkpoints:
@@ -89,6 +89,13 @@ def config(tiny_run, prompts, monkeypatch):
     return replace(base, ppo=settings)
 
 
+def by_grpo(config):
+    """The same by GRPO, in groups of 4."""
+    shared = {field.name for field in fields(RewardedConfig)}
+    settings = {name: getattr(config.ppo, name) for name in shared}
+    return replace(config, ppo=None, grpo=GRPOConfig(**settings, group_size=4))
+
+
 def rows_of(run_dir, event):
     return [r for r in read_rows(run_dir / "metrics.jsonl") if r["event"] == event]
 
@@ -98,9 +105,14 @@ def run(config, run_dir, **options):
     return train.train(config, run_dir, **options)
 
 
-def test_ppo_raises_the_reward_and_reports_its_phases(config, tmp_path, call):
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_training_raises_the_reward_and_reports_its_phases(
+    config, tmp_path, call, method
+):
     steps = {"max_steps": 24, "eval_interval": 12, "checkpoint_interval": 12}
     config = changed(config, train=steps)
+    if method == "grpo":
+        config = by_grpo(config)
     assert run(config, tmp_path / "run") == 0
     first, *_, last = rows_of(tmp_path / "run", "eval")
     # A response has at most 4 letters t, and without an end a penalty of 1.
@@ -147,18 +159,21 @@ def outcome(run_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_a_stopped_run_resumes_bit_for_bit(
-    config, reward_run, tmp_path, monkeypatch, call
+    config, reward_run, tmp_path, monkeypatch, call, method
 ):
     settings = replace(config.ppo, reward="", kl_target=1.0, kl_horizon=100)
     settings = replace(settings, reward_model=str(find_checkpoint(reward_run, "best")))
     config = replace(config, ppo=settings)
+    if method == "grpo":
+        config = by_grpo(config)
     run(config, tmp_path / "whole")
-    saved = load_config(tmp_path / "whole").ppo
+    saved = load_config(tmp_path / "whole").rewarded
     assert saved.reward_mean != 0
     assert saved.reward_std not in (0, 1)
     betas = [row["beta"] for row in rows_of(tmp_path / "whole", "train")]
-    assert len(set(betas)) == 4
+    assert len(set(betas)) == (4 if method == "ppo" else 1)
 
     def read(source, steps, *others, read=train.read_batches):
         if steps.start == 2:
@@ -243,14 +258,18 @@ def test_a_reward_must_be_a_finite_number_for_each_response(
 
 
 @pytest.mark.devices
-@pytest.mark.parametrize("axis", [*AXES, "microbatches"])
+@pytest.mark.parametrize("axis", [*AXES, "microbatches", "groups"])
 def test_every_mesh_learns_as_one_device(config, reward_run, tmp_path, axis):
     settings = replace(
         config.ppo, reward="", reward_model=str(find_checkpoint(reward_run, "best"))
     )
     config = changed(replace(config, ppo=settings), train={"max_steps": 2})
-    run(config, tmp_path / "one")
+    names = ["reward", "kl", "policy_loss", "value_loss", "entropy"]
     sections = {"mesh": {"data": 1, axis: 2 if axis == "tensor" else 8}}
+    if axis == "groups":
+        config, sections = by_grpo(config), {"mesh": {"data": 8}}
+        names[3] = "kl_loss"
+    run(config, tmp_path / "one")
     if axis == "microbatches":
         sections = {"data": {"gradient_accumulation_steps": 4}}
     run(changed(config, **sections), tmp_path / "many")
@@ -259,6 +278,6 @@ def test_every_mesh_learns_as_one_device(config, reward_run, tmp_path, axis):
         rows_of(tmp_path / "many", "train"),
         strict=True,
     ):
-        for name in ("reward", "kl", "policy_loss", "value_loss", "entropy"):
+        for name in names:
             assert row[name] == pytest.approx(other[name], abs=2e-5), name
         assert row["response_tokens"] == other["response_tokens"]

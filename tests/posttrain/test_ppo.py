@@ -121,7 +121,7 @@ def test_losses_gradients_and_entropy_are_those_of_trl(numbers):
 
     @jax.jit
     def ours(params):
-        total, metrics = ppo.ppo(model, CONFIG)(params, batch, context)
+        total, metrics = ppo.make_objective(model, CONFIG)(params, batch, context)
         return total.mean(), {name: sums.mean() for name, sums in metrics.items()}
 
     (found, metrics), grads = jax.value_and_grad(ours, has_aux=True)(params)

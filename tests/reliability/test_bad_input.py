@@ -124,6 +124,7 @@ PREFERENCES = "train.py reward --init-from runs/tiny --data.path a.jsonl"
 PREFERENCE = '{"prompt": "To", "chosen": "be", "rejected": "not"}\n'
 HI = '[{"role": "user", "content": "To"}]'
 INIT_FROM = f"{TRAIN} --init-from runs/tiny"
+GRPO = "train.py assistant-grpo --init-from runs/tiny"
 PPO = "train.py ppo --init-from runs/tiny --data.path a.jsonl"
 DISTRIBUTED = f"{SMOKE} --num-processes 2 --process-id"
 ADDRESS = "--coordinator-address host:1"
@@ -395,6 +396,10 @@ CASES = {
         ("beta that would fall below 0",
          f"{PPO} --ppo.kl-target 6 --ppo.kl-horizon 50", "=50 batch_size=256"),
         ("its cost", f"{PPO} --reward distinct-words --dry-run", "PPO"),
+        ("no prompts", "train.py ppo --init-from runs/tiny --reward tasks",
+         "--data.corpus tinyshakespeare assistant"),
+        ("groups of unequal size", f"{GRPO} --grpo.group-size 3", "=256 group_size=3"),
+        ("a run that has not learned to answer", GRPO, "conversations"),
     ],
     "rlhf-reviews": [
         ("a repeated seed", f"{REVIEWS} --seeds 7 7", "--seeds 7"),

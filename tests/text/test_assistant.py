@@ -1,0 +1,74 @@
+"""The assistant's corpus: what is in which split."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxgpt.presets import assistant_sft
+from jaxgpt.text import assistant, chitchat
+from jaxgpt.text.assistant import make_tasks, open_assistant
+from jaxgpt.text.corpus import load_corpus
+
+TALK = [(f"Hello {n}!", f"Hi {n}.") for n in range(200)]
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """The conversations, and their splits; the small talk is TALK."""
+    unfit = [("x" * 61, "Long."), ("Hé", "No ASCII.")]
+    lines = []
+    for texts in [*TALK, *unfit]:
+        roles = "user", "assistant", "user", "assistant"
+        pairs = zip(roles, (*texts, "More?", "No."), strict=True)
+        messages = [{"role": role, "content": text} for role, text in pairs]
+        lines.append(json.dumps({"messages": messages}))
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(
+        chitchat, "find_conversations", lambda log: tmp_path / "talk.jsonl"
+    )
+    monkeypatch.setattr(assistant, "_TASKS", 1200)
+    make_tasks.cache_clear()
+    yield open_assistant("conversations", print).read()
+    make_tasks.cache_clear()
+
+
+def exchanges(rows, split):
+    """The exchanges of a split, and how many each conversation has."""
+    found = [row[1:] for row, s in zip(*rows, strict=True) if s == split]
+    pairs = [pair for row in found for pair in zip(row[::2], row[1::2], strict=True)]
+    return pairs, {len(row) // 2 for row in found}
+
+
+def test_conversations_have_each_task_and_each_beginning_of_small_talk_once(rows):
+    every = [pair for split in range(3) for pair in exchanges(rows, split)[0]]
+    tasks = [(task.instruction, task.demonstration) for task in make_tasks()]
+    assert sorted(every) == sorted([*tasks, *TALK])
+    assert exchanges(rows, 0)[1] == {1, 2, 3}
+
+
+def test_a_conversation_has_tasks_of_its_split_only(rows):
+    split_of = {task.instruction: task.split for task in make_tasks()}
+    for split in range(3):
+        pairs, _ = exchanges(rows, split)
+        assert {split_of.get(first, split) for first, _ in pairs} == {split}
+        talk = [pair for pair in pairs if pair in TALK]
+        assert len(talk) > 5
+
+
+def test_prompts_are_the_instructions_in_the_same_splits(rows):
+    prompts, split_N = open_assistant("prompts", print).read()
+    assert [json.loads(row[0]) for row in prompts] == [
+        [["user", task.instruction]] for task in make_tasks()
+    ]
+    np.testing.assert_array_equal(split_N, [task.split for task in make_tasks()])
+
+
+def test_held_out_phrasings_share_no_instruction_with_the_corpus(rows):
+    held_out = {task.instruction for task in make_tasks(held_out=True)}
+    assert not held_out & {task.instruction for task in make_tasks()}
+
+
+def test_the_vocabulary_has_the_known_size():
+    corpus, _ = load_corpus(assistant_sft(), str)
+    assert corpus.tokenizer.vocab_size == assistant.VOCAB_SIZE
