@@ -21,10 +21,11 @@ from jaxgpt.commands.evaluate_preferences import (
     evaluate_preferences,
     show_quartiles,
 )
+from jaxgpt.commands.evaluate_tasks import evaluate_tasks, show_tasks
 from jaxgpt.commands.evaluate_translation import evaluate_pairs
 from jaxgpt.config import Config, MeshConfig
 from jaxgpt.parallel.mesh import make_mesh
-from jaxgpt.posttrain.iteration import prepare_ppo
+from jaxgpt.posttrain.iteration import prepare_rewarded
 from jaxgpt.run import (
     CONFUSION,
     Run,
@@ -85,9 +86,9 @@ def evaluate(
     and confusion matrix, which confusion.png in the run directory shows too; of a
     masked language model, the loss and accuracy of the masked tokens. Of an
     encoder-decoder, it reports the loss of the targets and, of the translations, exact
-    matches, BLEU and chrF, also of copies of the sources. Of a policy that PPO trained,
-    it reports beta KL - reward, and both, of its responses to prompts; the reward is
-    scaled, and less the penalty for responses without an end, as in training.
+    matches, BLEU and chrF, also of copies of the sources. Of a policy that PPO or GRPO
+    trained, it reports beta KL - reward, and both, of its responses to prompts; the
+    reward is scaled, and less the penalty for responses without an end, as in training.
 
     Of a reward model, or a run that DPO trained, it reports the loss per pair and the
     accuracy, also by quartile of the difference of the two rewards.
@@ -132,7 +133,10 @@ def evaluate(
             f"{architecture} does not translate; omit them"
         )
     data = dataclasses.replace(
-        config.data, batch_size=batch_size, gradient_accumulation_steps=1
+        config.data,
+        batch_size=batch_size,
+        gradient_accumulation_steps=1,
+        learn_prompts=False,
     )
     if data_path or packing != data.packing:
         data = dataclasses.replace(data, weights=(), sha256="", packing=packing)
@@ -146,9 +150,14 @@ def evaluate(
             "conversations; give a text with --data-path, or omit --packing"
         )
     # The mesh is for this machine's devices, not for those that trained the run.
-    ppo = config.ppo  # only training has minibatches and a target
-    ppo = ppo and dataclasses.replace(ppo, minibatches=1, kl_target=0.0)
-    config = dataclasses.replace(config, data=data, mesh=mesh, ppo=ppo)
+    # Only training has minibatches, groups and a target.
+    if config.ppo:
+        ppo = dataclasses.replace(config.ppo, minibatches=1, kl_target=0.0)
+        config = dataclasses.replace(config, ppo=ppo)
+    if config.grpo:
+        grpo = dataclasses.replace(config.grpo, minibatches=1, group_size=1)
+        config = dataclasses.replace(config, grpo=grpo)
+    config = dataclasses.replace(config, data=data, mesh=mesh)
     devices = make_mesh(config, log_line)
     run = load_run(run_dir, checkpoint, devices)
     if not data.has_tokens:
@@ -172,6 +181,10 @@ def evaluate(
     }
     of_task = measure.get(kind, _evaluate_examples)
     report = {"split": split, **of_task(run, found, config, devices)}
+    is_assistant = (config.data.corpus, config.data.path) == ("assistant", ())
+    if is_assistant:
+        log_line("answering the instructions")
+        report["tasks"] = evaluate_tasks(run, split)
     if json:
         print(dumps(report))
     else:
@@ -180,6 +193,8 @@ def evaluate(
                 shown = f"{value:.4f}" if isinstance(value, float) else value
                 shown = "unknown" if value is None else shown
                 print(f"{name.replace('_', ' '):24}{shown}")
+    if is_assistant and not json:
+        show_tasks(report["tasks"])
     if kind == "preferences" and not json:
         show_quartiles(report)
     if kind == "classification":
@@ -247,10 +262,10 @@ def _evaluate_answers(
 def _evaluate_policy(
     run: Run, prompts: Prompts, config: Config, mesh: Mesh
 ) -> dict[str, Any]:
-    """Mean loss, reward and divergence of PPO's responses to the prompts."""
+    """Mean loss, reward and divergence of a policy's responses to the prompts."""
     state = abstract_state(run.model, config, mesh)
     settings = with_reference(config), mesh, state, run.tokenizer, prompts, log_line
-    *_, eval_step = prepare_ppo(run.model, *settings)
+    *_, eval_step = prepare_rewarded(run.model, *settings)
     with progress("evaluating", len(prompts)) as advance:
         every = eval_step, run.params, prompts, config, mesh, advance
         means = evaluate_examples(*every)
