@@ -132,7 +132,7 @@ def prepare_rewarded(
             programs[shape] = in_background(partial(compile_all, *_unstack(prompts)))
         return programs[shape]
 
-    eval_step = make_eval_step(settings, mesh, sample, judge, log_probs)
+    eval_step = make_policy_eval_step(settings, mesh, sample, judge, log_probs)
     return config, train_program, eval_step
 
 
@@ -289,7 +289,7 @@ def make_iteration(
     return iteration
 
 
-def make_eval_step(
+def make_policy_eval_step(
     config: RewardedConfig,
     mesh: Mesh,
     sample: Program,
