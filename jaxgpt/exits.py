@@ -1,5 +1,6 @@
 """How a script ends: signals, exit statuses and one-line error messages."""
 
+import _thread
 import errno
 import os
 import signal
@@ -21,6 +22,7 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 _BACKGROUND = "background"  # name of threads that may outlive the script
 _REPEAT_SECONDS = 0.5  # GNU timeout and other wrappers send each signal twice
+_AGAIN_SECONDS = 0.05  # until a lost interrupt comes again
 _EXPECTED = (ArithmeticError, ImportError, MemoryError, OSError, ValueError)
 _DISK_FULL = "no disk space is left; free some and retry; earlier saves are kept. "
 _NO_PERMISSION = "permission denied; change the permissions, or use another path. "
@@ -39,6 +41,22 @@ def distributed() -> Any:
     return jax if joined and joined.is_initialized() else None
 
 
+class _Interrupt(KeyboardInterrupt):
+    """Comes again if a library loses it, as JAX may while it traces."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number  # of the signal; 0 once it is handled
+
+    def __del__(self) -> None:
+        if self.number and (_interrupts.first or _interrupts.stops is not None):
+            _interrupts.lost = self.number
+            # Python would ignore it if it were raised here.
+            timer = threading.Timer(_AGAIN_SECONDS, _interrupts.send_lost)
+            timer.daemon = True
+            timer.start()
+
+
 class _Interrupts:
     """Handles signals in the main thread: the first one raises KeyboardInterrupt."""
 
@@ -46,17 +64,24 @@ class _Interrupts:
     deferred = False  # whether to only record the first signal
     raised = False  # whether it raised; a later error may be the consequence
     stops: bool | None = None  # whether SIGINT stops `until_interrupt`; None before it
+    lost = 0  # number of the signal whose exception was lost
 
     def __call__(self, number: int, frame: object) -> None:
+        raises = bool(self.lost) and not self.deferred
+        self.lost = 0
         if self.stops is not None and number == signal.SIGINT:
-            if self.stops:
-                self.stops = False  # only the first SIGINT raises
-                raise KeyboardInterrupt
-            return
-        if not self.first:
+            raises |= self.stops
+            self.stops = False  # only the first SIGINT raises
+        elif not self.first:
             self.first, self.raised = number, not self.deferred
-            if self.raised:
-                raise KeyboardInterrupt
+            raises |= self.raised
+        if raises:
+            raise _Interrupt(number)  # a local variable would keep it alive
+
+    def send_lost(self) -> None:
+        """Has the main thread handle the lost signal again, unless the script ended."""
+        if self.lost:
+            _thread.interrupt_main(signal.Signals(self.lost))
 
 
 _interrupts = _Interrupts()
@@ -84,9 +109,11 @@ def until_interrupt(function: Callable[[], T]) -> T | None:
     try:
         _interrupts.stops = True
         return function()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if _interrupts.first:  # another signal
             raise
+        if isinstance(interrupt, _Interrupt):
+            interrupt.number = 0
         return None
     finally:
         _interrupts.stops = False

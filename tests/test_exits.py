@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -92,15 +93,34 @@ with plain_errors():
     finish(start_script("-c", compiling, JAX_ENABLE_COMPILATION_CACHE="0"), code=143)
 
 
-def test_an_interrupt_in_the_garbage_collector_is_recorded(monkeypatch):
-    class Interrupting:
-        def __del__(self):
-            signal.raise_signal(signal.SIGINT)
+class Interrupting:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)  # Python ignores an exception in __del__
 
+
+def lose_interrupt():
+    Interrupting()
+    for _ in range(600):
+        time.sleep(0.1)
+    raise AssertionError("goes on")
+
+
+def test_an_interrupt_that_a_library_loses_comes_again(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", start._report_unraisable)
+    with pytest.raises(SystemExit, match="130"), plain_errors():
+        lose_interrupt()
+    with pytest.raises(SystemExit, match="143"), plain_errors():  # noqa: PT012
+        assert until_interrupt(lose_interrupt) is None
+        time.sleep(5 * exits._AGAIN_SECONDS)  # it comes once
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_lost_interrupt_lets_a_run_save(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", start._report_unraisable)
     with plain_errors():
-        Interrupting()  # Python ignores an exception in __del__
+        Interrupting()
         with deferred_interrupts() as pending:
+            time.sleep(5 * exits._AGAIN_SECONDS)
             assert pending() == signal.SIGINT
 
 
