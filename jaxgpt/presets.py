@@ -244,7 +244,7 @@ def assistant_sft() -> Config:
             batch_size=8,
         ),
         optimizer=OptimizerConfig(learning_rate=2e-3, min_lr=2e-5),
-        train=_train(every=1000, max_steps=10_000),
+        train=_train(every=1000, max_steps=16_000),
     )
 
 

@@ -46,6 +46,7 @@ from jaxgpt.models import build_model, parameter_shapes
 from jaxgpt.parallel.feeding import batch_shapes
 from jaxgpt.parallel.mesh import make_mesh, replicated, single_device_mesh
 from jaxgpt.run import Run, save_config
+from jaxgpt.text import assistant, chitchat
 from jaxgpt.text.conversations import CHAT_TOKENS
 from jaxgpt.text.examples import (
     LabelledTexts,
@@ -416,6 +417,27 @@ def smoke(make_once):
 
     folder = make_once("smoke", make)
     return folder / "run", *json.loads((folder / "texts").read_text())
+
+
+@pytest.fixture
+def small_assistant(tmp_path, monkeypatch):
+    """Makes the assistant's corpus of so many tasks, and of openings of small talk."""
+
+    def make(tasks, openings):
+        roles = "user", "assistant", "user", "assistant"
+        lines = []
+        for opening in openings:
+            pairs = zip(roles, (*opening, "More?", "No."), strict=True)
+            messages = [{"role": role, "content": text} for role, text in pairs]
+            lines.append(json.dumps({"messages": messages}) + "\n")
+        path = tmp_path / "talk.jsonl"
+        path.write_text("".join(lines))
+        monkeypatch.setattr(chitchat, "find_conversations", lambda log: path)
+        monkeypatch.setattr(assistant, "_TASKS", tasks)
+        assistant.make_tasks.cache_clear()
+
+    yield make
+    assistant.make_tasks.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,9 @@ _WORDS = str.split(
 )
 LONGEST = 52  # tokens of a response, with its end
 _REFUSAL = "Sorry, I can't do that."
-_WORKED = 0.4  # share of the demonstrations that work out the answer, where one can
+# Share of the demonstrations that work out the answer. Days have only 56 questions: a
+# model would learn their answers by heart, and never work out the held-out ones.
+_WORKED = {"sum": 0.4, "difference": 0.4, "count": 0.4, "day": 1.0}
 _FRACTION = 0.1  # of the arguments, for each of val and test
 _HELD_OUT = 2  # phrasings of each family, the last ones
 _PATTERNS = {
@@ -370,7 +372,7 @@ FAMILIES = {
     ),
 }
 # The harder ones come twice.
-_TURNS = [*FAMILIES, "sum", "difference", "count", "day"]
+_TURNS = [*FAMILIES, "sum", "difference", "reverse", "sort"]
 
 
 @cache
@@ -405,7 +407,7 @@ def make_task(seed: int, index: int, held_out: bool = False) -> Task:
         instruction = instruction.rstrip(".?")
         instruction = instruction[0].lower() + instruction[1:]
     demonstration, working = family.solve(**arguments)
-    if working and rng.random() < _WORKED:
+    if rng.random() < _WORKED.get(name, 0):
         demonstration = f"{working}. Answer: {demonstration}"
     used = [arguments[n] for n in sorted(arguments) if f"{{{n}}}" in phrasing]
     return Task(

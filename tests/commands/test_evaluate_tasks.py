@@ -13,7 +13,7 @@ from jaxgpt.commands import evaluate_tasks
 from jaxgpt.commands.evaluate_tasks import pass_rates, right_answers
 from jaxgpt.config import GRPOConfig
 from jaxgpt.run import find_checkpoint, load_config
-from jaxgpt.text import assistant, chitchat
+from jaxgpt.text import assistant
 from jaxgpt.text.instructions import FAMILIES, make_task, solve
 
 # Two of each family.
@@ -21,19 +21,9 @@ TASKS = [make_task(3, n) for n in (*range(12), *range(16, 28))]
 
 
 @pytest.fixture
-def run_dir(tmp_path, monkeypatch):
+def run_dir(small_assistant, tmp_path):
     """A run that has made a step on the assistant's corpus, of 240 tasks."""
-    lines = []
-    for n in range(60):
-        texts = ("user", f"Hi {n}!"), ("assistant", "Hello!")
-        messages = [{"role": role, "content": text} for role, text in texts]
-        lines.append(json.dumps({"messages": messages}))
-    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(
-        chitchat, "find_conversations", lambda log: tmp_path / "talk.jsonl"
-    )
-    monkeypatch.setattr(assistant, "_TASKS", 240)
-    assistant.make_tasks.cache_clear()
+    small_assistant(240, [(f"Hi {n}!", "Hello!") for n in range(60)])
     config = changed(
         TINY,
         model={"n_layer": 1, "block_size": 128, "vocab_size": None},
@@ -42,8 +32,7 @@ def run_dir(tmp_path, monkeypatch):
         mesh={"data": 1},
     )
     train.train(config, tmp_path / "sft", resume=False, overwrite=False)
-    yield tmp_path / "sft"
-    assistant.make_tasks.cache_clear()
+    return tmp_path / "sft"
 
 
 def test_pass_rates_are_of_the_greedy_response_and_of_any_sample():

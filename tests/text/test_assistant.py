@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.presets import assistant_sft
-from jaxgpt.text import assistant, chitchat
+from jaxgpt.text import assistant
 from jaxgpt.text.assistant import make_tasks, open_assistant
 from jaxgpt.text.corpus import load_corpus
 
@@ -14,23 +14,11 @@ TALK = [(f"Hello {n}!", f"Hi {n}.") for n in range(200)]
 
 
 @pytest.fixture
-def rows(tmp_path, monkeypatch):
+def rows(small_assistant):
     """The conversations, and their splits; the small talk is TALK."""
     unfit = [("x" * 61, "Long."), ("Hé", "No ASCII.")]
-    lines = []
-    for texts in [*TALK, *unfit]:
-        roles = "user", "assistant", "user", "assistant"
-        pairs = zip(roles, (*texts, "More?", "No."), strict=True)
-        messages = [{"role": role, "content": text} for role, text in pairs]
-        lines.append(json.dumps({"messages": messages}))
-    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(
-        chitchat, "find_conversations", lambda log: tmp_path / "talk.jsonl"
-    )
-    monkeypatch.setattr(assistant, "_TASKS", 1200)
-    make_tasks.cache_clear()
-    yield open_assistant("conversations", print).read()
-    make_tasks.cache_clear()
+    small_assistant(1200, [*TALK, *unfit])
+    return open_assistant("conversations", print).read()
 
 
 def exchanges(rows, split):
