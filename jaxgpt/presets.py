@@ -256,12 +256,12 @@ def assistant_grpo() -> Config:
     return replace(
         _tuned(
             1e-4,
-            256,
-            train=_train(every=20, max_steps=100, eval_iters=1, log_interval=1),
+            512,
+            train=_train(every=25, max_steps=50, eval_iters=1, log_interval=1),
         ),
-        data=DataConfig(corpus="assistant", batch_size=256),
+        data=DataConfig(corpus="assistant", batch_size=512),
         grpo=GRPOConfig(
-            reward="tasks", max_new_tokens=52, beta=0.02, epochs=1, minibatches=1
+            reward="tasks", max_new_tokens=52, beta=0.05, epochs=1, minibatches=1
         ),
     )
 

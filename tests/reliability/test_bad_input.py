@@ -398,7 +398,7 @@ CASES = {
         ("its cost", f"{PPO} --reward distinct-words --dry-run", "PPO"),
         ("no prompts", "train.py ppo --init-from runs/tiny --reward tasks",
          "--data.corpus tinyshakespeare assistant"),
-        ("groups of unequal size", f"{GRPO} --grpo.group-size 3", "=256 group_size=3"),
+        ("groups of unequal size", f"{GRPO} --grpo.group-size 3", "=512 group_size=3"),
         ("a run that has not learned to answer", GRPO, "conversations"),
     ],
     "rlhf-reviews": [
