@@ -65,6 +65,7 @@ class _Interrupts:
     raised = False  # whether it raised; a later error may be the consequence
     stops: bool | None = None  # whether SIGINT stops `until_interrupt`; None before it
     lost = 0  # number of the signal whose exception was lost
+    resent = 0  # lost signals that `_watch` has yet to receive
 
     def __call__(self, number: int, frame: object) -> None:
         raises = bool(self.lost) and not self.deferred
@@ -81,6 +82,7 @@ class _Interrupts:
     def send_lost(self) -> None:
         """Has the main thread handle the lost signal again, unless the script ended."""
         if self.lost:
+            self.resent += 1
             _thread.interrupt_main(signal.Signals(self.lost))
 
 
@@ -116,7 +118,7 @@ def until_interrupt(function: Callable[[], T]) -> T | None:
             interrupt.number = 0
         return None
     finally:
-        _interrupts.stops = False
+        _interrupts.stops, _interrupts.lost = False, 0
 
 
 def in_background(function: Callable[[], T]) -> Future[T]:
@@ -158,6 +160,9 @@ def _watch(receiver: socket.socket, terminals: list[int]) -> None:
     """
     first = 0.0
     while number := int.from_bytes(receiver.recv(1)):
+        if _interrupts.resent:
+            _interrupts.resent -= 1
+            continue
         if number == signal.SIGINT and _interrupts.stops is not None:
             continue
         if number == _HANGUP:  # writes to the terminal now fail

@@ -94,8 +94,8 @@ with plain_errors():
 
 
 class Interrupting:
-    def __del__(self):
-        signal.raise_signal(signal.SIGINT)  # Python ignores an exception in __del__
+    def __del__(self):  # Python ignores an exception here
+        signal.raise_signal(signal.SIGINT)
 
 
 def lose_interrupt():
@@ -111,17 +111,22 @@ def test_an_interrupt_that_a_library_loses_comes_again(monkeypatch):
         lose_interrupt()
     with pytest.raises(SystemExit, match="143"), plain_errors():  # noqa: PT012
         assert until_interrupt(lose_interrupt) is None
-        time.sleep(5 * exits._AGAIN_SECONDS)  # it comes once
+        assert until_interrupt(lambda: [Interrupting(), 1].pop()) == 1
+        time.sleep(5 * exits._AGAIN_SECONDS)  # it is of a call that has ended
         signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_lost_interrupt_lets_a_run_save(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", start._report_unraisable)
+    # Later than this a second signal ends the script.
+    monkeypatch.setattr(exits, "_AGAIN_SECONDS", 2 * exits._REPEAT_SECONDS)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
     with plain_errors():
         Interrupting()
         with deferred_interrupts() as pending:
-            time.sleep(5 * exits._AGAIN_SECONDS)
-            assert pending() == signal.SIGINT
+            time.sleep(2 * exits._AGAIN_SECONDS)
+            assert (pending(), ended) == (signal.SIGINT, [])
 
 
 def test_ctrl_c_stops_one_call_and_is_ignored_between_calls():
