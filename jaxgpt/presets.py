@@ -253,17 +253,15 @@ def assistant_grpo() -> Config:
 
     Give the run to start from: --init-from runs/assistant-sft.
     """
-    return replace(
-        _tuned(
-            1e-4,
-            512,
-            train=_train(every=25, max_steps=50, eval_iters=1, log_interval=1),
-        ),
-        data=DataConfig(corpus="assistant", batch_size=512),
+    base = _tuned(
+        2e-4,
+        512,
+        train=_train(every=20, max_steps=40, eval_iters=1, log_interval=1),
         grpo=GRPOConfig(
             reward="tasks", max_new_tokens=52, beta=0.05, epochs=1, minibatches=1
         ),
     )
+    return replace(base, data=replace(base.data, corpus="assistant"))
 
 
 def reviews_mlm() -> Config:

@@ -37,7 +37,8 @@ def open_assistant(kind: str, log: Log) -> Table:
     Prompts are the instructions alone. Raises OSError if the small talk can't be
     fetched.
     """
-    sha256 = hashlib.sha256(json.dumps(make_tasks()).encode()).hexdigest()
+    settings = [_SEED, _EXCHANGES, _LONGEST, _FRACTION, make_tasks()]
+    sha256 = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     if kind == "prompts":
         return Table(sha256, _read_prompts)
     path = chitchat.find_conversations(log)

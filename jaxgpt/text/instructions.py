@@ -103,10 +103,6 @@ class Task(NamedTuple):
     split: int
 
 
-def _number(rng: Random) -> str:
-    return str(rng.randrange(10 ** rng.choice([1, 2])))
-
-
 def _word(rng: Random) -> str:
     """A word of English, or of random letters."""
     if rng.random() < 0.5:
@@ -120,16 +116,16 @@ def _words(rng: Random) -> str:
 
 
 def _two_numbers(rng: Random) -> Arguments:
-    return {"a": _number(rng), "b": _number(rng)}
+    return {"a": str(rng.randrange(100)), "b": str(rng.randrange(100))}
 
 
 def _larger_first(rng: Random) -> Arguments:
-    a, b = sorted([int(_number(rng)), int(_number(rng))], reverse=True)
+    a, b = sorted([rng.randrange(100), rng.randrange(100)], reverse=True)
     return {"a": str(a), "b": str(b)}
 
 
 def _comparison(rng: Random) -> Arguments:
-    a, b = rng.sample(range(10 ** rng.choice([1, 2, 2])), 2)
+    a, b = rng.sample(range(100), 2)
     return {"a": str(a), "b": str(b), "size": rng.choice(["larger", "smaller"])}
 
 
@@ -372,7 +368,7 @@ FAMILIES = {
     ),
 }
 # The harder ones come twice.
-_TURNS = [*FAMILIES, "sum", "difference", "reverse", "sort"]
+_TURNS = [*FAMILIES, "sum", "difference", "reverse", "sort", "count", "day"]
 
 
 @cache
@@ -409,10 +405,12 @@ def make_task(seed: int, index: int, held_out: bool = False) -> Task:
     demonstration, working = family.solve(**arguments)
     if rng.random() < _WORKED.get(name, 0):
         demonstration = f"{working}. Answer: {demonstration}"
-    used = [arguments[n] for n in sorted(arguments) if f"{{{n}}}" in phrasing]
-    return Task(
-        name, instruction, demonstration, split_of(" ".join([name, *used]), _FRACTION)
-    )
+    # 3 + 4 and 4 + 3 are in one split, and so are all orders of numbers to sort, and
+    # both comparisons of two numbers.
+    used = (v for n, v in arguments.items() if f"{{{n}}}" in phrasing and n != "size")
+    key = " ".join([name, *sorted(" ".join(used).split())])
+    split = split_of(key, _FRACTION)
+    return Task(name, instruction, demonstration, split)
 
 
 @cache

@@ -1,7 +1,5 @@
 """Tasks with exact answers: that each is understood, and what counts as right."""
 
-from itertools import islice
-
 import pytest
 
 from jaxgpt.text import instructions
@@ -97,21 +95,16 @@ def test_an_unknown_instruction_has_no_answer():
 def test_tasks_are_a_function_of_seed_and_index_with_the_families_in_turn():
     assert TASKS[:2400] == [make_task(5, n) for n in range(2400)]
     assert TASKS[7] != make_task(6, 7)
-    assert [task.family for task in islice(TASKS, 24)] == [
-        *FAMILIES,
-        "sum",
-        "difference",
-        "reverse",
-        "sort",
-        *FAMILIES,
-    ][:24]
+    turns = instructions._TURNS
+    assert set(turns) == set(FAMILIES)
+    assert [task.family for task in TASKS[: 2 * len(turns)]] == turns * 2
 
 
 def test_a_share_of_the_demonstrations_works_out_the_answer():
     for family in FAMILIES:
         worked = ["Answer:" in t.demonstration for t in TASKS if t.family == family]
         expected = instructions._WORKED.get(family, 0)
-        assert sum(worked) / len(worked) == pytest.approx(expected, abs=0.06), family
+        assert sum(worked) / len(worked) == pytest.approx(expected, abs=0.1), family
 
 
 def test_held_out_phrasings_are_of_no_training_example():
@@ -123,7 +116,7 @@ def test_held_out_phrasings_are_of_no_training_example():
             assert found == expected, task
 
 
-def test_arguments_are_in_one_split_however_they_are_phrased():
+def test_arguments_are_in_one_split_in_any_order_and_phrasing():
     splits = {}
     for task in TASKS:
         name, pattern = next(
@@ -132,7 +125,8 @@ def test_arguments_are_in_one_split_however_they_are_phrased():
             if pattern.fullmatch(task.instruction)
         )
         arguments = pattern.fullmatch(task.instruction).groupdict()
-        key = name, *sorted(arguments.items())
+        arguments.pop("size", None)
+        key = name, *sorted(" ".join(arguments.values()).split())
         assert splits.setdefault(key, task.split) == task.split
     shares = [sum(task.split == n for task in TASKS) / len(TASKS) for n in range(3)]
     assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
