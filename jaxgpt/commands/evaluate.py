@@ -90,6 +90,9 @@ def evaluate(
     trained, it reports beta KL - reward, and both, of its responses to prompts; the
     reward is scaled, and less the penalty for responses without an end, as in training.
 
+    Of an assistant, it reports pass@1 and pass@8 on held-out instructions, and on
+    held-out phrasings.
+
     Of a reward model, or a run that DPO trained, it reports the loss per pair and the
     accuracy, also by quartile of the difference of the two rewards.
 
@@ -112,7 +115,8 @@ def evaluate(
     config = load_config(run_dir)
     task, architecture = config.model.task, config.model.architecture
     packing = packing or config.data.packing
-    data = dataclasses.replace(config.data, packing=packing)
+    learned = dataclasses.replace(config.data, learn_prompts=False)
+    data = dataclasses.replace(learned, packing=packing)
     kind = kind_of(dataclasses.replace(config, data=data))
     if kind == "next-token" and split == "test":
         raise ValueError(
@@ -133,10 +137,7 @@ def evaluate(
             f"{architecture} does not translate; omit them"
         )
     data = dataclasses.replace(
-        config.data,
-        batch_size=batch_size,
-        gradient_accumulation_steps=1,
-        learn_prompts=False,
+        learned, batch_size=batch_size, gradient_accumulation_steps=1
     )
     if data_path or packing != data.packing:
         data = dataclasses.replace(data, weights=(), sha256="", packing=packing)
@@ -149,7 +150,6 @@ def evaluate(
             f"--packing {packing} is for a text, but the run was trained on "
             "conversations; give a text with --data-path, or omit --packing"
         )
-    # The mesh is for this machine's devices, not for those that trained the run.
     # Only training has minibatches, groups and a target.
     if config.ppo:
         ppo = dataclasses.replace(config.ppo, minibatches=1, kl_target=0.0)
@@ -157,6 +157,7 @@ def evaluate(
     if config.grpo:
         grpo = dataclasses.replace(config.grpo, minibatches=1, group_size=1)
         config = dataclasses.replace(config, grpo=grpo)
+    # The mesh is for this machine's devices, not for those that trained the run.
     config = dataclasses.replace(config, data=data, mesh=mesh)
     devices = make_mesh(config, log_line)
     run = load_run(run_dir, checkpoint, devices)

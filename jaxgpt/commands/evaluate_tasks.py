@@ -21,7 +21,7 @@ _SEED = 1337
 
 
 def evaluate_tasks(run: Run, split: str) -> dict[str, Any]:
-    """Measures pass@1 and pass@8 on instructions of a split, 100 of each family.
+    """Measures pass@1 and pass@8 on instructions of a split, up to 100 of a family.
 
     Once phrased as in training, and once in ways that training never has. The arguments
     of the instructions are those of the split in both.
@@ -30,10 +30,11 @@ def evaluate_tasks(run: Run, split: str) -> dict[str, Any]:
     """
     report = {}
     for part in ("instructions", "phrasings"):
-        every = make_tasks(held_out=part == "phrasings")
-        of_split = [t for t in every if split in ("all", SPLITS[t.split])]
-        families = ([t for t in of_split if t.family == name] for name in FAMILIES)
-        tasks = [task for family in families for task in family[:_EACH]]
+        families: dict[str, dict[str, Task]] = {name: {} for name in FAMILIES}
+        for task in make_tasks(part == "phrasings"):
+            if split in ("all", SPLITS[task.split]):
+                families[task.family][task.instruction.rstrip(".?").casefold()] = task
+        tasks = [t for found in families.values() for t in [*found.values()][:_EACH]]
         report[part] = pass_rates(tasks, right_answers(run, tasks))
     return report
 
@@ -45,23 +46,16 @@ def right_answers(run: Run, tasks: list[Task]) -> np.ndarray:
     """
     prompts = [[("user", task.instruction)] for task in tasks]
     rows = encode_prompts(text_tokenizer(run), run.config, prompts)
-    found = [_responses(run, rows, temperature=0.0, seed=_SEED)]
-    sampled = _responses(run, rows * _SAMPLES, temperature=1.0, seed=_SEED)
-    found += [sampled[k * len(rows) :][: len(rows)] for k in range(_SAMPLES)]
-    return np.array(
-        [
-            [is_right(task.instruction, text) for text in texts]
-            for task, *texts in zip(tasks, *found, strict=True)
-        ]
-    )
+    texts = _responses(run, rows, 0.0) + _responses(run, rows * _SAMPLES, 1.0)
+    asked = zip(tasks * (1 + _SAMPLES), texts, strict=True)
+    right = [is_right(task.instruction, text) for task, text in asked]
+    return np.array(right).reshape(1 + _SAMPLES, -1).T
 
 
-def _responses(
-    run: Run, rows: list[np.ndarray], temperature: float, seed: int
-) -> list[str]:
+def _responses(run: Run, rows: list[np.ndarray], temperature: float) -> list[str]:
     tokenizer = text_tokenizer(run)
     rules = Rules(LONGEST, special_ids(tokenizer), temperature=temperature)
-    return decode_responses(respond(run, rows, rules, seed), tokenizer)[1]
+    return decode_responses(respond(run, rows, rules, _SEED), tokenizer)[1]
 
 
 def pass_rates(tasks: list[Task], right_NK: np.ndarray) -> dict[str, Any]:
@@ -78,7 +72,7 @@ def pass_rates(tasks: list[Task], right_NK: np.ndarray) -> dict[str, Any]:
 def _rates(right_NK: np.ndarray) -> dict[str, Any]:
     p, count = float(right_NK[:, 0].mean()), len(right_NK)
     return {
-        "instructions": count,
+        "count": count,
         "pass_at_1": p,
         "standard_error": (p * (1 - p) / count) ** 0.5,
         f"pass_at_{_SAMPLES}": float(right_NK[:, 1:].any(axis=1).mean()),

@@ -26,7 +26,7 @@ _FRACTION = 0.1  # of the small talk, for each of val and test
 
 
 @cache
-def make_tasks(held_out: bool = False) -> list[Task]:
+def make_tasks(held_out: bool) -> list[Task]:
     """The tasks of the corpus, or as many with phrasings that it lacks."""
     return [make_task(_SEED, index, held_out) for index in range(_TASKS)]
 
@@ -37,22 +37,22 @@ def open_assistant(kind: str, log: Log) -> Table:
     Prompts are the instructions alone. Raises OSError if the small talk can't be
     fetched.
     """
-    settings = [_SEED, _EXCHANGES, _LONGEST, _FRACTION, make_tasks()]
+    settings = [_SEED, _EXCHANGES, _LONGEST, _FRACTION, make_tasks(False)]
     sha256 = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     if kind == "prompts":
         return Table(sha256, _read_prompts)
     path = chitchat.find_conversations(log)
 
     def read() -> tuple[list[Row], np.ndarray]:
-        tasks, talk = make_tasks(), set[tuple[str, str]]()
+        openings = set[tuple[str, str]]()
         for first, answer, *_ in read_conversations(path):
             texts = first.content, answer.content
             if all(text.isascii() and len(text) <= _LONGEST for text in texts):
-                talk.add(texts)
-        exchanges = [(task.instruction, task.demonstration) for task in tasks]
-        exchanges += sorted(talk)
+                openings.add(texts)
+        talk, tasks = sorted(openings), make_tasks(False)
+        exchanges = [(task.instruction, task.demonstration) for task in tasks] + talk
         split_N = [task.split for task in tasks]
-        split_N += splits_of([first for first, _ in sorted(talk)], _FRACTION).tolist()
+        split_N += splits_of([first for first, _ in talk], _FRACTION).tolist()
         rows, splits, rng = list[Row](), list[int](), Random(_SEED)
         for split in range(len(SPLITS)):
             of_split = [
@@ -69,6 +69,6 @@ def open_assistant(kind: str, log: Log) -> Table:
 
 
 def _read_prompts() -> tuple[list[Row], np.ndarray]:
-    tasks = make_tasks()
+    tasks = make_tasks(False)
     rows: list[Row] = [(json.dumps([("user", t.instruction)]),) for t in tasks]
     return rows, np.array([task.split for task in tasks], np.uint8)

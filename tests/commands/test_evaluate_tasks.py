@@ -39,7 +39,7 @@ def test_pass_rates_are_of_the_greedy_response_and_of_any_sample():
     right_NK = np.zeros((24, 9), bool)
     right_NK[:6, 0] = right_NK[2:10, 3] = right_NK[5:9, 8] = True
     report = pass_rates(TASKS, right_NK)
-    assert [report[name] for name in ("instructions", "pass_at_1", "pass_at_8")] == [
+    assert [report[name] for name in ("count", "pass_at_1", "pass_at_8")] == [
         24,
         0.25,
         8 / 24,
@@ -47,13 +47,13 @@ def test_pass_rates_are_of_the_greedy_response_and_of_any_sample():
     assert report["standard_error"] == (0.25 * 0.75 / 24) ** 0.5
     assert [*report["families"]] == [*FAMILIES]
     sums = report["families"]["sum"]
-    assert (sums["instructions"], sums["pass_at_1"], sums["pass_at_8"]) == (2, 0.5, 0)
+    assert (sums["count"], sums["pass_at_1"], sums["pass_at_8"]) == (2, 0.5, 0)
 
 
 def test_each_response_is_held_against_its_own_instruction(run_dir, monkeypatch):
     run, seen = load_run(run_dir), []
 
-    def respond(run, rows, temperature, seed):
+    def respond(run, rows, temperature):
         texts = [run.tokenizer.decode(row) for row in rows]
         seen.append(temperature)
         found = [text[len("<|endoftext|><|user|>") :] for text in texts]
@@ -72,19 +72,24 @@ def test_each_response_is_held_against_its_own_instruction(run_dir, monkeypatch)
     assert seen == [0.0, 1.0]
 
 
-def test_evaluate_reports_the_tasks_of_the_runs_that_learn_them(run_dir, call):
+def test_evaluate_reports_the_tasks_of_the_runs_that_learn_them(
+    run_dir, call, monkeypatch
+):
+    make_tasks = assistant.make_tasks  # each instruction counts once
+    monkeypatch.setattr(evaluate_tasks, "make_tasks", lambda of: make_tasks(of) * 2)
     flags = "evaluate", "--split", "test"
     captured = call("jaxgpt", *flags, "--run-dir", run_dir, "--json")
     report = json.loads(captured.out)
     assert report["answers"] > 0
-    counts = [
-        sum(
-            task.split == 2
-            for task in assistant.make_tasks(held_out=name == "phrasings")
-        )
-        for name in ("instructions", "phrasings")
-    ]
-    assert [each["instructions"] for each in report["tasks"].values()] == counts
+    for part, shown in report["tasks"].items():
+        every = assistant.make_tasks(part == "phrasings")
+        of_split = [task for task in every if task.split == 2]
+        texts = {task.instruction.rstrip(".?").casefold() for task in of_split}
+        assert shown["count"] == len(texts) > 10
+    path = run_dir.parent / "other.txt"
+    path.write_text("How warm is it in Rome? " * 20)
+    other = "--data-path", path, "--packing", "windows", "--json"
+    assert json.loads(call("jaxgpt", *flags[:1], "--run-dir", run_dir, *other).out)
     tuned = run_dir.parent / "grpo"
     tokenizer = str(run_dir / "tokenizer.json")
     config = changed(

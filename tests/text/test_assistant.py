@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.presets import assistant_sft
-from jaxgpt.text import assistant
+from jaxgpt.text import assistant, tasks
 from jaxgpt.text.assistant import make_tasks, open_assistant
-from jaxgpt.text.corpus import load_corpus
 
 TALK = [(f"Hello {n}!", f"Hi {n}.") for n in range(200)]
 
@@ -30,13 +29,13 @@ def exchanges(rows, split):
 
 def test_conversations_have_each_task_and_each_beginning_of_small_talk_once(rows):
     every = [pair for split in range(3) for pair in exchanges(rows, split)[0]]
-    tasks = [(task.instruction, task.demonstration) for task in make_tasks()]
-    assert sorted(every) == sorted([*tasks, *TALK])
+    made = [(task.instruction, task.demonstration) for task in make_tasks(False)]
+    assert sorted(every) == sorted([*made, *TALK])
     assert exchanges(rows, 0)[1] == {1, 2, 3}
 
 
 def test_a_conversation_has_tasks_of_its_split_only(rows):
-    split_of = {task.instruction: task.split for task in make_tasks()}
+    split_of = {task.instruction: task.split for task in make_tasks(False)}
     for split in range(3):
         pairs, _ = exchanges(rows, split)
         assert {split_of.get(first, split) for first, _ in pairs} == {split}
@@ -47,16 +46,18 @@ def test_a_conversation_has_tasks_of_its_split_only(rows):
 def test_prompts_are_the_instructions_in_the_same_splits(rows):
     prompts, split_N = open_assistant("prompts", print).read()
     assert [json.loads(row[0]) for row in prompts] == [
-        [["user", task.instruction]] for task in make_tasks()
+        [["user", task.instruction]] for task in make_tasks(False)
     ]
-    np.testing.assert_array_equal(split_N, [task.split for task in make_tasks()])
+    np.testing.assert_array_equal(split_N, [task.split for task in make_tasks(False)])
 
 
 def test_held_out_phrasings_share_no_instruction_with_the_corpus(rows):
-    held_out = {task.instruction for task in make_tasks(held_out=True)}
-    assert not held_out & {task.instruction for task in make_tasks()}
+    held_out = {task.instruction for task in make_tasks(True)}
+    assert not held_out & {task.instruction for task in make_tasks(False)}
 
 
 def test_the_vocabulary_has_the_known_size():
-    corpus, _ = load_corpus(assistant_sft(), str)
-    assert corpus.tokenizer.vocab_size == assistant.VOCAB_SIZE
+    config = assistant_sft()
+    table = tasks.open_table("conversations", config.data, str)
+    tokenizer = tasks.make_tokenizer(table, config, str)
+    assert tokenizer.vocab_size == assistant.VOCAB_SIZE

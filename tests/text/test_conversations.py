@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxgpt import BPETokenizer, CharTokenizer
-from jaxgpt.text.batches import predictions, training_source
+from jaxgpt.text.batches import longest_row, predictions, training_source
 from jaxgpt.text.conversations import (
     CHAT_TOKENS,
     ROLES,
@@ -166,7 +166,7 @@ def test_a_conversation_to_answer_ends_with_the_user():
         check_messages([QUESTION, ANSWER], last="user")
 
 
-def rows_of(conversations, block_size, tokenizer=CHAR):
+def rows_of(conversations, block_size, tokenizer=CHAR, **data):
     """The rows of conversations that are all in the training part, and the log."""
     rows = [
         ("0", *(each["content"] for each in messages)) for messages in conversations
@@ -174,7 +174,7 @@ def rows_of(conversations, block_size, tokenizer=CHAR):
     lines = []
     arrays = tokenize(rows, tokenizer, lines.append)
     arrays["split"] = np.zeros(len(rows), int)
-    config = changed(TINY, model={"block_size": block_size})
+    config = changed(TINY, model={"block_size": block_size}, data=data)
     return make_rows(arrays, config, tokenizer, lines.append, "train"), lines
 
 
@@ -190,6 +190,19 @@ def test_a_row_is_as_spelled_out_by_hand():
     assert segments[0].tolist() == [1] * 12 + [2] * 6 + [0] * 2
     assert parts[0].tolist() == [0] * 9 + [1, 1, 2] + [0] * 4 + [1, 2] + [0] * 2
     assert predictions(packed) == 5
+
+
+def test_every_token_counts_if_prompts_are_learned():
+    data = {"packing": "conversations", "learn_prompts": True}
+    conversations = [chat("abc", "de", system="h"), chat("a", "b")]
+    packed, _ = rows_of(conversations, 20, **data)
+    answers, _ = rows_of(conversations, 20)
+    *expected, _ = read_rows(answers, np.array([0]))
+    for found, leaf in zip(read_rows(packed, np.array([0])), expected, strict=True):
+        np.testing.assert_array_equal(found, leaf)
+    assert predictions(packed) == 18
+    row = longest_row(changed(TINY, data=data))
+    assert len(row) == len(expected)
 
 
 def test_long_conversations_are_cut_at_turns_and_exchanges_too_long_are_left_out():
