@@ -116,9 +116,8 @@ def main() -> None:
         log_line(f"stopped; resume with: {resume_command}")
         sys.exit(128 + signal)
     saved = load_config(run_dir)
-    plain = dataclasses.replace(
-        saved, ppo=None, grpo=None, dpo=None
-    )  # what the model is for
+    # What the model is for, however it was trained.
+    plain = dataclasses.replace(saved, ppo=None, grpo=None, dpo=None)
     log_line(_NEXT[kind_of(plain)].format(quoted_dir))
     if not processes.several_processes():
         mesh = model_mesh(saved, dataclasses.replace(saved.mesh, data=1))

@@ -284,7 +284,7 @@ class DataConfig:
     # attends only to itself; or whole conversations, of which only answers are learned
     packing: Literal["windows", "documents", "conversations"] = "windows"
     # of conversations, learn also what the user and the system say, as a model that has
-    # not been pre-trained should
+    # not been pre-trained should; the validation loss is then of these turns too
     learn_prompts: bool = False
     # char; gpt2; bpe, trained on the corpus with --model.vocab-size tokens; or the path
     # of a tokenizer.json, or of a directory with one or with vocab.json and merges.txt
@@ -483,7 +483,7 @@ class RewardedConfig:
         _check(
             not self.min_new_tokens or self.end == "sentence",
             f"min_new_tokens={self.min_new_tokens} has no effect with end={self.end}; "
-            "use --ppo.end sentence",
+            "use end=sentence",
         )
         _check(
             self.min_new_tokens <= self.max_new_tokens,
@@ -612,27 +612,25 @@ class Config:
     def _check_rewarded(self, section: PPOConfig | GRPOConfig) -> None:
         """Raises ValueError if PPO or GRPO can't run with the other sections."""
         batch_size = self.data.batch_size
-        group_size = self.grpo.group_size if self.grpo else 1
-        _check(
-            batch_size % group_size == 0,
-            f"batch_size={batch_size} responses do not divide into groups of grpo."
-            f"group_size={group_size}; use a multiple of it",
-        )
+        if self.grpo:
+            _check(
+                batch_size % self.grpo.group_size == 0,
+                f"batch_size={batch_size} responses do not divide into groups of grpo."
+                f"group_size={self.grpo.group_size}; use a multiple of it",
+            )
         _check(
             self.data.microbatch_size % section.minibatches == 0,
             f"batch_size={batch_size} does not divide into minibatches="
             f"{section.minibatches} of gradient_accumulation_steps="
             f"{self.data.microbatches} parts; use a multiple of their product",
         )
-        # An iteration lowers beta by a fifth of batch_size / kl_horizon.
-        horizon = (
-            self.ppo.kl_horizon if self.ppo and self.ppo.kl_target else INT32_LIMIT
-        )
-        _check(
-            batch_size < 5 * horizon,
-            f"kl_horizon={horizon} lets beta fall below 0 with batch_size="
-            f"{batch_size}; raise it above a fifth of batch_size",
-        )
+        if self.ppo and self.ppo.kl_target:
+            # An iteration lowers beta by a fifth of batch_size / kl_horizon.
+            _check(
+                batch_size < 5 * self.ppo.kl_horizon,
+                f"kl_horizon={self.ppo.kl_horizon} lets beta fall below 0 with "
+                f"batch_size={batch_size}; raise it above a fifth of batch_size",
+            )
         _check(
             getattr(self.model, "compute_dtype", "") != "bfloat16",
             "compute_dtype=bfloat16 is too coarse for PPO and GRPO, which compare "
@@ -707,13 +705,13 @@ def training_contradictions(config: Config) -> list[str]:
             f"{train.max_steps}: no training loss is logged; lower --train.log-interval"
         )
     if config.rewarded:
-        ppo, horizon = config.ppo, PPOConfig.kl_horizon
-        if ppo and not ppo.kl_target:
-            horizon = ppo.kl_horizon
+        ppo = config.ppo or PPOConfig()
         unused = {
             "dropout": getattr(config.model, "dropout", 0.0) > 0,
             "steps_per_call": train.steps_per_call > 1,
-            "kl_horizon without kl_target": horizon != PPOConfig.kl_horizon,
+            "kl_horizon without kl_target": (
+                not ppo.kl_target and ppo.kl_horizon != PPOConfig.kl_horizon
+            ),
         }
         if config.grpo and config.grpo.group_size == 1:
             lines.append(

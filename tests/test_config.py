@@ -138,6 +138,13 @@ def test_a_setting_without_effect_in_ppo_is_named(sections, names):
         assert line.startswith(f"{name} has no effect")
 
 
+def test_groups_of_one_response_are_said_to_teach_nothing():
+    (line,) = training_contradictions(
+        changed(PRESETS["assistant-grpo"](), grpo={"group_size": 1})
+    )
+    assert "nothing is learned" in line
+
+
 @pytest.mark.parametrize("steps", [0, -2])
 def test_steps_per_call_are_a_number_or_chosen_for_the_device(steps):
     with pytest.raises(ValueError, match=f"steps_per_call={steps} .*-1 "):

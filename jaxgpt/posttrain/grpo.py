@@ -44,7 +44,7 @@ def group_advantages(reward_B: Array, group_size: int) -> Array:
     """(r - mean) / std of each group, f32 [B]; 0 where all rewards are the same."""
     reward_PG = reward_B.reshape(-1, group_size)
     above_PG = reward_PG - reward_PG.mean(axis=1, keepdims=True)
-    std_P1 = reward_PG.std(axis=1, ddof=1, keepdims=True)
+    std_P1 = reward_PG.std(axis=1, ddof=min(group_size - 1, 1), keepdims=True)
     return (above_PG / (std_P1 + 1e-4)).reshape(-1)
 
 
@@ -99,7 +99,8 @@ def make_objective(model: nn.Module, config: GRPOConfig) -> Objective:
         kl_BN = divergences(log_probs_BN, batch.reference_BN)
 
         def mean(x_BN: Array) -> LossSum:
-            x_B = (x_BN * mask_BN).sum(axis=1) / jnp.maximum(batch.counts_B, 1)
+            x_B = jnp.where(mask_BN > 0, x_BN, 0).sum(axis=1)
+            x_B /= jnp.maximum(batch.counts_B, 1)
             return LossSum(x_B.sum(), jnp.float32(len(x_B)))
 
         return mean(policy_BN + config.beta * kl_BN), {

@@ -235,13 +235,11 @@ def make_update(
         params, extra = carry.params, None
         if config.ppo:
             next_beta = jnp.where(counts, ppo.adapt(beta, kl, B, config.ppo), beta)
-            params, extra = params["policy"], {"value": params["value"]}
-            extra["beta"] = next_beta
+            extra = {"value": params["value"], "beta": next_beta}
+            params = params["policy"]
         if config.grpo:
-            equal_P = ~batch.advantages_B.reshape(-1, config.grpo.group_size).any(
-                axis=1
-            )
-            metrics["equal_groups"] = equal_P.mean()
+            groups_PG = batch.advantages_B.reshape(-1, config.grpo.group_size)
+            metrics["equal_groups"] = (~groups_PG.any(axis=1)).mean()
         steps_done = state.step + counts
         return replace(carry, step=steps_done, params=params, extra=extra), metrics
 

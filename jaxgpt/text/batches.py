@@ -122,8 +122,8 @@ def training_source(split: Split | list[Any], config: Config) -> Source:
             "train split has none; give each document as a file of its own, or "
             "--data.packing windows"
         )
-    source = partial(_source, split, config, config.train.seed, config.data.batch_size)
-    return source(config.grpo.group_size if config.grpo else 1)
+    group_size = config.grpo.group_size if config.grpo else 1
+    return _source(split, config, config.train.seed, config.data.batch_size, group_size)
 
 
 def evaluation_source(split: Split | list[Any], config: Config) -> Source:

@@ -39,6 +39,7 @@ def test_advantages_are_those_of_trl_and_0_in_a_group_of_equal_rewards():
     np.testing.assert_allclose(found, trl_advantages(), rtol=0, atol=1e-5)
     assert not found[3:].any()
     assert found[0] > 0.9
+    assert not grpo.group_advantages(jnp.array(REWARDS), 1).any()
 
 
 def test_losses_gradients_and_entropy_are_those_of_trl():
@@ -107,9 +108,10 @@ def test_losses_gradients_and_entropy_are_those_of_trl():
 
 
 def test_a_batch_has_each_prompt_as_a_group_with_keys_that_differ():
-    texts = Sequences.join(np.full(1 + n % 5, n) for n in range(20))
+    texts = Sequences.join(np.full(1 + n % 5 * 10, n) for n in range(20))
     settings = GRPOConfig(group_size=4, max_new_tokens=2, minibatches=1)
-    config = replace(changed(TINY, data={"batch_size": 12}), grpo=settings)
+    config = changed(TINY, model={"block_size": 64}, data={"batch_size": 12})
+    config = replace(config, grpo=settings)
     source = training_source(Prompts(texts), config)
     seen = []
     for step in range(7):
@@ -117,6 +119,7 @@ def test_a_batch_has_each_prompt_as_a_group_with_keys_that_differ():
         first_P4 = batch.tokens_BP[:, 0].reshape(3, 4)
         assert (first_P4 == first_P4[:, :1]).all()
         assert len(set(map(tuple, batch.keys_B2))) == 12
+        assert batch.tokens_BP.shape[1] == 48  # for prompts of 1 to 41 tokens
         seen += first_P4[:, 0].tolist()
         rows = source(step, slice(5, 9))  # as another process reads them
         np.testing.assert_array_equal(rows.tokens_BP, batch.tokens_BP[5:9])
