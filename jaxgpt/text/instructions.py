@@ -152,9 +152,10 @@ def _add(a: str, b: str) -> Solution:
 def _subtract(a: str, b: str) -> Solution:
     columns, borrowed = list[str](), 0
     for x, y in _digits(a, b):
-        x -= borrowed
-        borrowed = int(x < y)
-        columns.append(f"{x + 10 * borrowed}-{y}={x + 10 * borrowed - y}")
+        left = x - y - borrowed
+        column = f"{x}-{y}{'-1' * borrowed}={left % 10}"
+        borrowed = int(left < 0)
+        columns.append(column + "-10" * borrowed)
     return Solution(str(int(a) - int(b)), ", ".join(columns))
 
 
