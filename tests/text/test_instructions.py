@@ -55,7 +55,7 @@ def test_an_instruction_has_the_answer(instruction, family, answer):
     [
         (
             "What is 95 + 7?",
-            ["102", " 102.", "5+7=12, 9+0+1=10. Answer: 102"],
+            ["102", "5+7=12, 9+0+1=10. Answer: 102", "Answer: 92. Answer: 102."],
             [
                 "",
                 "101",
