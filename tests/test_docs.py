@@ -121,6 +121,7 @@ def test_every_train_command_is_valid(tiny_run, untrained, flags):
     policy, reward = str(untrained / "gpt"), str(untrained / "reward")
     flags = re.sub(r"\bDIR\b|runs/(gpt2|reviews-bpe)\b", str(tiny_run), flags)
     flags = re.sub(r"\bRUN\b|runs/policy\b", policy, flags)
+    flags = flags.replace("runs/assistant-sft", str(untrained / "chat"))
     parse_arguments(shlex.split(flags.replace("runs/reward", reward)))
 
 
